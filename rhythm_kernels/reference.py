@@ -1,0 +1,412 @@
+"""The dense definitions: every measure written beside the paper, at O(T^2) memory.
+
+This file is what all other backends are tested against. It imports nothing of ours, favours reading over speed,
+and keeps the precision of its inputs (float64 in, float64 out; anything narrower is raised to float32).
+Equation numbers are those of arXiv 2510.13554. Shapes follow :mod:`rhythm_kernels.functional`:
+``q (B, T, H, D)``, ``k (B, T, H_kv, D)``, ``lse (B, H, T)``, or packed with ``cu_seqlens``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "AttentionStats",
+    "ColumnMoments",
+    "attention_lse",
+    "attention_maps",
+    "attention_with_rhythm",
+    "column_moments",
+    "fai",
+    "span",
+    "waad",
+]
+
+
+class ColumnMoments(NamedTuple):
+    """Count, mean, population variance, skewness and kurtosis (``m4 / m2**2``) of the attention a token receives."""
+
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+    skewness: Tensor
+    kurtosis: Tensor
+
+
+class AttentionStats(NamedTuple):
+    """WAAD (eq. 9) and span (the summand of eq. 7) per token, beside an attention output."""
+
+    waad: Tensor
+    span: Tensor
+
+
+class _Sequence(NamedTuple):
+    """One live sequence: its row, its live range, its first response token, all counted in the row."""
+
+    row: int
+    start: int
+    end: int
+    response_start: int
+
+
+def _sequences(
+    batch: int,
+    length: int,
+    cu_seqlens: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    response_start: Tensor | None,
+) -> list[_Sequence]:
+    """The live sequences of a padded or packed batch, each with `start <= response_start <= end`."""
+    if cu_seqlens is not None:
+        bounds = [min(max(int(x), 0), length) for x in cu_seqlens]
+        spans = [(0, a, max(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    else:
+        starts = [0] * batch if seq_start is None else [int(x) for x in seq_start]
+        ends = [length] * batch if seq_end is None else [int(x) for x in seq_end]
+        spans = [(b, starts[b], max(starts[b], ends[b])) for b in range(batch)]
+    first = [0] * len(spans) if response_start is None else [int(x) for x in response_start]
+    if cu_seqlens is not None:
+        first = [f + start for f, (_, start, _) in zip(first, spans, strict=True)]
+    return [
+        _Sequence(row, start, end, min(max(f, start), end))
+        for (row, start, end), f in zip(spans, first, strict=True)
+    ]
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _logits(
+    q: Tensor,
+    k: Tensor,
+    softmax_scale: float | None,
+    window_size: tuple[int, int],
+    softcap: float,
+) -> Tensor:
+    """The score rule of one sequence: `(n, H, D), (n, H_kv, D) -> (H, n, n)`, `-inf` where s is not visible to t."""
+    n, heads, dim = q.shape
+    scale = dim**-0.5 if softmax_scale is None else softmax_scale
+    keys = _widen(k).repeat_interleave(heads // k.shape[1], dim=1)
+    x = torch.einsum("thd,shd->hts", _widen(q), keys) * scale
+    if softcap > 0:
+        x = softcap * torch.tanh(x / softcap)
+    distance = _distance(n, q.device)
+    visible = distance >= 0
+    if window_size[0] >= 0:
+        visible &= distance <= window_size[0]
+    return x.masked_fill(~visible, float("-inf"))
+
+
+def _distance(n: int, device: torch.device) -> Tensor:
+    """`(n, n)` int64: t - s."""
+    position = torch.arange(n, device=device)
+    return position[:, None] - position[None, :]
+
+
+def _lse(x: Tensor, sinks: Tensor | None) -> Tensor:
+    """`(H, n, n) -> (H, n)`: log-sum-exp of each row, the sink in the denominator."""
+    lse = torch.logsumexp(x, dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None].expand_as(lse))
+    return lse
+
+
+def attention_maps(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`A (H, n, n)` of one sequence `q (n, H, D)`, `k (n, H_kv, D)`: what the model's softmax gives, nothing renormalised.
+
+    With `lse (H, n)` given, `A = exp(x - lse)`.
+    """
+    x = _logits(q, k, softmax_scale, window_size, softcap)
+    lse = _lse(x, sinks) if lse is None else lse.to(x.dtype)
+    return torch.exp(x - lse[..., None])
+
+
+def _heads(heads: Tensor | Sequence[int] | None, total: int, device: torch.device) -> Tensor:
+    if heads is None:
+        return torch.arange(total, device=device)
+    return torch.as_tensor(heads, device=device, dtype=torch.int64).reshape(-1)
+
+
+def _measure(
+    rule: Callable[[Tensor, _Sequence], Tensor],
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    heads: Tensor | Sequence[int] | None,
+    per_head: bool,
+    score: dict,
+    ranges: dict,
+    fill: float = 0.0,
+) -> Tensor:
+    """Apply `rule(A (Hs, n, n), sequence) -> (Hs, n)` to every sequence and lay the results out like the inputs."""
+    packed = ranges["cu_seqlens"] is not None
+    if packed:
+        q, k, lse = q[None], k[None], None if lse is None else lse[None]
+    batch, length, n_heads, _ = q.shape
+    index = _heads(heads, n_heads, q.device)
+    out = torch.full((batch, len(index), length), fill, dtype=_widen(q).dtype, device=q.device)
+    for seq in _sequences(batch, length, **ranges):
+        live = slice(seq.start, seq.end)
+        if seq.end > seq.start:
+            row_lse = None if lse is None else lse[seq.row, :, live]
+            maps = attention_maps(q[seq.row, live], k[seq.row, live], row_lse, **score)[index]
+            scored = slice(seq.response_start, seq.end)
+            out[seq.row, :, scored] = rule(maps, seq)[:, seq.response_start - seq.start :]
+    out = out if per_head else out.mean(dim=1)
+    return out[0] if packed else out
+
+
+def _response_rows(n: int, seq: _Sequence, device: torch.device) -> Tensor:
+    """`(n, 1)` bool: which rows (queries) belong to the response R."""
+    return (torch.arange(n, device=device) >= seq.response_start - seq.start)[:, None]
+
+
+def waad(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    window: int = 10,
+    heads: Tensor | Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    response_start: Tensor | None = None,
+    per_head: bool = False,
+) -> Tensor:
+    """Windowed average attention distance, eq. 9: `WAAD[t] = sum_s A[t, s] min(t - s, W)`."""
+
+    def rule(maps: Tensor, seq: _Sequence) -> Tensor:
+        distance = _distance(maps.shape[-1], maps.device).clamp(min=0, max=window)
+        return (maps * distance).sum(dim=-1)
+
+    score = _score(softmax_scale, window_size, softcap, sinks)
+    ranges = _ranges(cu_seqlens, seq_start, seq_end, response_start)
+    return _measure(rule, q, k, lse, heads, per_head, score, ranges)
+
+
+def fai(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    horizon: tuple[int, int | None] = (10, 50),
+    heads: Tensor | Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    response_start: Tensor | None = None,
+    per_head: bool = False,
+) -> Tensor:
+    """Future attention influence, eq. 10: mean over `t in T(s)` of `A[t, s]`; 0 where T(s) is empty.
+
+    T(s) holds the rows of the response at distance `horizon[0] .. horizon[1]` (None: to the sequence's end).
+    """
+
+    def rule(maps: Tensor, seq: _Sequence) -> Tensor:
+        n = maps.shape[-1]
+        distance = _distance(n, maps.device)
+        rows = (distance >= horizon[0]) & _response_rows(n, seq, maps.device)
+        if horizon[1] is not None:
+            rows &= distance <= horizon[1]
+        total = torch.where(rows, maps, 0.0).sum(dim=1)
+        return total / rows.sum(dim=0).clamp(min=1)
+
+    score = _score(softmax_scale, window_size, softcap, sinks)
+    ranges = _ranges(cu_seqlens, seq_start, seq_end, response_start)
+    return _measure(rule, q, k, lse, heads, per_head, score, ranges)
+
+
+def span(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    heads: Tensor | Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    response_start: Tensor | None = None,
+    per_head: bool = False,
+) -> Tensor:
+    """Average attention distance of each token, `sum_s A[t, s] (t - s)`; its mean over R is eq. 7."""
+
+    def rule(maps: Tensor, seq: _Sequence) -> Tensor:
+        return (maps * _distance(maps.shape[-1], maps.device).clamp(min=0)).sum(dim=-1)
+
+    score = _score(softmax_scale, window_size, softcap, sinks)
+    ranges = _ranges(cu_seqlens, seq_start, seq_end, response_start)
+    return _measure(rule, q, k, lse, heads, per_head, score, ranges)
+
+
+def column_moments(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    min_distance: int = 4,
+    heads: Tensor | Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    response_start: Tensor | None = None,
+    per_head: bool = False,
+) -> ColumnMoments:
+    """Moments of `A[t, s]` over the response rows `t >= s + min_distance` (what receiver heads are found by)."""
+    score = _score(softmax_scale, window_size, softcap, sinks)
+    ranges = _ranges(cu_seqlens, seq_start, seq_end, response_start)
+
+    def moment(name: str) -> Tensor:
+        def rule(maps: Tensor, seq: _Sequence) -> Tensor:
+            n = maps.shape[-1]
+            rows = (_distance(n, maps.device) >= min_distance) & _response_rows(n, seq, maps.device)
+            count = rows.sum(dim=0).to(maps.dtype).expand(maps.shape[0], n)
+            mean = torch.where(rows, maps, 0.0).sum(dim=1) / count.clamp(min=1)
+            central = torch.where(rows, maps - mean[:, None, :], 0.0)
+            m2, m3, m4 = ((central**p).sum(dim=1) / count.clamp(min=1) for p in (2, 3, 4))
+            spread = (m2 > 0) & (count >= 2)
+            safe = torch.where(spread, m2, 1.0)
+            return {
+                "count": count,
+                "mean": mean,
+                "variance": torch.where(count >= 2, m2, 0.0),
+                "skewness": torch.where(spread, m3 / safe**1.5, 0.0),
+                "kurtosis": torch.where(spread, m4 / safe**2, 0.0),
+            }[name]
+
+        return _measure(rule, q, k, lse, heads, per_head, score, ranges)
+
+    return ColumnMoments(*(moment(name) for name in ColumnMoments._fields))
+
+
+def attention_lse(
+    q: Tensor,
+    k: Tensor,
+    *,
+    heads: Tensor | Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    response_start: Tensor | None = None,
+) -> Tensor:
+    """Natural log of each row's softmax denominator, `(B, H_selected, T)`; `-inf` on rows without keys."""
+    packed = cu_seqlens is not None
+    q4, k4 = (q[None], k[None]) if packed else (q, k)
+    batch, length, n_heads, _ = q4.shape
+    index = _heads(heads, n_heads, q.device)
+    out = torch.full((batch, len(index), length), float("-inf"), dtype=_widen(q).dtype, device=q.device)
+    for seq in _sequences(batch, length, cu_seqlens, seq_start, seq_end, response_start):
+        if seq.end > seq.start:
+            live = slice(seq.start, seq.end)
+            x = _logits(q4[seq.row, live], k4[seq.row, live], softmax_scale, window_size, softcap)
+            rows = _lse(x, sinks)[index]
+            out[seq.row, :, seq.response_start : seq.end] = rows[:, seq.response_start - seq.start :]
+    return out[0] if packed else out
+
+
+def attention_with_rhythm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int = 10,
+    heads: Tensor | Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    response_start: Tensor | None = None,
+    per_head: bool = False,
+) -> tuple[Tensor, Tensor, AttentionStats]:
+    """Causal attention `out (B, T, H, D_v)` (differentiable), `lse (B, H, T)` and the statistics of `heads`.
+
+    `out` and `lse` cover every live row; the statistics the response rows alone.
+    """
+    packed = cu_seqlens is not None
+    q4, k4, v4 = (q[None], k[None], v[None]) if packed else (q, k, v)
+    batch, length, n_heads, _ = q4.shape
+    score = _score(softmax_scale, window_size, softcap, sinks)
+    rows = []
+    for row in range(batch):
+        pieces, position = [], 0
+        for seq in _sequences(batch, length, cu_seqlens, seq_start, seq_end, response_start):
+            if seq.row == row and seq.end > seq.start:
+                live = slice(seq.start, seq.end)
+                maps = attention_maps(q4[row, live], k4[row, live], **score)
+                values = _widen(v4[row, live]).repeat_interleave(n_heads // v4.shape[2], dim=1)
+                pieces.append(values.new_zeros(seq.start - position, n_heads, v4.shape[3]))
+                pieces.append(torch.einsum("hts,shd->thd", maps, values))
+                position = seq.end
+        pieces.append(_widen(q4).new_zeros(length - position, n_heads, v4.shape[3]))
+        rows.append(torch.cat(pieces))
+    out = torch.stack(rows)
+    ranges = _ranges(cu_seqlens, seq_start, seq_end, None)
+    lse = attention_lse(q.detach(), k.detach(), **score, **ranges)
+    detached = (q.detach(), k.detach())
+    response = {**score, **ranges, "response_start": response_start, "heads": heads, "per_head": per_head}
+    stats = AttentionStats(waad(*detached, window=window, **response), span(*detached, **response))
+    return (out[0] if packed else out).to(v.dtype), lse, stats
+
+
+def _score(
+    softmax_scale: float | None, window_size: tuple[int, int], softcap: float, sinks: Tensor | None
+) -> dict:
+    return {"softmax_scale": softmax_scale, "window_size": window_size, "softcap": softcap, "sinks": sinks}
+
+
+def _ranges(
+    cu_seqlens: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    response_start: Tensor | None,
+) -> dict:
+    return {
+        "cu_seqlens": cu_seqlens,
+        "seq_start": seq_start,
+        "seq_end": seq_end,
+        "response_start": response_start,
+    }
