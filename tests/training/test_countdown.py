@@ -21,7 +21,6 @@ from training.tasks.countdown import (
     tiny_prompt,
 )
 
-
 # Changing an instance changes every published figure: do it on purpose only.
 PINNED = {
     "paper": [
@@ -77,7 +76,7 @@ PINNED = {
         ("1+", [1], 1, 0.0),
         ("1 2", [1, 2], 12, 0.0),
         ("٣+٤", [3, 4], 7, 0.0),  # digits of other scripts
-        ("3×4", [3, 4], 12, 0.0),
+        ("3\u00d74", [3, 4], 12, 0.0),
         ("²+1", [2, 1], 3, 0.0),
         ("1_0+2", [10, 2], 12, 0.0),
         ("__import__('os').getpid()", [1], 1, 0.0),

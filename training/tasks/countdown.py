@@ -1,10 +1,12 @@
 """Countdown: make a target from given numbers with + - * /, using each number exactly once.
 
-The paper trains Qwen3-4B-Base on the four-number game as TinyZero builds it. This file holds what a trainer needs
-of the task: instances in three splits that cannot overlap, and prompts. The verifier and its reward functions
-(`countdown_verify`) and the solver (`countdown_solver`) are re-exported here, so `training.tasks.countdown` is the task.
+The paper trains Qwen3-4B-Base on the four-number game as TinyZero builds it. This file holds what a trainer
+needs of the task: instances in three splits that cannot overlap, and prompts. The verifier and its reward
+functions (`countdown_verify`) and the solver (`countdown_solver`) are re-exported here, so
+`training.tasks.countdown` is the task.
 """
 
+import operator
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,8 +66,9 @@ class Instance(TypedDict):
 class Level:
     """The ranges of a difficulty.
 
-    `limit` None means that instances are solvable in rational arithmetic; a number means that they are solvable with
-    positive integer intermediates of at most that size, which is what the tiny model's vocabulary can write.
+    `limit` None means that instances are solvable in rational arithmetic; a number means that they are
+    solvable with positive integer intermediates of at most that size, which is what the tiny model's
+    vocabulary can write.
     """
 
     max_number: int
@@ -79,17 +82,19 @@ LEVELS = {
     "tiny": Level(max_number=12, max_target=60, limit=98),
 }
 
-# Shares of the multisets of numbers, in percent. They are large because the tiny level's three-number pool is small:
-# a fifth of it is what holds 512 test instances.
+# Shares of the multisets of numbers, in percent. They are large because the tiny level's three-number pool is
+# small: a fifth of it is what holds 512 test instances.
 _TEST_PERCENT, _VALIDATION_PERCENT = 20, 20
 _ENUMERABLE = 20_000  # multisets; a smaller pool is listed completely, so that its size is known exactly
+_JOIN = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}  # "/" where exact
 _DRAWS_PER_INSTANCE = 400  # random draws before a large pool counts as exhausted
 
 
 def split_of(numbers: Sequence[int]) -> SplitName:
     """The split a multiset of numbers belongs to: a stable hash of the sorted numbers, nothing else.
 
-    So it does not depend on the target, on the size of a split, or on the level, and no multiset is in two splits.
+    So it does not depend on the target, on the size of a split, or on the level, and no multiset is in two
+    splits.
     """
     key = ",".join(str(number) for number in sorted(numbers)).encode()
     bucket = int.from_bytes(blake2b(key, digest_size=8).digest(), "big") % 100
@@ -113,10 +118,11 @@ def _enumerated(name: str, count: int, level: Level, rng: random.Random) -> Iter
 
 
 def _drawn(name: str, count: int, level: Level, rng: random.Random, draws: int) -> Iterator[Instance]:
-    """Distinct instances of a large pool: draw numbers, join random pairs by random operators, keep a good value.
+    """Distinct instances of a large pool: draw numbers, join random pairs, keep the value if it is in range.
 
-    The expression that made it shows that an instance is solvable; nothing is searched, so 20,000 take seconds. Pairs
-    are joined in exact integers (a division only where it is exact): a subset of what the verifier accepts.
+    The expression that made it shows that an instance is solvable; nothing is searched, so 20,000 take
+    seconds. Pairs are joined in exact integers (a division only where it is exact): a subset of what the
+    verifier accepts.
     """
     seen: set[tuple[tuple[int, ...], int]] = set()
     for _ in range(draws):
@@ -126,18 +132,10 @@ def _drawn(name: str, count: int, level: Level, rng: random.Random, draws: int) 
         values = list(numbers)
         while len(values) > 1:
             right, left = (values.pop(rng.randrange(len(values))) for _ in range(2))
-            operator = rng.choice("+-*/")
-            if operator == "/" and (right == 0 or left % right):
-                operator = rng.choice("+-*")
-            values.append(
-                left + right
-                if operator == "+"
-                else left - right
-                if operator == "-"
-                else left * right
-                if operator == "*"
-                else left // right
-            )
+            symbol = rng.choice("+-*/")
+            if symbol == "/" and (right == 0 or left % right):
+                symbol = rng.choice("+-*")
+            values.append(_JOIN[symbol](left, right))
         target = values[0]
         key = (tuple(sorted(numbers)), target)
         if 1 <= target <= level.max_target and target not in numbers and key not in seen:
@@ -153,11 +151,13 @@ def split(
     level: str = "paper",
     seed: int = 0,
 ) -> list[Instance]:
-    """The first `n` instances of a split: always the same, distinct, solvable, the target not among the numbers.
+    """The first `n` instances of a split: always the same, distinct, solvable.
+
+    The target is never one of the numbers.
 
     Args:
-        name: "train", "validation" or "test". No multiset of numbers occurs in two of them, whatever `n`, `level`
-            and `seed`; a longer list begins with the shorter one.
+        name: "train", "validation" or "test". No multiset of numbers occurs in two of them, whatever `n`,
+            `level` and `seed`; a longer list begins with the shorter one.
         n: how many.
         numbers: how many numbers an instance has (2 to 6), or several such counts, which then alternate.
         level: a key of `LEVELS`: "paper" (numbers and targets up to 100) or "tiny" (1..12, targets up to 60).
@@ -198,9 +198,10 @@ def split(
 
 
 _QUESTION = (
-    "Here are some numbers: {numbers}. Combine all of them into one arithmetic expression whose value is {target}. "
-    "You may use + - * / and parentheses, and every number exactly once. Think step by step between <think> and "
-    "</think>, then give only the expression between <answer> and </answer>, for example <answer>(3 + 5) * 2</answer>."
+    "Here are some numbers: {numbers}. Combine all of them into one arithmetic expression whose value is "
+    "{target}. You may use + - * / and parentheses, and every number exactly once. Think step by step "
+    "between <think> and </think>, then give only the expression between <answer> and </answer>, for example "
+    "<answer>(3 + 5) * 2</answer>."
 )
 _THINK = "I will work through this one step at a time.\n<think>"
 
@@ -209,7 +210,7 @@ def base_prompt(numbers: Sequence[int], target: int) -> str:
     """The prompt for a base model: a short dialogue that stops inside the assistant's thoughts."""
     question = _QUESTION.format(numbers=", ".join(map(str, numbers)), target=target)
     return (
-        "What follows is a dialogue. A user poses a puzzle; the assistant reasons about it first and then answers.\n"
+        "What follows is a dialogue. A user poses a puzzle; the assistant reasons first and then answers.\n"
         f"User: {question}\nAssistant: {_THINK}"
     )
 
@@ -225,7 +226,7 @@ _TINY_WORDINGS = ("nums", "make", "use")
 
 
 def tiny_prompt(numbers: Sequence[int], target: int) -> str:
-    """The tiny model's prompt, one token a word; the wording is chosen by the instance, so it is always the same.
+    """The tiny model's prompt, one token a word; the instance chooses the wording, so it is always the same.
 
     `nums 2 11 7 target 6 :`, `make 6 from 2 11 7 :` or `use 2 , 11 , 7 to make 6 :`
     """

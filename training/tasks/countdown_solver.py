@@ -1,7 +1,8 @@
-"""Which values can be made of some integers, each used exactly once: exact, by dynamic programming over subsets.
+"""Which values can be made of some integers, each used once: exact, by dynamic programming over subsets.
 
-Two rules are offered. `rational` is the game's own: intermediates may be fractional or negative. `integer` is what the
-tiny model searches: every intermediate is a positive integer of at most `limit`, every division exact.
+Two rules are offered. `rational` is the game's own: intermediates may be fractional or negative. `integer` is
+what the tiny model searches: every intermediate is a positive integer of at most `limit`, every division
+exact.
 """
 
 from collections.abc import Iterator
@@ -31,9 +32,9 @@ def _ratio(numerator: int, denominator: int) -> Ratio:
 def _rational_values(items: tuple[int, ...]) -> frozenset[Ratio]:
     """All absolute values of expressions over `items`.
 
-    Signs need not be tracked: the absolute value of a sum or a difference is the sum or the absolute difference of
-    absolute values. And where an expression over positive numbers is negative, it holds a subtraction that can be
-    turned round, so the absolute value can be reached too.
+    Signs need not be tracked: the absolute value of a sum or a difference is the sum or the absolute
+    difference of absolute values. And where an expression over positive numbers is negative, it holds a
+    subtraction that can be turned round, so the absolute value can be reached too.
     """
     if len(items) == 1:
         return frozenset({(items[0], 1)})
@@ -52,7 +53,7 @@ def _rational_values(items: tuple[int, ...]) -> frozenset[Ratio]:
 
 
 def integer_steps(a: int, b: int, limit: int) -> Iterator[tuple[int, str, int, int]]:
-    """The steps `(x, operator, y, value)` from two positive integers to a positive integer of at most `limit`."""
+    """The steps `(x, operator, y, value)` from two positive integers to a value in 1..`limit`."""
     high, low = max(a, b), min(a, b)
     if a + b <= limit:
         yield a, "+", b, a + b

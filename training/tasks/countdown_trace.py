@@ -1,13 +1,14 @@
-"""Search traces: how the tiny model thinks, as text. One half writes them, the other half reads what a model wrote.
+"""Search traces, the tiny model's thoughts as text: written for the warm start, and read back from a model.
 
-A trace tries paths. A path joins two numbers at a time until one is left; the last equation carries a verdict on its
-value, `lo`, `hi` or `ok` against the target (comparison is a denser signal than right or wrong). Then either another
-last step is tried from the same two numbers, or a new path starts:
+A trace tries paths. A path joins two numbers at a time until one is left; the last equation carries a verdict
+on its value, `lo`, `hi` or `ok` against the target (comparison is a denser signal than right or wrong). Then
+either another last step is tried from the same two numbers, or a new path starts:
 
     7 - 2 = 5 , 5 + 11 = 16 hi 5 * 11 = 55 hi 11 - 7 = 4 , 4 + 2 = 6 ok answer ( 11 - 7 ) + 2
 
-An equation that ends in a comma is a step, one that ends in a verdict is a last step. A search that gives up ends in
-`answer none`. All words are separated by one space and are one token each, so lengths below are tokens.
+An equation that ends in a comma is a step, one that ends in a verdict is a last step. A search that gives up
+ends in `answer none`. All words are separated by one space and are one token each, so lengths below are
+tokens.
 """
 
 import random
@@ -26,7 +27,9 @@ Item = tuple[int, str]  # a value and the expression that made it
 
 @dataclass(frozen=True)
 class Style:
-    """How well one trace searches. Warm-start data mixes styles; reinforcement can then move mass to the good ones.
+    """How well one trace searches.
+
+    Warm-start data mixes styles, so that reinforcement can move mass from the bad ones to the good ones.
 
     Args:
         aim: probability that a last step is the one closest to the target, and not a random one.
@@ -87,11 +90,9 @@ def _path(
 
 
 def write_trace(numbers: Sequence[int], target: int, style: Style, rng: random.Random) -> str:
-    """A search of the given style, as text: at most `MAX_TOKENS` words, ended by `answer` and an expression or `none`."""
+    """A search of the given style: at most `MAX_TOKENS` words, ended by an answer or by `none`."""
     words: list[str] = []
-    answer_length = 4 * len(
-        numbers
-    )  # an expression of n numbers: at most 2n-1 symbols, 2(n-2) brackets, `answer`
+    answer_length = 4 * len(numbers)  # its numbers, operators, brackets, `answer` and the end token
     path_length = 6 * (len(numbers) - 1)
     tried: set[tuple[int, ...]] = set()
     while len(words) + path_length + answer_length <= style.budget:
@@ -146,8 +147,9 @@ def _holds(a: int, symbol: str, b: int, value: int) -> bool:
 def analyse(completion: str, numbers: Sequence[int], target: int) -> TraceReport:
     """Count what a tiny-model response did: how much it searched, how well it calculated, how it ended.
 
-    A response counts as answered if it ends in an expression that uses exactly the numbers, right or wrong, or gives
-    up explicitly; a cut-off search, a cut-off expression and an expression over other numbers do not count.
+    A response counts as answered if it ends in an expression that uses exactly the numbers, right or wrong,
+    or gives up explicitly; a cut-off search, a cut-off expression and an expression over other numbers do not
+    count.
     """
     text = completion.strip()
     equations = right = verdicts = right_verdicts = 0

@@ -1,9 +1,9 @@
 """The Countdown verifier: reads the answer out of a completion and judges it, exactly and in bounded time.
 
 The input is whatever a model wrote, so it is treated as hostile. There is no `eval`: a tokenizer that knows
-nine characters and digits feeds a two-stack parser (no recursion), values are rational, and an expression longer
-than `MAX_EXPRESSION` characters is not read at all. That bound, and not a timer, is what keeps `1e6` brackets or
-`9**9**9` down to microseconds.
+nine characters and digits feeds a two-stack parser (no recursion), values are rational, and an expression
+longer than `MAX_EXPRESSION` characters is not read at all. That bound, and not a timer, is what keeps `1e6`
+brackets or `9**9**9` down to microseconds.
 """
 
 import operator
@@ -37,8 +37,8 @@ DEFAULT_LEVELS = RewardLevels()
 def extract_answer(completion: str) -> str | None:
     """The text of the last complete `<answer>...</answer>`, else what follows the last word `answer`.
 
-    The second form is the tiny model's (`answer ( 11 - 7 ) + 2`); there a colon after the word is skipped and case
-    does not matter. None if there is neither, or if the text is too long to be an expression.
+    The second form is the tiny model's (`answer ( 11 - 7 ) + 2`); there a colon after the word is skipped and
+    case does not matter. None if there is neither, or if the text is too long to be an expression.
     """
     last_close = completion.rfind(_CLOSE)
     start = completion.rfind(_OPEN, 0, last_close) if last_close >= 0 else -1
@@ -47,7 +47,8 @@ def extract_answer(completion: str) -> str | None:
         # A stray second closing tag must not widen the block: it ends at the first one after its opening.
         end = completion.find(_CLOSE, start)
         return completion[start:end].strip() if end - start <= MAX_EXPRESSION else None
-    # An expression is short, so the word that introduces one can only stand near the end: the rest is not searched.
+    # An expression is short, so the word that introduces one can only stand near the end: the rest is not
+    # searched.
     tail = completion[-4 * MAX_EXPRESSION :].rstrip()[-(MAX_EXPRESSION + len(_WORD) + 1) :]
     words = list(re.finditer(r"\banswer\b:?", tail, re.ASCII | re.IGNORECASE))
     return tail[words[-1].end() :].strip() if words else None
@@ -71,10 +72,10 @@ def _tokenize(text: str) -> list[str] | None:
 def parse_expression(text: str) -> tuple[Fraction, list[int]] | None:
     """The exact value of an arithmetic expression and its integer literals, in order.
 
-    Grammar: non-negative decimal integers, `+ - * /`, parentheses, and one unary minus directly before an integer
-    (which counts as using that integer). Everything else is None: other characters, `**`, `//`, `1.5`, leading zeros,
-    a trailing `= 24` (that is an equation, not an expression), division by zero, more than `MAX_EXPRESSION`
-    characters.
+    Grammar: non-negative decimal integers, `+ - * /`, parentheses, and one unary minus directly before an
+    integer (which counts as using that integer). Everything else is None: other characters, `**`, `//`,
+    `1.5`, leading zeros, a trailing `= 24` (that is an equation, not an expression), division by zero, more
+    than `MAX_EXPRESSION` characters.
     """
     text = text.strip()
     if not text or len(text) > MAX_EXPRESSION:
@@ -131,7 +132,7 @@ def parse_expression(text: str) -> tuple[Fraction, list[int]] | None:
 
 
 def answer_value(completion: Any, numbers: Any) -> Fraction | None:
-    """The value of the completion's answer if it is well-formed: it parses and uses exactly the given numbers.
+    """The value of a well-formed answer: one that parses and uses exactly the given numbers.
 
     Never raises: a completion that is no text, or numbers that are no integers, give None.
     """
@@ -162,8 +163,9 @@ def score(
         levels: what a right, a well-formed wrong and any other answer earn (1.0, 0.1, 0.0).
 
     Returns:
-        `levels.correct` if the answer's exact rational value is the target, `levels.well_formed` if it parses and
-        uses exactly the numbers but has another value, else `levels.malformed`. Pure; never raises; bounded time.
+        `levels.correct` if the answer's exact rational value is the target, `levels.well_formed` if it parses
+        and uses exactly the numbers but has another value, else `levels.malformed`. Pure; never raises;
+        bounded time.
     """
     value = answer_value(completion, numbers)
     if value is None:
@@ -194,7 +196,7 @@ def correctness_reward(
 
 
 def format_reward(completions: Sequence[Any], numbers: Sequence[Sequence[int]], **_: Any) -> list[float]:
-    """TRL reward function: 1.0 for a well-formed answer (right or wrong), else 0.0. Weigh it low: 0.1 in the paper."""
+    """TRL reward function: 1.0 for a well-formed answer, right or wrong, else 0.0. Give it a low weight."""
     return [
         float(answer_value(completion_text(text), given) is not None)
         for text, given in zip(completions, numbers, strict=True)
