@@ -8,6 +8,7 @@ Equation numbers are those of arXiv 2510.13554. Shapes follow :mod:`rhythm_kerne
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ def _sequences(
     """The live sequences of a padded or packed batch, each with `start <= response_start <= end`."""
     if cu_seqlens is not None:
         bounds = [min(max(int(x), 0), length) for x in cu_seqlens]
-        spans = [(0, a, max(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        spans = [(0, a, max(a, b)) for a, b in itertools.pairwise(bounds)]
     else:
         starts = [0] * batch if seq_start is None else [int(x) for x in seq_start]
         ends = [length] * batch if seq_end is None else [int(x) for x in seq_end]
@@ -73,8 +74,7 @@ def _sequences(
     if cu_seqlens is not None:
         first = [f + start for f, (_, start, _) in zip(first, spans, strict=True)]
     return [
-        _Sequence(row, start, end, min(max(f, start), end))
-        for (row, start, end), f in zip(spans, first, strict=True)
+        _Sequence(row, start, end, min(max(f, start), end)) for (row, start, end), f in zip(spans, first, strict=True)
     ]
 
 
@@ -127,7 +127,7 @@ def attention_maps(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`A (H, n, n)` of one sequence `q (n, H, D)`, `k (n, H_kv, D)`: what the model's softmax gives, nothing renormalised.
+    """`A (H, n, n)` of one sequence `q (n, H, D)`, `k (n, H_kv, D)`: what the softmax gives, nothing renormalised.
 
     With `lse (H, n)` given, `A = exp(x - lse)`.
     """
@@ -392,9 +392,7 @@ def attention_with_rhythm(
     return (out[0] if packed else out).to(v.dtype), lse, stats
 
 
-def _score(
-    softmax_scale: float | None, window_size: tuple[int, int], softcap: float, sinks: Tensor | None
-) -> dict:
+def _score(softmax_scale: float | None, window_size: tuple[int, int], softcap: float, sinks: Tensor | None) -> dict:
     return {"softmax_scale": softmax_scale, "window_size": window_size, "softcap": softcap, "sinks": sinks}
 
 

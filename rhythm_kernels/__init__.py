@@ -1,0 +1,63 @@
+"""Attention-rhythm measures out of FlashAttention, and GRPO credit from them.
+
+`import rhythm_kernels as rk` needs torch alone and touches no device; what needs transformers, Triton or TRL is
+loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import reference
+from .functional import attention_lse, attention_with_rhythm, column_moments, fai, span, waad
+from .ops import backends
+from .reference import AttentionStats, ColumnMoments
+
+if TYPE_CHECKING:
+    from .credit import rhythm_credit, shape_advantages
+    from .heads import HeadGroups, head_groups
+    from .native import build_info
+    from .probe import RhythmProbe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionStats",
+    "ColumnMoments",
+    "HeadGroups",
+    "RhythmProbe",
+    "attention_lse",
+    "attention_with_rhythm",
+    "backends",
+    "build_info",
+    "column_moments",
+    "fai",
+    "head_groups",
+    "reference",
+    "rhythm_credit",
+    "shape_advantages",
+    "span",
+    "waad",
+]
+
+_LAZY = {
+    "HeadGroups": "heads",
+    "RhythmProbe": "probe",
+    "build_info": "native",
+    "head_groups": "heads",
+    "rhythm_credit": "credit",
+    "shape_advantages": "credit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,346 @@
+"""The canonical form: whatever callers bring is checked here once and becomes one value that kernels never question.
+
+Padded and packed batches become a sequence table, head subsets a head table, attention variants a score rule.
+No backend has a branch for "packed", and no backend checks an argument.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_SIZE = 256
+
+
+class Canonical(NamedTuple):
+    """Checked input of a pass.
+
+    `q (B, T, H, D)`, `k (B, T, H_kv, D)`, `lse (B, X, T)` or None; packed input is one row of `T = total` tokens.
+    `seqs (S, 4)` int32: row, start, end, response_start, with `start <= response_start <= end`, ordered, disjoint.
+    `heads (H_selected, 2)` int32: query head, row of `lse`.
+    """
+
+    q: Tensor
+    k: Tensor
+    lse: Tensor | None
+    seqs: Tensor
+    heads: Tensor
+    max_seqlen: int
+    scale: float
+    softcap: float
+    window_left: int
+    sinks: Tensor | None
+    packed: bool
+
+    @property
+    def score(self) -> tuple[float, float, int, Tensor | None]:
+        """The score rule, in the order every pass takes it: scale, softcap, window_left, sinks."""
+        return self.scale, self.softcap, self.window_left, self.sinks
+
+    def leave(self, result: Tensor) -> Tensor:
+        """Lay a result `(B, ...)` out as the caller's input was: packed results lose the row dimension."""
+        return result[0] if self.packed else result
+
+
+def canonical(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    *,
+    heads: Tensor | Sequence[int] | None,
+    softmax_scale: float | None,
+    window_size: tuple[int, int],
+    softcap: float,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    response_start: Tensor | None,
+    double: bool = False,
+) -> Canonical:
+    """Check every argument shared by the measures and build their canonical form.
+
+    `double` admits float64 inputs (the dense backend alone takes them). Values of CPU tensors are checked; values of
+    CUDA tensors are never read by the host, so they are clamped into range instead.
+    """
+    packed = cu_seqlens is not None
+    q, k = _check_qk(q, k, packed, double)
+    batch, length, n_heads, dim = q.shape
+    _check_lse(lse, q, packed)
+    if packed:
+        if seq_start is not None or seq_end is not None:
+            name = "seq_start" if seq_start is not None else "seq_end"
+            raise ValueError(f"{name} is for padded input: it must be None where cu_seqlens is given")
+        seqs = _packed_table(cu_seqlens, response_start, length, q.device)
+    else:
+        seqs = _padded_table(seq_start, seq_end, response_start, batch, length, q.device)
+    if lse is not None and packed:
+        lse = lse[None]
+    return Canonical(
+        q=q,
+        k=k,
+        lse=None if lse is None else lse.detach(),
+        seqs=seqs,
+        heads=_head_table(heads, n_heads, q.device),
+        max_seqlen=_check_max_seqlen(max_seqlen, cu_seqlens, length),
+        scale=_check_scale(softmax_scale, dim),
+        softcap=_check_softcap(softcap),
+        window_left=_check_window_size(window_size),
+        sinks=_check_sinks(sinks, n_heads, q.device),
+        packed=packed,
+    )
+
+
+def check_int(name: str, value: object, low: int) -> int:
+    """An integer argument of at least `low`, else an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return value
+
+
+def check_values(host_tensor: Tensor) -> bool:
+    """Whether this tensor's values may be read here: on the CPU, and not while a compiler traces."""
+    return host_tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def _check_qk(q: Tensor, k: Tensor, packed: bool, double: bool) -> tuple[Tensor, Tensor]:
+    rank, layout = (3, "(total, heads, head_dim)") if packed else (4, "(batch, tokens, heads, head_dim)")
+    for name, x in (("q", q), ("k", k)):
+        _check_tensor(name, x)
+        if x.dim() != rank:
+            hint = " with cu_seqlens" if packed else ""
+            raise ValueError(f"{name} must be {layout}{hint}, got shape {tuple(x.shape)}")
+        if x.dtype not in DTYPES and not (double and x.dtype == torch.float64):
+            hint = " (float64: backend='reference')" if x.dtype == torch.float64 else ""
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}{hint}")
+    if k.dtype != q.dtype:
+        raise TypeError(f"k must have the dtype of q, {q.dtype}, got {k.dtype}")
+    if k.device != q.device:
+        raise ValueError(f"k must be on the device of q, {q.device}, got {k.device}")
+    if packed:
+        q, k = q[None], k[None]
+    if k.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"k must have the batch and length of q, {tuple(q.shape[:2])}, got {tuple(k.shape[:2])}"
+            " (a key for every query: causal self-attention without a cache)"
+        )
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k must have the head size of q, {q.shape[3]}, got {k.shape[3]}")
+    for name, size, what in (
+        ("q", q.shape[0], "batch"),
+        ("q", q.shape[1], "tokens"),
+        ("q", q.shape[2], "heads"),
+        ("k", k.shape[2], "heads"),
+    ):
+        if size == 0:
+            raise ValueError(f"{name} must not be empty, got 0 {what}")
+    if not 1 <= q.shape[3] <= MAX_HEAD_SIZE:
+        raise ValueError(f"q must have a head size of 1 to {MAX_HEAD_SIZE}, got {q.shape[3]}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q must have a multiple of k's heads (grouped-query attention), got {q.shape[2]} and {k.shape[2]}"
+        )
+    if q.shape[1] >= 2**31 - 2**16:
+        raise ValueError(f"q must have fewer than 2^31 - 2^16 tokens a row, got {q.shape[1]}")
+    return _last_contiguous(q.detach()), _last_contiguous(k.detach())
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    """Kernels read the head dimension in vectors; every other stride is free."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _check_lse(lse: Tensor | None, q: Tensor, packed: bool) -> None:
+    if lse is None:
+        return
+    _check_tensor("lse", lse)
+    batch, length, n_heads, _ = q.shape
+    shape = (n_heads, length) if packed else (batch, n_heads, length)
+    if tuple(lse.shape) != shape:
+        layout = "(heads, total)" if packed else "(batch, heads, tokens)"
+        raise ValueError(f"lse must be {layout} = {shape}, all query heads, got shape {tuple(lse.shape)}")
+    want = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+    if lse.dtype not in want:
+        raise TypeError(f"lse must be float32 (natural log), got {lse.dtype}")
+    if lse.device != q.device:
+        raise ValueError(f"lse must be on the device of q, {q.device}, got {lse.device}")
+
+
+def _index_vector(name: str, value: Tensor, size: int, of: str, device: torch.device) -> Tensor:
+    _check_tensor(name, value)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 (or int64), got {value.dtype}")
+    if tuple(value.shape) != (size,):
+        raise ValueError(f"{name} must be {of} = ({size},), got shape {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of q, {device}, got {value.device}")
+    return value
+
+
+def _padded_table(
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    response_start: Tensor | None,
+    batch: int,
+    length: int,
+    device: torch.device,
+) -> Tensor:
+    def column(name: str, value: Tensor | None, default: int) -> Tensor:
+        if value is None:
+            return torch.full((batch,), default, dtype=torch.int64, device=device)
+        _index_vector(name, value, batch, "(batch,)", device)
+        if name != "response_start" and check_values(value):
+            bad = (value < 0) | (value > length)
+            if bool(bad.any()):
+                row = int(bad.nonzero()[0])
+                raise ValueError(f"{name} must be in 0..{length}, got {int(value[row])} in row {row}")
+        return value.long()
+
+    start = column("seq_start", seq_start, 0)
+    end = column("seq_end", seq_end, length)
+    if seq_start is not None and check_values(start) and check_values(end) and bool((end < start).any()):
+        row = int((end < start).nonzero()[0])
+        raise ValueError(f"seq_end must not lie before seq_start, got {int(end[row])} < {int(start[row])} in row {row}")
+    start = start.clamp(0, length)
+    end = torch.maximum(end.clamp(0, length), start)
+    first = torch.minimum(torch.maximum(column("response_start", response_start, 0), start), end)
+    return torch.stack([torch.arange(batch, device=device), start, end, first], dim=1).int()
+
+
+def _packed_table(cu_seqlens: Tensor | None, response_start: Tensor | None, total: int, device: torch.device) -> Tensor:
+    cu = _check_tensor("cu_seqlens", cu_seqlens)
+    if cu.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 (or int64), got {cu.dtype}")
+    if cu.dim() != 1 or cu.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must be (sequences + 1,) with at least one sequence, got shape {tuple(cu.shape)}")
+    if cu.device != device:
+        raise ValueError(f"cu_seqlens must be on the device of q, {device}, got {cu.device}")
+    if check_values(cu):
+        values = cu.tolist()
+        if values[0] != 0 or values[-1] != total:
+            raise ValueError(
+                f"cu_seqlens must run from 0 to the total of {total} tokens, got {values[0]}..{values[-1]}"
+            )
+        if any(a > b for a, b in itertools.pairwise(values)):
+            raise ValueError("cu_seqlens must not decrease")
+    bounds = torch.cummax(cu.long().clamp(0, total), dim=0).values
+    start, end = bounds[:-1], bounds[1:]
+    first = start
+    if response_start is not None:
+        offset = _index_vector("response_start", response_start, cu.shape[0] - 1, "(sequences,)", device)
+        first = torch.minimum(start + offset.long().clamp(min=0), end)
+    return torch.stack([torch.zeros_like(start), start, end, first], dim=1).int()
+
+
+def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, device: torch.device) -> Tensor:
+    """`(H_selected, 2)` int32: query head and its row of `lse` (the same, as `lse` has all heads)."""
+    if heads is None:
+        return _head_rows(tuple(range(n_heads)), device)
+    if isinstance(heads, Tensor):
+        if heads.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"heads must hold integers (int32 or int64), got {heads.dtype}")
+        if heads.dim() != 1 or heads.shape[0] == 0:
+            raise ValueError(f"heads must be a non-empty vector of query-head indices, got shape {tuple(heads.shape)}")
+        if not check_values(heads):
+            if heads.device != device:
+                raise ValueError(f"heads must be on the device of q, {device}, or on the CPU, got {heads.device}")
+            index = heads.clamp(0, n_heads - 1).int()
+            return torch.stack([index, index], dim=1)
+        heads = heads.tolist()
+    index_list = list(heads)
+    for h in index_list:
+        if isinstance(h, bool) or not hasattr(h, "__index__"):
+            raise TypeError(f"heads must hold integers, got {h!r}")
+        if not 0 <= h < n_heads:
+            raise ValueError(f"heads must be query-head indices in 0..{n_heads - 1}, got {h}")
+    if not index_list:
+        raise ValueError("heads must name at least one query head, got none")
+    if len(set(index_list)) != len(index_list):
+        raise ValueError(f"heads must not repeat a head, got {index_list}")
+    return _head_rows(tuple(int(h) for h in index_list), device)
+
+
+def _head_rows(index: tuple[int, ...], device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _new_head_rows(index, device)
+    return _cached_head_rows(index, device)
+
+
+def _new_head_rows(index: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([[h, h] for h in index], dtype=torch.int32, device=device)
+
+
+# A host list becomes a device tensor once: the copy is a synchronisation that a CUDA graph cannot capture.
+_cached_head_rows = functools.lru_cache(maxsize=1024)(_new_head_rows)
+
+
+def _check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None, length: int) -> int:
+    """The launch grid's upper bound on a sequence's length."""
+    if max_seqlen is None:
+        if cu_seqlens is not None and check_values(cu_seqlens):
+            return int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        return length
+    check_int("max_seqlen", max_seqlen, 0)
+    if cu_seqlens is None:
+        return length
+    if check_values(cu_seqlens):
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        if max_seqlen < longest:
+            raise ValueError(f"max_seqlen must be at least the longest sequence's {longest} tokens, got {max_seqlen}")
+    return min(max_seqlen, length)
+
+
+def _check_scale(softmax_scale: float | None, dim: int) -> float:
+    if softmax_scale is None:
+        return dim**-0.5
+    if isinstance(softmax_scale, Tensor) or not isinstance(softmax_scale, int | float):
+        raise TypeError(f"softmax_scale must be a float, got {type(softmax_scale).__name__}")
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    return float(softmax_scale)
+
+
+def _check_softcap(softcap: float) -> float:
+    if isinstance(softcap, Tensor) or not isinstance(softcap, int | float):
+        raise TypeError(f"softcap must be a float, got {type(softcap).__name__}")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap must be 0 (off) or a positive number, got {softcap}")
+    return float(softcap)
+
+
+def _check_window_size(window_size: tuple[int, int]) -> int:
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
+    left, right = (check_int(f"window_size[{i}]", w, -1) for i, w in enumerate(window_size))
+    if right > 0:
+        raise ValueError(f"window_size[1] must be -1 or 0: the measures are of causal attention, got {right}")
+    return left
+
+
+def _check_sinks(sinks: Tensor | None, n_heads: int, device: torch.device) -> Tensor | None:
+    if sinks is None:
+        return None
+    _check_tensor("sinks", sinks)
+    if not sinks.dtype.is_floating_point:
+        raise TypeError(f"sinks must be floating point, got {sinks.dtype}")
+    if tuple(sinks.shape) != (n_heads,):
+        raise ValueError(f"sinks must be (heads,) = ({n_heads},), got shape {tuple(sinks.shape)}")
+    if sinks.device != device:
+        raise ValueError(f"sinks must be on the device of q, {device}, got {sinks.device}")
+    return sinks.detach().float().contiguous()

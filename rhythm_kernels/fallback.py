@@ -1,0 +1,269 @@
+"""Tile-wise torch: the passes where neither compiler nor Triton is, on any device, in O(T) memory.
+
+Signatures and layouts are those that all backends share (see :mod:`rhythm_kernels.canonical`). Nothing of size
+tokens x tokens is made: the largest temporary is one tile of logits. All arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import torch_attention
+from .tiles import KEY_TILE, host_max, host_min, logits, ranges, row_tile, token_table, visible
+
+
+def _finish(per_head_result: Tensor, scored: Tensor, per_head: bool) -> Tensor:
+    """`(..., B, H_selected, T)` -> the result's layout, 0 outside R."""
+    result = torch.where(scored[:, None], per_head_result, 0.0)
+    return result if per_head else result.mean(dim=-2)
+
+
+def band_rows(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    seqs: Tensor,
+    heads: Tensor,
+    max_seqlen: int,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+    window: int,
+    per_head: bool,
+) -> Tensor:
+    """WAAD (eq. 9) given `lse`, by the identity `W rowsum - sum over the last W keys of A (W - (t - s))`."""
+    batch, length = q.shape[:2]
+    tokens = token_table(seqs, batch, length)
+    query_heads, lse_rows = heads.long().unbind(1)
+    out = q.new_empty((batch, len(heads), length), dtype=torch.float32)
+    row_lse = lse.index_select(1, lse_rows)
+    rowsum = torch.ones_like(row_lse)
+    if sinks is not None:
+        rowsum = 1 - torch.exp(sinks[query_heads, None] - row_lse)
+    step = row_tile(q, len(heads), KEY_TILE)
+    for rows in ranges(0, length, step):
+        near = torch.zeros((), device=q.device)
+        for keys in ranges(max(0, rows[0] - window + 1), rows[1], KEY_TILE):
+            mask, distance = visible(tokens, rows, keys, window_left)
+            x = logits(q, k, rows, keys, query_heads, scale, softcap)
+            # Masked after the exponential: a row whose lse is not finite must not leak into hidden keys.
+            maps = torch.where(mask, torch.exp(x - row_lse[:, :, slice(*rows), None]), 0.0)
+            near = near + (maps * (window - distance).clamp(min=0)).sum(dim=-1)
+        out[:, :, slice(*rows)] = (window * rowsum[:, :, slice(*rows)] - near).clamp(0, window)
+    return _finish(out, tokens.scored, per_head)
+
+
+def band_columns(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    seqs: Tensor,
+    heads: Tensor,
+    max_seqlen: int,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+    lo: int,
+    hi: int,
+    per_head: bool,
+) -> Tensor:
+    """FAI (eq. 10) given `lse`: mean of `A[t, s]` over the rows `s + lo <= t <= min(end - 1, s + hi)`."""
+    batch, length = q.shape[:2]
+    tokens = token_table(seqs, batch, length)
+    query_heads, lse_rows = heads.long().unbind(1)
+    row_lse = lse.index_select(1, lse_rows)
+    position = torch.arange(length, device=q.device)
+    last = torch.minimum(tokens.end - 1, position + hi)
+    count = (last - (position + lo) + 1).clamp(min=0)
+    out = q.new_zeros((batch, len(heads), length), dtype=torch.float32)
+    for keys in ranges(0, length, KEY_TILE):
+        stop = min(keys[1] + hi, host_max(tokens.end[:, slice(*keys)], length))
+        for rows in ranges(keys[0] + lo, stop, row_tile(q, len(heads), KEY_TILE)):
+            mask, distance = visible(tokens, rows, keys, window_left)
+            mask = mask & (distance >= lo) & (distance <= hi)
+            x = logits(q, k, rows, keys, query_heads, scale, softcap)
+            maps = torch.where(mask, torch.exp(x - row_lse[:, :, slice(*rows), None]), 0.0)
+            out[:, :, slice(*keys)] += maps.sum(dim=2)
+    return _finish(out / count.clamp(min=1)[:, None], tokens.scored, per_head)
+
+
+def row_stats(
+    q: Tensor,
+    k: Tensor,
+    seqs: Tensor,
+    heads: Tensor,
+    max_seqlen: int,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+    window: int,
+    per_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp, WAAD (eq. 9) and span (the summand of eq. 7) by an online softmax over tiles of keys."""
+    batch, length = q.shape[:2]
+    tokens = token_table(seqs, batch, length)
+    query_heads = heads[:, 0].long()
+    shape = (batch, len(heads), length)
+    lse, waad, span = (q.new_empty(shape, dtype=torch.float32) for _ in range(3))
+    for rows in ranges(0, length, row_tile(q, len(heads), KEY_TILE)):
+        size = (batch, len(heads), rows[1] - rows[0])
+        if sinks is None:
+            peak = lse.new_full(size, float("-inf"))
+            total = lse.new_zeros(size)
+        else:
+            peak = sinks[query_heads, None].expand(size)
+            total = lse.new_ones(size)
+        near, far = lse.new_zeros(size), lse.new_zeros(size)
+        start = host_min(tokens.start[:, slice(*rows)], 0)
+        if window_left >= 0:
+            start = max(start, rows[0] - window_left)
+        for keys in ranges(max(start, 0), rows[1], KEY_TILE):
+            mask, distance = visible(tokens, rows, keys, window_left)
+            x = logits(q, k, rows, keys, query_heads, scale, softcap).masked_fill(~mask, float("-inf"))
+            new_peak = torch.maximum(peak, x.amax(dim=-1))
+            # Until a row meets its first key both peaks are -inf, and their difference is not a number.
+            decay = torch.where(peak == new_peak, 1.0, torch.exp(peak - new_peak))
+            weights = torch.where(mask, torch.exp(x - new_peak[..., None]), 0.0)
+            away = distance.clamp(min=0).float()
+            total = total * decay + weights.sum(dim=-1)
+            near = near * decay + (weights * away.clamp(max=window)).sum(dim=-1)
+            far = far * decay + (weights * away).sum(dim=-1)
+            peak = new_peak
+        some = total != 0
+        tile = (slice(None), slice(None), slice(*rows))
+        lse[tile] = torch.where(some, peak + torch.log(total), float("-inf"))
+        waad[tile] = torch.where(some, near / total, 0.0).clamp(0, window)
+        span[tile] = torch.where(some, far / total, 0.0)
+    lse = torch.where(tokens.scored[:, None], lse, float("-inf"))
+    return lse, _finish(waad, tokens.scored, per_head), _finish(span, tokens.scored, per_head)
+
+
+def column_stats(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    seqs: Tensor,
+    heads: Tensor,
+    max_seqlen: int,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+    min_distance: int,
+    moments: bool,
+    per_head: bool,
+) -> Tensor:
+    """Moments of `A[t, s]` over the rows `t >= s + min_distance` of R, `(1 or 5, B, [H_selected,] T)`.
+
+    Central moments are merged tile by tile (Chan, Golub and LeVeque; Pébay for the third and fourth): power sums
+    would cancel.
+    """
+    batch, length = q.shape[:2]
+    tokens = token_table(seqs, batch, length)
+    query_heads, lse_rows = heads.long().unbind(1)
+    row_lse = lse.index_select(1, lse_rows)
+    results = q.new_zeros((5 if moments else 1, batch, len(heads), length), dtype=torch.float32)
+    for keys in ranges(0, length, KEY_TILE):
+        state = results.new_zeros((5, batch, len(heads), keys[1] - keys[0]))
+        stop = host_max(tokens.end[:, slice(*keys)], length)
+        for rows in ranges(keys[0] + min_distance, stop, row_tile(q, len(heads), KEY_TILE)):
+            mask, distance = visible(tokens, rows, keys, window_left)
+            position, _ = visible(tokens, rows, keys, -1)
+            position = position & (distance >= min_distance) & tokens.scored[:, None, slice(*rows), None]
+            x = logits(q, k, rows, keys, query_heads, scale, softcap)
+            maps = torch.where(mask & position, torch.exp(x - row_lse[:, :, slice(*rows), None]), 0.0)
+            state = _merge(state, _tile_moments(maps, position, moments), moments)
+        results[..., slice(*keys)] = _standardise(state) if moments else state[1:2]
+    return _finish(results, tokens.scored, per_head)
+
+
+def _tile_moments(maps: Tensor, position: Tensor, moments: bool) -> Tensor:
+    """Of one tile: count, mean and the sums of second to fourth powers of the deviations, each `(B, H, keys)`."""
+    count = position.sum(dim=2).float().expand(maps.shape[0], maps.shape[1], -1)
+    mean = maps.sum(dim=2) / count.clamp(min=1)
+    if not moments:
+        zero = torch.zeros_like(mean)
+        return torch.stack([count, mean, zero, zero, zero])
+    central = torch.where(position, maps - mean[:, :, None], 0.0)
+    square = central * central
+    return torch.stack([count, mean, square.sum(dim=2), (square * central).sum(dim=2), (square * square).sum(dim=2)])
+
+
+def _merge(a: Tensor, b: Tensor, moments: bool) -> Tensor:
+    """Moments of the union of two disjoint sets of rows."""
+    n_a, mean_a, m2_a, m3_a, m4_a = a
+    n_b, mean_b, m2_b, m3_b, m4_b = b
+    n = n_a + n_b
+    safe = n.clamp(min=1)
+    delta = mean_b - mean_a
+    share_a, share_b = n_a / safe, n_b / safe
+    mean = mean_a + delta * share_b
+    if not moments:
+        return torch.stack([n, mean, m2_a, m3_a, m4_a])
+    between = n_a * share_b
+    m2 = m2_a + m2_b + delta**2 * between
+    m3 = m3_a + m3_b + delta**3 * between * (share_a - share_b) + 3 * delta * (share_a * m2_b - share_b * m2_a)
+    m4 = (
+        m4_a
+        + m4_b
+        + delta**4 * between * (share_a**2 - share_a * share_b + share_b**2)
+        + 6 * delta**2 * (share_a**2 * m2_b + share_b**2 * m2_a)
+        + 4 * delta * (share_a * m3_b - share_b * m3_a)
+    )
+    return torch.stack([n, mean, m2, m3, m4])
+
+
+def _standardise(state: Tensor) -> Tensor:
+    """Count, mean, population variance, skewness and kurtosis; 0 where they are not defined."""
+    count, mean, m2, m3, m4 = state
+    safe = count.clamp(min=1)
+    variance = m2 / safe
+    spread = (variance != 0) & (count >= 2)
+    unit = torch.where(spread, variance, 1.0)
+    # Standardised before they are powered: attention of 1e-10 squared twice leaves float32.
+    skewness = torch.where(spread, m3 / safe / unit / unit.sqrt(), 0.0)
+    kurtosis = torch.where(spread, m4 / safe / unit / unit, 0.0)
+    return torch.stack([count, mean, torch.where(count >= 2, variance, 0.0), skewness, kurtosis])
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqs: Tensor,
+    heads: Tensor,
+    max_seqlen: int,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+    window: int,
+    per_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention, log-sum-exp, WAAD and span: torch's own attention and the row pass."""
+    rule = (scale, softcap, window_left, sinks)
+    out, lse = torch_attention.forward(q, k, v, seqs, *rule)
+    _, waad, span = row_stats(q, k, seqs, heads, max_seqlen, *rule, window, per_head)
+    return out, lse, waad, span
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seqs: Tensor,
+    max_seqlen: int,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention`'s output with respect to q, k and v."""
+    return torch_attention.backward(grad_out, q, k, v, out, lse, seqs, scale, softcap, window_left, sinks)

@@ -1,0 +1,385 @@
+"""The documented API: arguments are checked and brought to canonical form, passes are composed. No kernel code.
+
+Conventions of every function here (those of flash-attn):
+
+- `q (B, T, H, D)`, `k (B, T, H_kv, D)` float32, bfloat16 or float16, any strides (a head dimension that is not
+  contiguous is copied); `H` a multiple of `H_kv`, `1 <= D <= 256`. Packed: `q (total, H, D)` with `cu_seqlens`.
+- `lse (B, H, T)` float32, packed `(H, total)`: natural log-sum-exp of each query row over all query heads, with the
+  scale, softcap, window and sink that the model used; any strides. Without it a streaming pass computes it.
+- `heads`: indices of query heads (list, or int tensor), default all. Results are the plain mean over them (eq. 8), or
+  per head with `per_head=True`.
+- `softmax_scale`: default `D ** -0.5`. `window_size = (left, right)`: a query sees itself and `left` keys before it
+  (-1: all); the measures are of causal attention, so `right` is -1 or 0. `softcap`: `x -> softcap tanh(x / softcap)`
+  where positive. `sinks (H,)`: logits that join each row's denominator only.
+- Padded batches: `seq_start`, `seq_end` int32 `(B,)`, the live range of each row. Packed: `cu_seqlens` int32
+  `(sequences + 1,)`; `max_seqlen` bounds the longest (read from a CPU tensor, else the total).
+- `response_start` int32 `(B,)` or `(sequences,)`: first response token R, counted in the padded row, or from the packed
+  sequence's first token. Rows of R are measured, keys may lie before it. A value before the start means the whole row.
+- Results are float32, detached, `(B, T)` or `(B, H_selected, T)` (packed `(total,)`, `(H_selected, total)`), and 0
+  outside `[response_start, seq_end)`.
+- `backend`: None picks the best for the device; `"triton"`, `"cuda"`, `"cpu"`, `"torch"`, `"reference"` force one.
+
+Errors: `TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, device, index or range, for a backend
+that cannot serve; raised before any kernel runs. Values in CUDA tensors are not read by the host but clamped.
+Equation numbers are those of arXiv 2510.13554.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .canonical import Canonical, canonical, check_int
+from .reference import AttentionStats, ColumnMoments
+
+__all__ = ["attention_lse", "attention_with_rhythm", "column_moments", "fai", "span", "waad"]
+
+
+def _canonical(
+    pass_name: str, backend: str | None, q: Tensor, k: Tensor, lse: Tensor | None, **arguments: Any
+) -> tuple[Canonical, str]:
+    """Canonical form of the arguments, and the backend that will run `pass_name`."""
+    form = canonical(q, k, lse, double=backend == "reference", **arguments)
+    return form, ops.choose(pass_name, backend, form.q.device)
+
+
+def _with_lse(form: Canonical, backend: str | None) -> Canonical:
+    """The same form with a log-sum-exp of the selected heads, from the streaming pass where the caller had none."""
+    if form.lse is not None:
+        return form
+    chosen = ops.choose("row_stats", backend, form.q.device)
+    lse, _, _ = ops.row_stats(form.q, form.k, form.seqs, form.heads, form.max_seqlen, *form.score, 1, True, chosen)
+    index = torch.arange(form.heads.shape[0], dtype=torch.int32, device=form.heads.device)
+    return form._replace(lse=lse, heads=torch.stack([form.heads[:, 0], index], dim=1))
+
+
+def _dense(name: str, *tensors: Tensor | None, **arguments: Any) -> Any:
+    """The dense definition, for `backend="reference"`: inputs are checked by the caller, results detached."""
+    from . import reference
+
+    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):  # type: ignore[union-attr]
+        return getattr(reference, name)(*tensors, **arguments)
+
+
+def _check_per_head(per_head: bool) -> bool:
+    if not isinstance(per_head, bool):
+        raise TypeError(f"per_head must be a bool, got {type(per_head).__name__}")
+    return per_head
+
+
+def _check_horizon(horizon: tuple[int, int | None]) -> tuple[int, int | None]:
+    if not isinstance(horizon, tuple | list) or len(horizon) != 2:
+        raise ValueError(f"horizon must be a pair (first, last) of distances, last may be None, got {horizon!r}")
+    lo = check_int("horizon[0]", horizon[0], 0)
+    return lo, None if horizon[1] is None else check_int("horizon[1]", horizon[1], lo)
+
+
+def waad(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    window: int = 10,
+    heads: Tensor | Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    response_start: Tensor | None = None,
+    per_head: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Windowed average attention distance of each token, eq. 9: `sum over s of A[t, s] min(t - s, window)`.
+
+    With `lse` only the last `window` keys of each row are read: O(T window D). Without, one streaming pass: O(T^2 D).
+
+    Returns float32 `(B, T)` in tokens, within `[0, window]`; see the module for layouts, arguments and errors.
+    """
+    check_int("window", window, 1)
+    _check_per_head(per_head)
+    arguments: dict[str, Any] = {
+        "heads": heads,
+        "softmax_scale": softmax_scale,
+        "window_size": window_size,
+        "softcap": softcap,
+        "sinks": sinks,
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max_seqlen,
+        "seq_start": seq_start,
+        "seq_end": seq_end,
+        "response_start": response_start,
+    }
+    form, chosen = _canonical("row_stats" if lse is None else "band_rows", backend, q, k, lse, **arguments)
+    if chosen == "reference":
+        return _dense("waad", q, k, lse, window=window, per_head=per_head, **arguments)
+    head = (form.seqs, form.heads, form.max_seqlen, *form.score)
+    if form.lse is None:
+        return form.leave(ops.row_stats(form.q, form.k, *head, window, per_head, chosen)[1])
+    return form.leave(ops.band_rows(form.q, form.k, form.lse, *head, window, per_head, chosen))
+
+
+def fai(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    horizon: tuple[int, int | None] = (10, 50),
+    heads: Tensor | Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    response_start: Tensor | None = None,
+    per_head: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Future attention influence of each token, eq. 10: mean over `t in T(s)` of `A[t, s]`.
+
+    T(s) holds the response rows at distance `horizon[0]` to `horizon[1]`, by position: O(T horizon D) with `lse`.
+    `horizon=(lo, None)` runs to the sequence's end: one O(T^2 D) pass. 0 where T(s) is empty.
+
+    Returns float32 `(B, T)`, attention per row, within `[0, 1]`; see the module for layouts, arguments and errors.
+    """
+    lo, hi = _check_horizon(horizon)
+    _check_per_head(per_head)
+    arguments: dict[str, Any] = {
+        "heads": heads,
+        "softmax_scale": softmax_scale,
+        "window_size": window_size,
+        "softcap": softcap,
+        "sinks": sinks,
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max_seqlen,
+        "seq_start": seq_start,
+        "seq_end": seq_end,
+        "response_start": response_start,
+    }
+    form, chosen = _canonical("column_stats" if hi is None else "band_columns", backend, q, k, lse, **arguments)
+    if chosen == "reference":
+        return _dense("fai", q, k, lse, horizon=(lo, hi), per_head=per_head, **arguments)
+    form = _with_lse(form, backend)
+    head = (form.q, form.k, form.lse, form.seqs, form.heads, form.max_seqlen, *form.score)
+    if hi is None:
+        return form.leave(ops.column_stats(*head, lo, False, per_head, chosen)[0])
+    return form.leave(ops.band_columns(*head, lo, hi, per_head, chosen))
+
+
+def span(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    heads: Tensor | Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    response_start: Tensor | None = None,
+    per_head: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Average attention distance of each token, `sum over s of A[t, s] (t - s)`; its mean over R is eq. 7.
+
+    One streaming pass, O(T^2 D), whether or not `lse` is given: every key counts. Accumulated as distances, so that
+    a million tokens lose nothing to cancellation.
+
+    Returns float32 `(B, T)` in tokens, within `[0, T)`; see the module for layouts, arguments and errors.
+    """
+    _check_per_head(per_head)
+    arguments: dict[str, Any] = {
+        "heads": heads,
+        "softmax_scale": softmax_scale,
+        "window_size": window_size,
+        "softcap": softcap,
+        "sinks": sinks,
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max_seqlen,
+        "seq_start": seq_start,
+        "seq_end": seq_end,
+        "response_start": response_start,
+    }
+    form, chosen = _canonical("row_stats", backend, q, k, lse, **arguments)
+    if chosen == "reference":
+        return _dense("span", q, k, lse, per_head=per_head, **arguments)
+    head = (form.q, form.k, form.seqs, form.heads, form.max_seqlen, *form.score)
+    return form.leave(ops.row_stats(*head, 1, per_head, chosen)[2])
+
+
+def column_moments(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    min_distance: int = 4,
+    heads: Tensor | Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    response_start: Tensor | None = None,
+    per_head: bool = False,
+    backend: str | None = None,
+) -> ColumnMoments:
+    """Moments of the attention each token receives over the response rows `t >= s + min_distance`, in O(T) memory.
+
+    What receiver heads are found by (Thought Anchors, arXiv 2506.19143): a head's score is the kurtosis over tokens
+    of the `mean` it gives with `per_head=True`. Central moments are merged tile by tile.
+
+    Returns a named tuple `(count, mean, variance, skewness, kurtosis)` of float32 `(B, T)`: population variance,
+    kurtosis `m4 / m2^2` (3 for a normal distribution); 0 where there are fewer than two rows or no variance. See the
+    module for layouts, arguments and errors.
+    """
+    check_int("min_distance", min_distance, 0)
+    _check_per_head(per_head)
+    arguments: dict[str, Any] = {
+        "heads": heads,
+        "softmax_scale": softmax_scale,
+        "window_size": window_size,
+        "softcap": softcap,
+        "sinks": sinks,
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max_seqlen,
+        "seq_start": seq_start,
+        "seq_end": seq_end,
+        "response_start": response_start,
+    }
+    form, chosen = _canonical("column_stats", backend, q, k, lse, **arguments)
+    if chosen == "reference":
+        return _dense("column_moments", q, k, lse, min_distance=min_distance, per_head=per_head, **arguments)
+    form = _with_lse(form, backend)
+    head = (form.q, form.k, form.lse, form.seqs, form.heads, form.max_seqlen, *form.score)
+    moments = ops.column_stats(*head, min_distance, True, per_head, chosen)
+    return ColumnMoments(*(form.leave(moment) for moment in moments.unbind(0)))
+
+
+def attention_lse(
+    q: Tensor,
+    k: Tensor,
+    *,
+    heads: Tensor | Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    response_start: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Natural log-sum-exp of each response row, sinks included, where no FlashAttention returned one.
+
+    Returns float32 `(B, H_selected, T)`, packed `(H_selected, total)`; `-inf` on rows without keys (padding) and
+    before `response_start`. To hand it to another function as `lse`, leave `heads` at None. See the module for
+    arguments and errors.
+    """
+    arguments: dict[str, Any] = {
+        "heads": heads,
+        "softmax_scale": softmax_scale,
+        "window_size": window_size,
+        "softcap": softcap,
+        "sinks": sinks,
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max_seqlen,
+        "seq_start": seq_start,
+        "seq_end": seq_end,
+        "response_start": response_start,
+    }
+    form, chosen = _canonical("row_stats", backend, q, k, None, **arguments)
+    if chosen == "reference":
+        return _dense("attention_lse", q, k, **arguments)
+    head = (form.q, form.k, form.seqs, form.heads, form.max_seqlen, *form.score)
+    return form.leave(ops.row_stats(*head, 1, False, chosen)[0])
+
+
+def attention_with_rhythm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int = 10,
+    heads: Tensor | Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    response_start: Tensor | None = None,
+    per_head: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, AttentionStats]:
+    """Causal attention and its rhythm together: `out, lse, stats`, with `stats` a named tuple `(waad, span)`.
+
+    `v (B, T, H_kv, D_v)`, `D_v` up to 256 and not necessarily D. `out (B, T, H, D_v)` has v's dtype and is
+    differentiable in q, k, v (the backward pass recomputes from `lse`; sinks get no gradient); it covers every live
+    row and is 0 elsewhere. `lse (B, H, T)` float32 is detached and covers all heads; `heads`, `response_start` and
+    `per_head` concern the statistics alone. On a CPU this is torch's own attention and the row pass.
+
+    See the module for layouts, arguments and errors.
+    """
+    check_int("window", window, 1)
+    _check_per_head(per_head)
+    arguments: dict[str, Any] = {
+        "heads": heads,
+        "softmax_scale": softmax_scale,
+        "window_size": window_size,
+        "softcap": softcap,
+        "sinks": sinks,
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max_seqlen,
+        "seq_start": seq_start,
+        "seq_end": seq_end,
+        "response_start": response_start,
+    }
+    form, chosen = _canonical("attention", backend, q, k, None, **arguments)
+    _check_v(v, q, k)
+    if chosen == "reference":
+        from . import reference
+
+        out, lse, stats = reference.attention_with_rhythm(q, k, v, window=window, per_head=per_head, **arguments)
+        return out, lse.detach(), stats
+    # The tensors that carry gradients; `form` holds their detached copies.
+    q, k, v = (x[None] if form.packed else x for x in (q, k, v))
+    head = (form.seqs, form.heads, form.max_seqlen, *form.score)
+    results = ops.attention(q, k, v, *head, window, per_head, chosen)
+    out, lse, waad_, span_ = (form.leave(x) for x in results)
+    return out, lse, AttentionStats(waad_, span_)
+
+
+def _check_v(v: Tensor, q: Tensor, k: Tensor) -> None:
+    if not isinstance(v, Tensor):
+        raise TypeError(f"v must be a torch.Tensor, got {type(v).__name__}")
+    if v.dim() != k.dim() or v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"v must have the layout of k but for the head size, {tuple(k.shape[:-1])}, got {tuple(v.shape)}"
+        )
+    if not 1 <= v.shape[-1] <= 256:
+        raise ValueError(f"v must have a head size of 1 to 256, got {v.shape[-1]}")
+    if v.dtype != q.dtype:
+        raise TypeError(f"v must have the dtype of q, {q.dtype}, got {v.dtype}")
+    if v.device != q.device:
+        raise ValueError(f"v must be on the device of q, {q.device}, got {v.device}")

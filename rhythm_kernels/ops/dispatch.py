@@ -1,0 +1,79 @@
+"""Which backend runs a pass: the one place that knows."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
+
+# The rule: the first usable backend of the device's list.
+_PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
+
+# Passes that a backend does not have, and why. What is not named here is there.
+_LACKS = {
+    ("triton", "attention"): "the Triton backend has no attention pass yet",
+    ("cpu", "attention"): "attention on the CPU is torch's own: leave backend at None, or say 'torch'",
+}
+
+
+def _unusable(name: str, device: torch.device) -> str:
+    """Why `name` cannot serve tensors on `device`; empty where it can."""
+    if name in ("torch", "reference"):
+        return ""
+    if name == "cpu":
+        from .. import native
+
+        return native.available() if device.type == "cpu" else f"it serves CPU tensors, not {device.type}"
+    if name == "triton":
+        from .. import triton
+
+        return triton.available(device)
+    if name == "cuda":
+        return "this build has no CUDA C++ kernels"
+    raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {name!r}")
+
+
+def choose(pass_name: str, backend: str | None, device: torch.device) -> str:
+    """The backend that will run `pass_name` on `device`; a forced one that cannot is a ValueError that says why."""
+    if backend is not None:
+        if not isinstance(backend, str):
+            raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
+        reason = _unusable(backend, device) or _LACKS.get((backend, pass_name), "")
+        if reason:
+            raise ValueError(f"backend={backend!r} cannot run {pass_name} on {device.type} tensors: {reason}")
+        return backend
+    for name in _PREFERENCE.get(device.type, ("torch",)):
+        if (name, pass_name) not in _LACKS and not _unusable(name, device):
+            return name
+    return "torch"
+
+
+def run(pass_name: str, backend: str, *args: Any) -> Any:
+    """Call the pass of a backend that `choose` has named, outside of autocast and autograd."""
+    device = args[0].device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return getattr(_module(backend), pass_name)(*args)
+
+
+def _module(backend: str) -> ModuleType:
+    if backend == "cpu":
+        from .. import native as module
+    elif backend == "triton":
+        from .. import triton as module
+    else:
+        from .. import fallback as module
+    return module
+
+
+def backends() -> dict[str, str]:
+    """Name of each backend -> `""` where it is usable on this machine, else the reason it is not."""
+    cuda = torch.device("cuda") if torch.cuda.is_available() else None
+    devices = [torch.device("cpu")] + ([cuda] if cuda else [])
+    found = {}
+    for name in BACKENDS:
+        reasons = [_unusable(name, device) for device in devices]
+        found[name] = "" if "" in reasons else reasons[-1]
+    return found

@@ -1,0 +1,138 @@
+"""Causal attention and its gradient in torch, tile by tile, for every score rule; O(T) memory.
+
+Where torch's own CPU flash attention knows the rule (no softcap, no sink, no window), its forward is used.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .tiles import KEY_TILE, host_min, logits, ranges, row_tile, token_table, visible
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqs: Tensor,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`out (B, T, H, D_v)` in v's dtype and `lse (B, H, T)` float32; rows outside every sequence are 0 and -inf."""
+    plain = softcap == 0 and window_left < 0 and sinks is None
+    if q.device.type == "cpu" and plain and v.shape[3] == q.shape[3]:
+        return _flash_cpu(q, k, v, seqs, scale)
+    return _tiled(q, k, v, seqs, scale, softcap, window_left, sinks)
+
+
+def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, seqs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, length, n_heads, _ = q.shape
+    out = q.new_zeros((batch, length, n_heads, v.shape[3]))
+    lse = q.new_full((batch, n_heads, length), float("-inf"), dtype=torch.float32)
+    group = n_heads // k.shape[2]
+    for row, start, end, _ in seqs.tolist():
+        if end > start:
+            live = slice(start, end)
+            args = (x[row : row + 1, live].transpose(1, 2) for x in (q, k, v))
+            query, key, value = args
+            if group > 1:
+                key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            o, l = flash(query, key, value, 0.0, True, scale=scale)  # noqa: E741
+            out[row, live] = o[0].transpose(0, 1)
+            lse[row, :, live] = l[0]
+    return out, lse
+
+
+def _tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqs: Tensor,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, length, n_heads, _ = q.shape
+    tokens = token_table(seqs, batch, length)
+    heads = torch.arange(n_heads, device=q.device)
+    value_heads = heads // (n_heads // v.shape[2])
+    out = q.new_zeros((batch, length, n_heads, v.shape[3]))
+    lse = q.new_full((batch, n_heads, length), float("-inf"), dtype=torch.float32)
+    for rows in ranges(0, length, row_tile(q, n_heads, KEY_TILE)):
+        size = (batch, n_heads, rows[1] - rows[0])
+        if sinks is None:
+            peak, total = lse.new_full(size, float("-inf")), lse.new_zeros(size)
+        else:
+            peak, total = sinks[:, None].expand(size), lse.new_ones(size)
+        mixed = lse.new_zeros((*size, v.shape[3]))
+        for keys in ranges(_first_key(tokens.start, rows, window_left), rows[1], KEY_TILE):
+            mask, _ = visible(tokens, rows, keys, window_left)
+            x = logits(q, k, rows, keys, heads, scale, softcap).masked_fill(~mask, float("-inf"))
+            new_peak = torch.maximum(peak, x.amax(dim=-1))
+            decay = torch.where(peak == new_peak, 1.0, torch.exp(peak - new_peak))
+            weights = torch.where(mask, torch.exp(x - new_peak[..., None]), 0.0)
+            values = v[:, slice(*keys)].index_select(2, value_heads).float().transpose(1, 2)
+            total = total * decay + weights.sum(dim=-1)
+            mixed = mixed * decay[..., None] + torch.matmul(weights, values)
+            peak = new_peak
+        live = (tokens.end[:, slice(*rows)] > tokens.start[:, slice(*rows)])[:, None]
+        result = torch.where(live[..., None], mixed / total[..., None], 0.0)
+        out[:, slice(*rows)] = result.transpose(1, 2).to(out.dtype)
+        lse[:, :, slice(*rows)] = torch.where(live, peak + torch.log(total), float("-inf"))
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seqs: Tensor,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `out` with respect to q, k, v: the maps are made again from `lse`, a tile at a time.
+
+    With `P = exp(x - lse)`: `dV = P^T dO`, `dx = P (dO V^T - rowsum(dO out))`; the softcap contributes its slope
+    `1 - (x / softcap)^2`. A sink is a column without a value: it changes `lse` and nothing else here.
+    """
+    batch, length, n_heads, dim = q.shape
+    tokens = token_table(seqs, batch, length)
+    heads = torch.arange(n_heads, device=q.device)
+    kv_heads = heads // (n_heads // k.shape[2])
+    dq = q.new_zeros(q.shape, dtype=torch.float32)
+    dk = k.new_zeros((batch, length, n_heads, dim), dtype=torch.float32)
+    dv = v.new_zeros((batch, length, n_heads, v.shape[3]), dtype=torch.float32)
+    for rows in ranges(0, length, row_tile(q, n_heads, KEY_TILE)):
+        queries = q[:, slice(*rows)].float().transpose(1, 2)
+        upstream = grad_out[:, slice(*rows)].float().transpose(1, 2)
+        inner = (upstream * out[:, slice(*rows)].float().transpose(1, 2)).sum(dim=-1, keepdim=True)
+        for keys in ranges(_first_key(tokens.start, rows, window_left), rows[1], KEY_TILE):
+            mask, _ = visible(tokens, rows, keys, window_left)
+            x = logits(q, k, rows, keys, heads, scale, softcap)
+            weights = torch.where(mask, torch.exp(x - lse[:, :, slice(*rows), None]), 0.0)
+            values = v[:, slice(*keys)].index_select(2, kv_heads).float().transpose(1, 2)
+            dx = weights * (torch.matmul(upstream, values.transpose(-1, -2)) - inner)
+            if softcap > 0:
+                dx = dx * (1 - (x / softcap) ** 2)
+            dx = torch.where(mask, dx, 0.0) * scale
+            keys_of_heads = k[:, slice(*keys)].index_select(2, kv_heads).float().transpose(1, 2)
+            dq[:, slice(*rows)] += torch.matmul(dx, keys_of_heads).transpose(1, 2)
+            dk[:, slice(*keys)] += torch.matmul(dx.transpose(-1, -2), queries).transpose(1, 2)
+            dv[:, slice(*keys)] += torch.matmul(weights.transpose(-1, -2), upstream).transpose(1, 2)
+    dk, dv = (x.unflatten(2, (k.shape[2], -1)).sum(dim=3) for x in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _first_key(start: Tensor, rows: tuple[int, int], window_left: int) -> int:
+    first = host_min(start[:, slice(*rows)], 0)
+    return max(first, rows[0] - window_left, 0) if window_left >= 0 else first
