@@ -9,7 +9,8 @@ Equation numbers are those of arXiv 2510.13554. Shapes follow :mod:`rhythm_kerne
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "attention_with_rhythm",
     "column_moments",
     "fai",
+    "rhythm_credit",
     "span",
     "waad",
 ]
@@ -408,3 +410,72 @@ def _ranges(
         "seq_end": seq_end,
         "response_start": response_start,
     }
+
+
+def rhythm_credit(
+    waad: Tensor,
+    fai: Tensor,
+    response_mask: Tensor,
+    mode: str = "coupled",
+    gamma_amp: float = 1.5,
+    top: float = 0.4,
+    alpha: float = 0.5,
+    neighbors: int = 3,
+    *,
+    bottom: bool = False,
+    entropy: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    tau_waad: float | None = None,
+    tau_delta: float | None = None,
+) -> Tensor:
+    """`gamma (B, T)` of eqs. 13 to 18, token by token: see :func:`rhythm_kernels.rhythm_credit`."""
+    gamma = torch.ones(waad.shape, dtype=torch.float32, device=waad.device)
+    draw = None
+    if mode == "random":
+        where = waad.device if generator is None else generator.device
+        draw = torch.rand(waad.shape, generator=generator, device=where)
+    for row in range(waad.shape[0]):
+        tokens = [t for t in range(waad.shape[1]) if response_mask[row, t]]
+        n, m = len(tokens), math.ceil(top * len(tokens) - 1e-9)
+        w, f = _widen(waad[row, tokens]), _widen(fai[row, tokens])
+        e = _widen(entropy[row, tokens]) if entropy is not None and mode == "entropy" else torch.zeros(n)
+        if n == 0 or not (w.isfinite().all() and f.isfinite().all() and e.isfinite().all()):
+            continue
+        delta = [*(w[:-1] - w[1:]).abs().tolist(), 0.0]  # eq. 13
+        w, f, e = w.tolist(), f.tolist(), e.tolist()
+        everyone = range(n)
+        heard = [t for t in everyone if f[t] > 0]
+        t_loc = _top(delta, everyone, m, lowest=bottom and mode == "local")
+        t_glob = _top(f, heard, m, lowest=bottom)
+
+        bonus = [0.0] * n
+        if mode == "local":  # eq. 14
+            bonus = [float(t in t_loc) for t in everyone]
+        elif mode == "global":  # eq. 16
+            bonus = [float(t in t_glob) for t in everyone]
+        elif mode == "entropy":
+            bonus = [float(t in _top(e, everyone, m, lowest=bottom)) for t in everyone]
+        elif mode == "random":
+            assert draw is not None
+            bonus = [float(t in _top(draw[row, :n].tolist(), everyone, m, lowest=False)) for t in everyone]
+        elif mode == "coupled":
+            low = sorted(w)[(n - 1) // 2] if tau_waad is None else tau_waad
+            high = min(delta[t] for t in t_loc) if tau_delta is None else tau_delta
+            dominated, intros = set(), set()
+            for t in t_glob:  # eq. 17
+                before = range(max(0, t - neighbors), t)
+                if len(before) > 0 and w[t] <= low and max(delta[u] for u in before) >= high:
+                    dominated.add(t)
+                    intros.add(max(before, key=lambda u: (delta[u], u)))
+            for t in everyone:  # eq. 18
+                bonus[t] += float(t in t_glob and t not in dominated)
+                bonus[t] += (1 - alpha) * (t in dominated)
+                bonus[t] += alpha * (t in intros)
+        for t in everyone:
+            gamma[row, tokens[t]] = 1 + (gamma_amp - 1) * bonus[t]
+    return gamma
+
+
+def _top(x: list[float], among: Iterable[int], m: int, *, lowest: bool) -> set[int]:
+    """`TopQ`: the `m` highest (or lowest) of `x` among some tokens; ties go to the earlier."""
+    return set(sorted(among, key=lambda t: (x[t] if lowest else -x[t], t))[:m])

@@ -1,0 +1,261 @@
+"""Credit: a ten-token response worked by hand for every mode, the oracle, and the contract of the arguments."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rhythm_kernels import reference
+from rhythm_kernels.credit import CREDIT_MODES, rhythm_credit, shape_advantages
+
+# A response of ten tokens; m = ceil(0.4 * 10) = 4, k = 3.
+#   t               0    1    2    3    4    5    6    7    8    9
+WAAD = torch.tensor([[2.0, 8.0, 7.0, 1.0, 1.5, 9.0, 3.0, 2.5, 2.0, 4.0]])
+# delta             6    1    6   .5  7.5    6   .5   .5    2    0    four largest: t = 4, then the 6s at 0, 2, 5
+FAI = torch.tensor([[0.1, 0.4, 0.2, 0.9, 0.3, 0.0, 0.8, 0.7, 0.0, 0.0]])
+# T_glob = {3, 6, 7, 1}. tau_waad = 2.5 (the fifth of 1 1.5 2 2 2.5 3 4 7 8 9), tau_delta = 6.
+#   3: WAAD 1 <= 2.5, deltas before it 6 1 6: dominated; the tie of 0 and 2 goes to the later: intro 2
+#   6: WAAD 3 > 2.5: stays an anchor.    7: WAAD 2.5, deltas before it 7.5 6 .5: dominated, intro 4
+#   1: WAAD 8 > 2.5: stays an anchor.
+MASK = torch.ones(1, 10, dtype=torch.bool)
+BY_HAND = {
+    "local": [1.5, 1.0, 1.5, 1.0, 1.5, 1.5, 1.0, 1.0, 1.0, 1.0],
+    "global": [1.0, 1.5, 1.0, 1.5, 1.0, 1.0, 1.5, 1.5, 1.0, 1.0],
+    "coupled": [1.0, 1.5, 1.25, 1.25, 1.25, 1.0, 1.5, 1.25, 1.0, 1.0],
+    "uniform": [1.0] * 10,
+}
+IMPLEMENTATIONS = pytest.mark.parametrize("credit", [rhythm_credit, reference.rhythm_credit], ids=["ours", "oracle"])
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("mode", BY_HAND)
+def test_ten_tokens_by_hand(credit, mode):
+    gamma = credit(WAAD, FAI, MASK, mode=mode)
+    assert gamma.dtype == torch.float32
+    assert gamma.tolist() == [BY_HAND[mode]]
+
+
+@IMPLEMENTATIONS
+def test_ten_tokens_by_entropy(credit):
+    entropy = torch.tensor([[0.1, 2.0, 0.3, 0.3, 0.2, 0.0, 1.0, 0.3, 0.3, 0.1]])  # 1, 6, then the earlier 0.3s: 2, 3
+    gamma = credit(WAAD, FAI, MASK, mode="entropy", entropy=entropy)
+    assert gamma.tolist() == [[1.0, 1.5, 1.5, 1.5, 1.0, 1.0, 1.5, 1.0, 1.0, 1.0]]
+
+
+@IMPLEMENTATIONS
+def test_ten_tokens_bottom(credit):
+    # FAI > 0: tokens 0 1 2 3 4 6 7; the lowest four of them: 0 (.1), 2 (.2), 4 (.3), 1 (.4).
+    gamma = credit(WAAD, FAI, MASK, mode="global", bottom=True)
+    assert gamma.tolist() == [[1.5, 1.5, 1.5, 1.0, 1.5, 1.0, 1.0, 1.0, 1.0, 1.0]]
+    # 0 has nothing before it; 1 and 2 have high WAAD; 4: WAAD 1.5, deltas before it 1 6 .5: dominated, intro 2.
+    gamma = credit(WAAD, FAI, MASK, mode="coupled", bottom=True)
+    assert gamma.tolist() == [[1.5, 1.5, 1.75, 1.0, 1.25, 1.0, 1.0, 1.0, 1.0, 1.0]]
+    # The lowest four deltas: 9 (0), then the halves at 3, 6, 7.
+    gamma = credit(WAAD, FAI, MASK, mode="local", bottom=True)
+    assert gamma.tolist() == [[1.0, 1.0, 1.0, 1.5, 1.0, 1.0, 1.5, 1.5, 1.0, 1.5]]
+
+
+@IMPLEMENTATIONS
+def test_options_by_hand(credit):
+    # alpha = 1 hands the whole bonus over; a threshold of 1 on WAAD leaves 3 as the only dominated token.
+    gamma = credit(WAAD, FAI, MASK, gamma_amp=3.0, alpha=1.0, tau_waad=1.0)
+    assert gamma.tolist() == [[1.0, 3.0, 3.0, 1.0, 1.0, 1.0, 3.0, 3.0, 1.0, 1.0]]
+    # One neighbour: 3 still has the 6 of token 2 before it; 7 has only the .5 of token 6.
+    gamma = credit(WAAD, FAI, MASK, neighbors=1)
+    assert gamma.tolist() == [[1.0, 1.5, 1.25, 1.25, 1.0, 1.0, 1.5, 1.5, 1.0, 1.0]]
+    # A lower threshold on delta lets 7 be dominated by its one neighbour.
+    gamma = credit(WAAD, FAI, MASK, neighbors=1, tau_delta=0.5)
+    assert gamma.tolist() == [[1.0, 1.5, 1.25, 1.25, 1.0, 1.0, 1.75, 1.25, 1.0, 1.0]]
+
+
+@IMPLEMENTATIONS
+def test_holes_are_closed_up(credit):
+    """A response with a tool call in it is the same response as without."""
+    mask = torch.zeros(1, 16, dtype=torch.long)
+    mask[0, [2, 3, 4, 5, 9, 10, 11, 12, 13, 14]] = 1
+    spread = torch.full((2, 1, 16), 100.0).masked_scatter(mask.bool(), torch.stack([WAAD, FAI]))
+    gamma = credit(spread[0], spread[1], mask)
+    assert gamma[mask.bool()].tolist() == BY_HAND["coupled"]
+    assert (gamma[mask == 0] == 1).all()
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("mode", CREDIT_MODES)
+def test_broken_and_empty_responses_get_one(credit, mode):
+    waad, fai, mask = WAAD.repeat(5, 1), FAI.repeat(5, 1), MASK.repeat(5, 1)
+    waad[0, 3] = math.nan
+    fai[1, 9] = math.inf
+    mask[2] = False
+    waad[3, 4], mask[3, 4] = math.nan, False  # outside the response: harmless
+    gamma = credit(waad, fai, mask, mode=mode, entropy=fai.nan_to_num())
+    assert (gamma[:3] == 1).all()
+    if mode != "uniform":
+        assert (gamma[3] != 1).any()
+        assert (gamma[4] != 1).any()
+
+
+@IMPLEMENTATIONS
+def test_non_finite_entropy_gives_one(credit):
+    entropy = torch.full_like(WAAD, math.nan)
+    assert (credit(WAAD, FAI, MASK, mode="entropy", entropy=entropy) == 1).all()
+    assert (credit(WAAD, FAI, MASK, mode="global", entropy=entropy) != 1).any()
+
+
+@st.composite
+def credit_cases(draw):
+    batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 24))
+    coarse = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0])  # few values: many ties, and FAI of 0
+    value = coarse if draw(st.booleans()) else st.floats(0, 10, width=32)
+
+    def tensor(of):
+        return torch.tensor(draw(st.lists(of, min_size=batch * length, max_size=batch * length))).view(batch, length)
+
+    waad, fai, entropy = (tensor(value).float() for _ in range(3))
+    mask = tensor(st.booleans()) | (torch.arange(batch)[:, None] == 0)
+    for x in (waad, fai):
+        if draw(st.integers(0, 5)) == 0:
+            x[draw(st.integers(0, batch - 1)), draw(st.integers(0, length - 1))] = draw(
+                st.sampled_from([math.nan, math.inf, -math.inf])
+            )
+    threshold = st.none() | st.sampled_from([-math.inf, 0.0, 0.25, 1.0, math.inf])
+    options = {
+        "mode": draw(st.sampled_from(CREDIT_MODES)),
+        "gamma_amp": draw(st.sampled_from([0.5, 1.0, 1.5, 2.0])),
+        "top": draw(st.sampled_from([1e-6, 0.2, 0.3, 0.4, 0.6, 1.0]) | st.floats(0.01, 1)),
+        "alpha": draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])),
+        "neighbors": draw(st.integers(1, 30)),
+        "bottom": draw(st.booleans()),
+        "tau_waad": draw(threshold),
+        "tau_delta": draw(threshold),
+        "entropy": entropy,
+    }
+    return waad, fai, mask, options, draw(st.integers(0, 1000))
+
+
+@settings(max_examples=400, deadline=None)
+@given(credit_cases())
+def test_agrees_with_the_oracle(case):
+    waad, fai, mask, options, seed = case
+    ours = rhythm_credit(waad, fai, mask, generator=torch.Generator().manual_seed(seed), **options)
+    oracle = reference.rhythm_credit(waad, fai, mask, generator=torch.Generator().manual_seed(seed), **options)
+    torch.testing.assert_close(ours, oracle, rtol=0, atol=2e-7)
+    assert (ours[~mask] == 1).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.floats(0.01, 1), st.integers(0, 99))
+def test_random_draws_exactly_m_tokens(length, top, seed):
+    mask = torch.arange(40) < length
+    waad = torch.rand(3, 40)
+    draws = [
+        rhythm_credit(waad, waad, mask.expand(3, 40), "random", top=top, generator=torch.Generator().manual_seed(seed))
+        for _ in range(2)
+    ]
+    assert torch.equal(*draws)
+    assert (draws[0] > 1).sum(dim=1).tolist() == [math.ceil(top * length - 1e-9)] * 3
+
+
+def test_random_draws_differ_between_calls():
+    generator = torch.Generator().manual_seed(0)
+    one, two = (rhythm_credit(WAAD, FAI, MASK, "random", top=0.5, generator=generator) for _ in range(2))
+    assert not torch.equal(one, two)
+
+
+def test_top_share_is_counted_in_double():
+    """0.2 * 35 is 7.000000000000001 in double: the share is 7 tokens, not 8."""
+    waad = torch.rand(1, 35)
+    gamma = rhythm_credit(waad, waad + 1, torch.ones(1, 35), "global", top=0.2)
+    assert (gamma > 1).sum() == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_input_precision(dtype):
+    gamma = rhythm_credit(WAAD.to(dtype), FAI.to(dtype), MASK)
+    assert gamma.dtype == torch.float32
+    assert gamma.tolist() == [BY_HAND["coupled"]]
+
+
+def test_gamma_is_detached():
+    gamma = rhythm_credit(WAAD.requires_grad_(), FAI.clone().requires_grad_(), MASK)
+    WAAD.requires_grad_(False)
+    assert not gamma.requires_grad
+
+
+def test_reads_nothing_back():
+    """On a meta device no value can be read: the rule that CUDA graphs need."""
+    waad, fai = WAAD.to("meta"), FAI.to("meta")
+    for mode in CREDIT_MODES:
+        gamma = rhythm_credit(waad, fai, MASK.to("meta"), mode=mode, entropy=fai)
+        assert gamma.shape == (1, 10)
+
+
+def test_compiles_without_a_graph_break():
+    compiled = torch.compile(rhythm_credit, fullgraph=True, backend="aot_eager")
+    assert compiled(WAAD, FAI, MASK).tolist() == [BY_HAND["coupled"]]
+
+
+def test_shape_advantages():
+    gamma = torch.tensor([[1.0, 1.5, 1.25], [1.0, 1.5, 1.25], [1.5, 1.5, 1.5]])
+    shaped = shape_advantages(torch.tensor([2.0, -2.0, 0.0]), gamma)
+    assert shaped.tolist() == [[2.0, 3.0, 2.5], [-2.0, -2.0, -2.0], [0.0, 0.0, 0.0]]
+    per_token = torch.tensor([[2.0, -1.0, 4.0]])
+    assert shape_advantages(per_token, gamma[:1]).tolist() == [[2.0, -1.0, 5.0]]
+    assert not shape_advantages(per_token.requires_grad_(), gamma[:1]).requires_grad
+
+
+def test_gamma_of_one_changes_no_bit():
+    advantages = torch.randn(64)
+    assert torch.equal(shape_advantages(advantages, torch.ones(64, 7)), advantages[:, None].expand(64, 7))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"mode": "coupling"}, ValueError, "mode is 'coupling': it must be one of local, global, coupled"),
+        ({"gamma_amp": 0}, ValueError, "gamma_amp is 0: it must be above 0"),
+        ({"gamma_amp": math.inf}, ValueError, "gamma_amp is inf"),
+        ({"gamma_amp": "2"}, TypeError, "gamma_amp is '2': it must be a number"),
+        ({"top": 0.0}, ValueError, "top is 0.0: it must be above 0 and at most 1"),
+        ({"top": 1.1}, ValueError, "top is 1.1"),
+        ({"top": math.nan}, ValueError, "top is nan"),
+        ({"alpha": -0.1}, ValueError, "alpha is -0.1: it must be from 0 to 1"),
+        ({"neighbors": 0}, ValueError, "neighbors is 0: it must be at least 1"),
+        ({"neighbors": 2.0}, TypeError, "neighbors is 2.0: it must be an int"),
+        ({"tau_waad": "median"}, TypeError, "tau_waad is 'median': it must be a number or None"),
+        ({"tau_delta": math.nan}, ValueError, "tau_delta is nan"),
+        ({"mode": "entropy"}, ValueError, "entropy is None"),
+        ({"entropy": torch.zeros(1, 9)}, ValueError, r"entropy has shape \(1, 9\): it must be that of waad, \(1, 10\)"),
+        ({"generator": 3}, TypeError, "generator is a int"),
+        ({"waad": WAAD[0]}, ValueError, r"waad has shape \(10,\): it must be \(B, T\)"),
+        ({"waad": WAAD[:0]}, ValueError, r"waad has shape \(0, 10\)"),
+        ({"waad": WAAD.tolist()}, TypeError, "waad is a list: it must be a tensor"),
+        ({"waad": WAAD.long()}, TypeError, "waad is torch.int64: it must be floating point"),
+        ({"fai": FAI[:, :9]}, ValueError, r"fai has shape \(1, 9\)"),
+        ({"fai": FAI.to("meta")}, ValueError, "fai is on meta: it must be where waad is, on cpu"),
+        ({"response_mask": MASK[0]}, ValueError, "response_mask has shape"),
+        ({"response_mask": MASK * 2}, ValueError, "response_mask holds 2: it must hold 0 and 1 only"),
+    ],
+)
+def test_wrong_arguments_are_named(changed, error, message):
+    with pytest.raises(error, match=message):
+        rhythm_credit(**{"waad": WAAD, "fai": FAI, "response_mask": MASK, **changed})
+
+
+@pytest.mark.parametrize(
+    ("advantages", "gamma", "error", "message"),
+    [
+        (torch.zeros(2), torch.ones(3, 4), ValueError, r"advantages has shape \(2,\)"),
+        (torch.zeros(3, 5), torch.ones(3, 4), ValueError, r"advantages has shape \(3, 5\)"),
+        (torch.zeros(3), torch.ones(3), ValueError, r"gamma has shape \(3,\)"),
+        (torch.zeros(3).long(), torch.ones(3, 4), TypeError, "advantages is torch.int64"),
+        ([0.0], torch.ones(1, 4), TypeError, "advantages is a list"),
+        (torch.zeros(3), torch.ones(3, 4, device="meta"), ValueError, "advantages is on cpu"),
+    ],
+)
+def test_wrong_advantages_are_named(advantages, gamma, error, message):
+    with pytest.raises(error, match=message):
+        shape_advantages(advantages, gamma)
