@@ -1,0 +1,274 @@
+"""Which heads are local and which are global: calibration by span (eq. 7), and groups as files.
+
+Calibration streams: each layer of each batch is reduced inside its attention call, and what is kept is one number and
+one count per head, for any number of sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import column_moments, span
+
+if TYPE_CHECKING:
+    from .probe.capture import LayerCall
+    from .probe.masks import ForwardInputs
+    from .probe.structure import Decoder
+
+Head = tuple[int, int]
+
+_ARCHITECTURE = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+@dataclass
+class HeadGroups:
+    """The local heads `H_loc` (WAAD) and the global heads `H_glob` (FAI), each a list of (layer, query head).
+
+    `provenance` says for which model and from which data the groups were made; groups built by hand have none.
+    """
+
+    local: list[Head]
+    global_: list[Head]
+    provenance: dict[str, Any] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        self.local = _heads_of("local", self.local)
+        self.global_ = _heads_of("global_", self.global_)
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON with the keys `local`, `global` and, where there is one, `provenance`."""
+        content: dict[str, Any] = {"local": self.local, "global": self.global_}
+        if self.provenance is not None:
+            content["provenance"] = self.provenance
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadGroups:
+        """Read what `save` wrote, or a hand-written file with the keys `local` and `global`.
+
+        Raises:
+            ValueError: the file is not JSON with these keys.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(content["local"], content["global"], content.get("provenance"))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: not a file of head groups (JSON with the keys 'local' and 'global', lists of [layer, head])"
+            ) from error
+
+    def check(self, decoder: Decoder) -> None:
+        """Raise `ValueError` where the groups were made for another architecture or do not fit the model."""
+        made_for = (self.provenance or {}).get("architecture")
+        if made_for is not None:
+            here = _architecture(decoder.config)
+            differs = {k: (made_for.get(k), here.get(k)) for k in _ARCHITECTURE if made_for.get(k) != here.get(k)}
+            if differs:
+                detail = ", ".join(f"{name} {there!r}, here {now!r}" for name, (there, now) in differs.items())
+                raise ValueError(
+                    f"groups: made for another architecture ({detail}); calibrate this model with "
+                    "head_groups(model, batches)"
+                )
+        for name, heads in (("local", self.local), ("global_", self.global_)):
+            for layer, head in heads:
+                if layer not in decoder.attentions:
+                    raise ValueError(
+                        f"groups.{name}: layer {layer} has no softmax attention to measure; this model has it in "
+                        f"{sorted(decoder.attentions)}"
+                    )
+                if head >= decoder.heads[layer]:
+                    raise ValueError(
+                        f"groups.{name}: head {head} of layer {layer}, but it has {decoder.heads[layer]} query heads"
+                    )
+
+
+def _heads_of(name: str, heads: Iterable[Sequence[int]]) -> list[Head]:
+    try:
+        pairs = [(int(layer), int(head)) for layer, head in heads]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: must be a list of (layer, query head) pairs") from error
+    if not pairs:
+        raise ValueError(f"{name}: empty; a group needs at least one (layer, query head)")
+    if len(set(pairs)) != len(pairs):
+        raise ValueError(f"{name}: a head is listed twice")
+    if min(min(pair) for pair in pairs) < 0:
+        raise ValueError(f"{name}: layers and heads are counted from 0, found a negative one")
+    return pairs
+
+
+def head_groups(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    layers: str | Sequence[int] = "middle5",
+    quantile: float = 0.3,
+    *,
+    by: str = "span",
+) -> HeadGroups:
+    """Calibrate: rank all heads of the sampled layers by their span (eq. 7) over `batches`.
+
+    Args:
+        model: a transformers causal language model; run without gradients, in eval mode (restored afterwards).
+        batches: dicts of its inputs (`input_ids`, `attention_mask`, ...). R is `response_mask` `(B, T)` where
+            given, else `labels != -100` where given, else all live tokens; from first to last True, holes included.
+        layers: `"middle5"` (rounded five linspace points from `floor(L/3)` to `floor(2L/3)`), `"all"`, or a list.
+        quantile: share of the heads in each group; a group has `max(1, round(quantile * n))` heads.
+        by: how global heads are chosen: `"span"`, the largest spans; `"receiver"`, the largest kurtosis over tokens
+            of the attention they get from later tokens (arXiv 2506.19143), mean over the responses. Local heads go
+            by span.
+
+    The mean of eq. 7 pools all response tokens of all batches; ties go by (layer, head).
+
+    Raises:
+        ValueError: no batch, no response token, a quantile outside (0, 1], or whatever a probe refuses.
+    """
+    from .probe.capture import Capture
+    from .probe.structure import attention_layers, find_decoder
+
+    if not 0 < quantile <= 1:
+        raise ValueError(f"quantile: {quantile!r}, must be in (0, 1]")
+    if by not in ("span", "receiver"):
+        raise ValueError(f"by: {by!r}, must be 'span' or 'receiver'")
+    decoder = find_decoder(model)
+    sampled = attention_layers(decoder, layers)
+    tally = _Tally({layer: decoder.heads[layer] for layer in sampled}, receiver=by == "receiver")
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with Capture(decoder, sampled, tally), torch.no_grad():
+            for batch in batches:
+                inputs = dict(batch)
+                tally.response_mask = _response_mask(inputs)
+                model(**inputs, use_cache=False)
+    finally:
+        for module in was_training:
+            module.training = True
+    if not tally.tokens:
+        raise ValueError("batches: no response token in any of them, so no head has a span")
+    count = max(1, round(quantile * len(tally.heads)))
+    spans = tally.mean_span()
+    by_span = sorted(tally.heads, key=lambda head: (spans[head], head))
+    # Equal scores are ordered by (layer, head), so the ranks from the top are those of one ascending order.
+    local, global_ = by_span[:count], by_span[-count:]
+    if by == "receiver":
+        kurtosis = tally.mean_kurtosis()
+        global_ = sorted(tally.heads, key=lambda head: (kurtosis[head], head))[-count:]
+    provenance = {
+        "architecture": _architecture(decoder.config),
+        "config_hash": _config_hash(decoder.config),
+        "model_name": getattr(decoder.config, "_name_or_path", "") or type(decoder.module).__name__,
+        "revision": getattr(decoder.config, "_commit_hash", None),
+        "layers": sampled,
+        "quantile": quantile,
+        "by": by,
+        "calibration": {"sequences": tally.sequences, "response_tokens": tally.tokens},
+        "span": {"local": [spans[head] for head in local], "global": [spans[head] for head in global_]},
+    }
+    return HeadGroups(local, global_, provenance)
+
+
+def _response_mask(inputs: dict[str, Any]) -> Tensor | None:
+    """Take what marks R out of the model's inputs."""
+    mask, labels = inputs.pop("response_mask", None), inputs.pop("labels", None)
+    if mask is None and labels is not None:
+        mask = labels != -100
+    return mask
+
+
+class _Tally:
+    """Sums over all response tokens of all batches, per head; a `Consumer` of the capture."""
+
+    def __init__(self, heads_of: dict[int, int], receiver: bool) -> None:
+        self.heads: list[Head] = [(layer, head) for layer, n in heads_of.items() for head in range(n)]
+        self.response_mask: Tensor | None = None
+        self.tokens = 0
+        self.sequences = 0
+        self._first = min(heads_of)
+        self._heads_of = heads_of
+        self._span = {layer: torch.zeros(n, dtype=torch.float64) for layer, n in heads_of.items()}
+        self._kurtosis = {layer: torch.zeros(n, dtype=torch.float64) for layer, n in heads_of.items()}
+        self._responses = 0
+        self._receiver = receiver
+
+    def begin(self, inputs: ForwardInputs) -> Tensor | None:
+        shape = (inputs.batch, inputs.length)
+        if self.response_mask is None:
+            return None
+        if tuple(self.response_mask.shape) != shape:
+            raise ValueError(f"response_mask: shape {tuple(self.response_mask.shape)}, must be {shape} like input_ids")
+        return self.response_mask.to(inputs.device, torch.bool)
+
+    def layer(self, call: LayerCall) -> None:
+        heads = range(self._heads_of[call.layer])
+        spans = call.measure(span, heads, per_head=True)  # (B, H, T), 0 outside R
+        self._span[call.layer] += spans.double().sum(dim=(0, 2)).cpu()
+        if self._receiver:
+            self._add_kurtosis(call, heads)
+        if call.layer == self._first:
+            self.tokens += int(call.sequences.response.sum())
+            self.sequences += call.sequences.bounds.shape[0]
+
+    def _add_kurtosis(self, call: LayerCall, heads: Sequence[int]) -> None:
+        moments = column_moments(
+            call.q,
+            call.k,
+            call.lse,
+            heads=list(heads),
+            per_head=True,
+            **call.score,
+            **call.sequences.arguments,
+        )
+        mean, count = call.unpack(moments.mean), call.unpack(moments.count)
+        for row, start, end in call.sequences.bounds.tolist():
+            counted = count[row, 0, start:end] > 0
+            if int(counted.sum()) < 2:
+                continue
+            received = mean[row, :, start:end][:, counted].double()
+            centred = received - received.mean(dim=1, keepdim=True)
+            variance = centred.square().mean(dim=1)
+            kurtosis = torch.where(variance > 0, centred.pow(4).mean(dim=1) / variance.square(), 0.0)
+            self._kurtosis[call.layer] += kurtosis.cpu()
+            self._responses += call.layer == self._first
+
+    def end(self) -> None:
+        """Nothing is left to do: every layer was added when it was met."""
+
+    def abandon(self, reason: str) -> None:
+        """A batch that was not measured must not silently miss from the calibration."""
+        if "exception" not in reason:
+            raise ValueError(f"batches: a batch was not measured, because {reason}")
+
+    def mean_span(self) -> dict[Head, float]:
+        """Eq. 7, in tokens."""
+        return {(layer, head): float(self._span[layer][head]) / self.tokens for layer, head in self.heads}
+
+    def mean_kurtosis(self) -> dict[Head, float]:
+        """The receiver score."""
+        responses = max(self._responses, 1)
+        return {(layer, head): float(self._kurtosis[layer][head]) / responses for layer, head in self.heads}
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    text = config.get_text_config(decoder=True)
+    return {name: getattr(text, name, None) for name in _ARCHITECTURE}
+
+
+def _config_hash(config: Any) -> str:
+    """SHA-256 of the configuration, without what may change while the model stays the same."""
+    volatile = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
+    content = {k: v for k, v in config.to_dict().items() if k not in volatile and not k.startswith("_attn")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,282 @@
+"""Meeting q, k and the log-sum-exp of chosen layers inside a model's own forward pass.
+
+`Capture` is a context manager. Between the start and the end of each forward of the model's decoder it stands in the
+attention registry, lets every attention call run as it would, and hands a consumer one `LayerCall` per chosen layer,
+under `no_grad` and without autocast. Nothing of it outlives the call: the consumer reduces q and k and returns.
+
+Outside of that span nothing is installed. Recomputation by gradient checkpointing happens in the backward pass, so it
+is not met again; forwards that are given a KV cache (`generate`, decoding) are not met at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import registry
+from .lse import LseObserver, as_batched
+from .masks import ForwardInputs, Sequences, sequences_of, window_of_layer
+from .structure import Decoder, bind_forward
+
+_captured: set[int] = set()  # ids of the decoders that some Capture is watching
+
+
+@dataclass
+class LayerCall:
+    """One attention call of one layer, in the layout of the public functions.
+
+    Attributes:
+        q, k: `(B, T, H, D)` and `(B, T, H_kv, D)`, or `(B * T, ...)` for packed batches; views of the model's own.
+        lse: `(B, H, T)` / `(H, B * T)` float32 as the model's attention operator computed it, or None.
+        source: where lse comes from, in words.
+        score: the score rule, and `sequences` the live ranges, both as keyword arguments of the public functions.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    lse: Tensor | None
+    source: str
+    score: dict[str, Any]
+    sequences: Sequences
+
+    def measure(self, function: Callable[..., Tensor], heads: Sequence[int], **options: Any) -> Tensor:
+        """Call one of the public functions on this layer: `(B, T)` float32, or `(B, Hs, T)` with `per_head=True`."""
+        result = function(
+            self.q, self.k, self.lse, heads=list(heads), **self.score, **self.sequences.arguments, **options
+        )
+        return self.unpack(result)
+
+    def unpack(self, result: Tensor) -> Tensor:
+        """Undo the flattening of a packed batch: `(..., B * T) -> (B, ..., T)`."""
+        if not self.sequences.packed:
+            return result
+        result = result.unflatten(-1, (self.sequences.batch, self.sequences.length))
+        return result.movedim(-2, 0)
+
+
+class Consumer(Protocol):
+    """What a `Capture` tells of each forward: `begin`, `layer` for each chosen layer, then `end` or `abandon`."""
+
+    def begin(self, inputs: ForwardInputs) -> Tensor | None:
+        """Called before the forward; returns the `(B, T)` bool response mask or None."""
+
+    def layer(self, call: LayerCall) -> None: ...
+
+    def end(self) -> None: ...
+
+    def abandon(self, reason: str) -> None:
+        """The forward was not measured, and why."""
+
+
+class Capture:
+    """Watch `layers` of a decoder for `consumer`, inside a `with` block."""
+
+    def __init__(self, decoder: Decoder, layers: Sequence[int], consumer: Consumer) -> None:
+        self._decoder = decoder
+        self._layers = sorted(set(layers))
+        self._consumer = consumer
+        self._modules = [decoder.attentions[layer] for layer in self._layers]
+        self._taps: dict[int, registry.Tap] = {id(module): self._tap for module in self._modules}
+        self._undo: list[Callable[[], None]] = []
+        self._used: list[tuple[Any, str]] | None = None  # what is installed, while a forward is being measured
+        self._depth = 0
+        self._inputs: ForwardInputs | None = None
+        self._response_mask: Tensor | None = None
+        self._sequences: Sequences | None = None
+        self._met: set[int] = set()
+
+    def __enter__(self) -> Capture:
+        if id(self._decoder.module) in _captured:
+            raise RuntimeError(
+                "this model is already being measured: two probes (or a probe and head_groups) cannot be nested on one "
+                "model; leave the first block, or build one probe with the groups of both"
+            )
+        _captured.add(id(self._decoder.module))
+        self._undo = self._decoder.on_forward(self._before, self._after)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo = []
+        self._disarm()
+        self._depth = 0
+        _captured.discard(id(self._decoder.module))
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        given = bind_forward(module, args, kwargs)
+        if given.get("past_key_values") is not None:
+            self._consumer.abandon("it was given past_key_values, as generate does; only forwards without a cache are")
+            return
+        self._inputs = _forward_inputs(given)
+        self._response_mask = self._consumer.begin(self._inputs)
+        self._sequences = None
+        self._met = set()
+        self._used = registry.install(self._taps, self._modules)
+
+    def _after(self, failed: bool) -> None:
+        self._depth = max(self._depth - 1, 0)
+        if self._depth or self._used is None:
+            return
+        self._disarm()
+        if failed:
+            self._consumer.abandon("it raised an exception")
+            return
+        missing = [layer for layer in self._layers if layer not in self._met]
+        if missing:
+            self._consumer.abandon("a layer of the groups did not call transformers' attention function")
+            name = type(self._decoder.attentions[missing[0]]).__name__
+            raise RuntimeError(
+                f"layers {missing} ({name}) did not call the attention function of transformers' registry in this "
+                "forward, so they cannot be measured: leave them out of the groups"
+            )
+        self._consumer.end()
+
+    def _disarm(self) -> None:
+        if self._used is not None:
+            registry.uninstall(self._taps, self._used)
+        self._used = self._inputs = self._sequences = self._response_mask = None
+
+    def _tap(
+        self,
+        function: registry.AttentionFunction,
+        name: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        layer = self._decoder.layer_of[id(module)]
+        flash = "flash" in name
+        _refuse_unsupported(self._decoder, layer, name, query, key, kwargs)
+        if name == "sdpa" or flash:
+            with LseObserver() as seen:
+                out = function(module, query, key, value, mask, **kwargs)
+        else:  # eager computes none, and flex_attention's is rounded to the values' dtype
+            seen = None
+            out = function(module, query, key, value, mask, **kwargs)
+        if layer in self._met:
+            raise RuntimeError(
+                f"layer {layer} attended twice in one forward; such models are not supported by the probe"
+            )
+        self._met.add(layer)
+        assert self._inputs is not None
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            if (query.shape[0], query.shape[2]) != (self._inputs.batch, self._inputs.length):
+                raise ValueError(
+                    f"layer {layer} attends over {(query.shape[0], query.shape[2])} (batch, tokens), the model was "
+                    f"given {(self._inputs.batch, self._inputs.length)}: sequence-parallel layouts (Ulysses, ring "
+                    "attention) and prompts prepended inside the model are not supported by the probe"
+                )
+            if self._sequences is None:
+                self._sequences = sequences_of(self._inputs, self._response_mask, flash)
+            left = _left_window(self._sequences, module, name, mask, kwargs, flash)
+            self._consumer.layer(_layer_call(layer, query, key, seen, self._sequences, left, kwargs))
+        return out
+
+
+def _forward_inputs(given: dict[str, Any]) -> ForwardInputs:
+    tokens = given.get("input_ids")
+    if tokens is None:
+        tokens = given.get("inputs_embeds")
+    if not isinstance(tokens, Tensor):
+        raise ValueError("the measured forward must be given input_ids or inputs_embeds")
+    mask = given.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        found = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask: {found}; the probe needs the two-dimensional (B, T) mask from which transformers makes "
+            "its own"
+        )
+    batch, length = tokens.shape[:2]
+    if mask is not None and tuple(mask.shape) != (batch, length):
+        raise ValueError(f"attention_mask: shape {tuple(mask.shape)}, must be {(batch, length)} like the tokens")
+    return ForwardInputs(
+        batch=batch,
+        length=length,
+        device=tokens.device,
+        attention_mask=None if mask is None else mask.to(tokens.device, torch.bool),
+        position_ids=given.get("position_ids"),
+        cu_seqlens=given.get("cu_seq_lens_q"),
+    )
+
+
+def _refuse_unsupported(
+    decoder: Decoder, layer: int, name: str, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+) -> None:
+    """Raise for attention that is not the softmax this package measures, naming what it is."""
+    heads = decoder.heads[layer]
+    if query.shape[1] != heads:
+        raise ValueError(
+            f"layer {layer} attends with {query.shape[1]} query heads of the model's {heads}: heads sharded over ranks "
+            "(tensor parallel, Ulysses) are not supported by the probe"
+        )
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"layer {layer} adds a position bias to its scores, which the probe does not support")
+    if kwargs.get("is_causal") is False:
+        raise ValueError(f"layer {layer} is not causal (is_causal=False); the measures are of causal attention")
+    if name == "sdpa" and kwargs.get("s_aux") is not None:
+        raise ValueError(
+            f"layer {layer} has attention sinks, which 'sdpa' silently leaves out: use attn_implementation='eager'"
+        )
+    if name not in ("sdpa", "eager", "flex_attention") and "flash" not in name:
+        raise NotImplementedError(
+            f"attention implementation {name!r} is not known to the probe; use 'sdpa', 'eager', 'flex_attention' or a "
+            "flash attention"
+        )
+
+
+def _left_window(
+    sequences: Sequences, module: nn.Module, name: str, mask: Any, kwargs: dict[str, Any], flash: bool
+) -> int:
+    """How many keys to the left of its own a query sees; -1: all."""
+    window = kwargs.get("sliding_window")
+    if flash:  # the kernel gets the window itself, and no mask but the padding
+        return -1 if window is None or window >= sequences.length else window - 1
+    config = module.config
+    hints = [window, getattr(module, "sliding_window", None), getattr(config, "sliding_window", None)]
+    return window_of_layer(sequences, mask, [h for h in hints if isinstance(h, int) and h > 0], name)
+
+
+def _layer_call(
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    seen: LseObserver | None,
+    sequences: Sequences,
+    left: int,
+    kwargs: dict[str, Any],
+) -> LayerCall:
+    sinks = kwargs.get("s_aux")
+    lse = None
+    if seen is not None and seen.lse is not None and sinks is None:
+        lse = as_batched(seen.lse, query.shape[0], query.shape[1], query.shape[2], sequences.live)
+    # The measures must be of the q and k that gave the lse: autocast lowers them inside of the attention function.
+    dtype = seen.dtype if lse is not None and seen is not None else torch.promote_types(query.dtype, key.dtype)
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    q, k = (x.detach().to(dtype).transpose(1, 2) for x in (query, key))
+    source = seen.source if lse is not None and seen is not None else None
+    if sequences.packed:
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        lse = None if lse is None else lse.transpose(0, 1).flatten(1, 2)
+    score = {
+        "softmax_scale": kwargs.get("scaling"),
+        "window_size": (left, 0),
+        "softcap": float(kwargs.get("softcap") or 0.0),
+        "sinks": None if sinks is None else sinks.detach().float().contiguous(),
+    }
+    lse = None if lse is None else lse.detach().float()
+    return LayerCall(layer, q, k, lse, source or "streamed from q and k", score, sequences)

@@ -1,0 +1,95 @@
+"""The log-sum-exp of an attention call, read from the operator that computed it.
+
+`F.scaled_dot_product_attention` and `flash_attn_func` return the output alone, but the operators under them return the
+log-sum-exp beside it. `LseObserver` watches the operators that one attention call runs and keeps the log-sum-exp of the
+attention operator among them. It chooses nothing and replaces nothing: torch picks its kernel as it would without us,
+autograd above is untouched, and the output is bit for bit what it was. Where no operator that returns one ran (torch's
+math path, eager attention, an unknown kernel), the caller streams it from q and k instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_EFFICIENT = "aten::_scaled_dot_product_efficient_attention"
+_CUDNN = "aten::_scaled_dot_product_cudnn_attention"
+_COMPUTE_LSE = 4  # position of `compute_log_sumexp` in the schemas of the two operators above
+
+# operator -> name of the source reported to the user; the second output of each is the natural log-sum-exp, float32.
+_ATEN_SOURCES = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "sdpa: CPU flash attention",
+    "aten::_scaled_dot_product_flash_attention": "sdpa: CUDA flash attention",
+    _EFFICIENT: "sdpa: CUDA efficient attention",
+    _CUDNN: "sdpa: cuDNN attention",
+}
+# flash-attn registers these under its own namespace, and the kernels hub under one per build: matched without it.
+_FLASH_SOURCES = {
+    "_flash_attn_forward": "flash-attn",
+    "_flash_attn_varlen_forward": "flash-attn (varlen)",
+}
+
+
+class LseObserver(TorchDispatchMode):
+    """Context manager around one attention call; afterwards `lse` and `source` tell what was seen.
+
+    Attributes:
+        lse: float32, in the operator's own layout (`(B, H, T)`, `(H, total)` for variable lengths), or None.
+        source: the operator in words, or None.
+        dtype: the dtype in which the operator read q, which autocast may have lowered; None if none was seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lse: Tensor | None = None
+        self.source: str | None = None
+        self.dtype: torch.dtype | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.scaled_dot_product_attention.default:
+            # Inference tensors carry no autograd key, so the composite operator itself arrives here.
+            with self:
+                return func.decompose(*args, **kwargs)
+        name = func._schema.name
+        source = _ATEN_SOURCES.get(name) or _FLASH_SOURCES.get(name.rpartition("::")[2])
+        if source is None:
+            return func(*args, **kwargs)
+        if name == _EFFICIENT and not args[_COMPUTE_LSE]:
+            # Without gradients torch does not ask for it; the kernel then stores it beside the same output.
+            args = (*args[:_COMPUTE_LSE], True, *args[_COMPUTE_LSE + 1 :])
+        result = func(*args, **kwargs)
+        if name != _CUDNN or args[_COMPUTE_LSE]:
+            self.lse, self.source, self.dtype = result[1], source, args[0].dtype
+        return result
+
+
+def as_batched(lse: Tensor, batch: int, heads: int, length: int, live: Tensor | None) -> Tensor | None:
+    """Bring an observed log-sum-exp to `(B, H, T)`, or None where its layout is not one we know.
+
+    Args:
+        lse: as observed.
+        live: `(B, T)` bool, the tokens that a padded call left in its `(H, total)` result; None if it kept all.
+    """
+    if lse.dim() == 4 and lse.shape[-1] == 1:  # cuDNN keeps the reduced dimension
+        lse = lse.squeeze(-1)
+    if lse.dim() == 3 and lse.shape[:2] == (batch, heads) and lse.shape[2] >= length:
+        return lse[..., :length]  # the efficient kernel pads T to its alignment
+    if length == 1 and lse.numel() == batch * heads:  # a single query is attended with its heads packed as rows
+        return lse.reshape(batch, heads, 1)
+    if lse.dim() == 2 and lse.shape[0] == heads:
+        if live is None:
+            return lse.unflatten(1, (batch, length)).transpose(0, 1) if lse.shape[1] == batch * length else None
+        index = live.flatten().nonzero().squeeze(1)
+        if lse.shape[1] != index.numel():
+            return None
+        padded = lse.new_zeros(heads, batch * length)
+        padded[:, index] = lse
+        return padded.unflatten(1, (batch, length)).transpose(0, 1)
+    return None

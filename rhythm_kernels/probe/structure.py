@@ -1,0 +1,198 @@
+"""Finding a causal model's decoder, its attention modules and the place where its forward can be watched."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+After = Callable[[bool], None]
+
+
+@dataclass
+class Decoder:
+    """The stack of decoder layers of a transformers model, however deep it is wrapped (DDP, FSDP, PEFT, compile).
+
+    Attributes:
+        module: the innermost `PreTrainedModel` that holds the layers, given token masks and positions.
+        watched: the module whose call is hooked: `module` itself, or the compiled module around it.
+        attentions: layer -> the module of its softmax self-attention; layers of other kinds are absent.
+        heads: layer -> number of query heads.
+        num_layers: all layers, of whatever kind.
+    """
+
+    module: nn.Module
+    watched: nn.Module
+    attentions: dict[int, nn.Module]
+    heads: dict[int, int]
+    num_layers: int
+
+    @property
+    def config(self) -> Any:
+        return self.module.config
+
+    @property
+    def layer_of(self) -> dict[int, int]:
+        """id of an attention module -> its layer."""
+        return {id(module): layer for layer, module in self.attentions.items()}
+
+    def on_forward(self, before: Before, after: After) -> list[Callable[[], None]]:
+        """Call `before(module, args, kwargs)` and `after(failed)` around each forward; returns what undoes it."""
+        target = self.watched
+        compiled: Callable[..., Any] | None = getattr(target, "_compiled_call_impl", None)
+        if compiled is not None:
+            # `module.compile()` puts the hooks inside of the compiled call, where added ones may never be seen.
+            compiled_call = compiled
+
+            def watched_call(*args: Any, **kwargs: Any) -> Any:
+                before(target, args, kwargs)
+                try:
+                    result = compiled_call(*args, **kwargs)
+                except BaseException:
+                    after(True)
+                    raise
+                after(False)
+                return result
+
+            target._compiled_call_impl = watched_call
+
+            def restore() -> None:
+                target._compiled_call_impl = compiled_call
+
+            return [restore]
+
+        def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            before(module, args, kwargs)
+
+        def post_hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            after(result is None)
+
+        return [
+            target.register_forward_pre_hook(pre_hook, with_kwargs=True).remove,
+            target.register_forward_hook(post_hook, always_call=True).remove,
+        ]
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Look a model up.
+
+    Raises:
+        TypeError: `model` holds no transformers model.
+        ValueError: its decoder has no softmax self-attention that goes through transformers' registry, or the model is
+            wrapped in a way that cannot be measured.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__}, must be a transformers model (or a wrapper around one)")
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("model: nn.DataParallel copies the model at every forward; use DistributedDataParallel")
+    outer = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if outer is None:
+        raise TypeError(f"model: {type(model).__name__} holds no transformers PreTrainedModel")
+    _refuse_prompt_learning(model)
+    module = outer.get_decoder()
+    if not isinstance(module, nn.Module) or not hasattr(module, "config"):
+        module = outer
+    attentions = _attentions(module)
+    if not attentions:
+        raise ValueError(
+            f"model: no layer of {type(module).__name__} has softmax attention that goes through transformers' "
+            "attention registry, so there is nothing to measure"
+        )
+    config = module.config.get_text_config(decoder=True)
+    num_layers = getattr(config, "num_hidden_layers", None) or max(attentions) + 1
+    heads = {layer: _query_heads(attention, config) for layer, attention in attentions.items()}
+    return Decoder(module, _watched(model, module), attentions, heads, int(num_layers))
+
+
+def bind_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name, positional ones named after the transformers model that receives them."""
+    from transformers import PreTrainedModel
+
+    if not args:
+        return kwargs
+    receiver = next((m for m in module.modules() if isinstance(m, PreTrainedModel)), module)
+    names = [
+        name
+        for name, parameter in inspect.signature(receiver.forward).parameters.items()
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def attention_layers(decoder: Decoder, layers: str | Sequence[int]) -> list[int]:
+    """The layers to sample.
+
+    Args:
+        layers: `"middle5"`: five evenly spaced layers from `floor(L/3)` to `floor(2L/3)`, rounded, without duplicates;
+            `"all"`; or layer indices. The first two leave out layers that have no softmax attention.
+    """
+    total = decoder.num_layers
+    if layers == "middle5":
+        low, high = total // 3, 2 * total // 3
+        wanted = sorted({round(low + (high - low) * i / 4) for i in range(5)})
+        return _known(decoder, [layer for layer in wanted if layer in decoder.attentions], layers)
+    if layers == "all":
+        return _known(decoder, sorted(decoder.attentions), layers)
+    if isinstance(layers, str):
+        raise ValueError(f"layers: {layers!r}, must be 'middle5', 'all' or a list of layer indices")
+    for layer in layers:
+        if layer not in decoder.attentions:
+            raise ValueError(
+                f"layers: layer {layer} has no softmax attention to measure; this model has it in "
+                f"{sorted(decoder.attentions)}"
+            )
+    return _known(decoder, sorted(set(layers)), layers)
+
+
+def _known(decoder: Decoder, layers: list[int], asked: str | Sequence[int]) -> list[int]:
+    if not layers:
+        raise ValueError(
+            f"layers: {asked!r} holds no layer with softmax attention; this model has it in "
+            f"{sorted(decoder.attentions)}"
+        )
+    return layers
+
+
+def _attentions(module: nn.Module) -> dict[int, nn.Module]:
+    found: dict[int, nn.Module] = {}
+    for child in module.modules():
+        layer = getattr(child, "layer_idx", None)
+        if not isinstance(layer, int) or "Attention" not in type(child).__name__ or not hasattr(child, "config"):
+            continue
+        causal_self = getattr(child, "is_causal", True) and not getattr(child, "is_cross_attention", False)
+        if causal_self and layer not in found:
+            found[layer] = child
+    return found
+
+
+def _query_heads(attention: nn.Module, config: Any) -> int:
+    for owner in (attention, getattr(attention, "config", config), config):
+        for name in ("num_attention_heads", "num_heads", "n_head"):
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
+    raise ValueError(f"model: the number of query heads of {type(attention).__name__} is not known")
+
+
+def _watched(model: nn.Module, decoder: nn.Module) -> nn.Module:
+    """The outermost compiled module around the decoder, else the decoder: hooks inside of a graph may not be seen."""
+    for module in model.modules():
+        compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        if compiled and any(child is decoder for child in module.modules()):
+            return module
+    return decoder
+
+
+def _refuse_prompt_learning(model: nn.Module) -> None:
+    for module in model.modules():
+        configs: Any = getattr(module, "peft_config", None)
+        if isinstance(configs, dict) and any(c.is_prompt_learning for c in configs.values()):
+            raise ValueError(
+                "model: PEFT prompt learning adds keys or tokens inside the model, which the probe does not support"
+            )

@@ -1,0 +1,62 @@
+"""WAAD and FAI of every family and implementation against full eager maps, padded and packed."""
+
+from __future__ import annotations
+
+import probe_models as models
+import pytest
+import torch
+from probe_oracle import eager_maps, oracle, padded_bounds
+
+from rhythm_kernels import HeadGroups, RhythmProbe
+
+# One head per kv head and layer kind at least; a head may be in both groups.
+GROUPS = HeadGroups(local=[(0, 0), (0, 3), (1, 1), (3, 2)], global_=[(1, 0), (1, 3), (2, 2), (3, 3)])
+EAGER_ONLY = {"gemma2", "gpt_oss"}  # softcap and sinks: transformers refuses or drops them under sdpa
+CASES = [
+    (family, implementation)
+    for family in models.FAMILIES
+    for implementation in ("eager", "sdpa")
+    if implementation == "eager" or family not in EAGER_ONLY
+]
+
+
+def check(probe, expected, tolerance=1e-4):
+    waad, fai = expected
+    torch.testing.assert_close(probe.waad.double(), waad, atol=tolerance, rtol=0)
+    torch.testing.assert_close(probe.fai.double(), fai, atol=tolerance, rtol=0)
+    assert probe.waad.abs().sum() > 0
+    assert probe.fai.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("family", "implementation"), CASES)
+def test_padded(family, implementation):
+    model = models.tiny_model(family, implementation)
+    batch = models.padded_batch()
+    maps = eager_maps(model, **batch)
+    with torch.no_grad():
+        plain = model(**batch).logits
+        with RhythmProbe(model, GROUPS) as probe:
+            logits = model(**batch).logits
+    assert torch.equal(logits, plain)
+    check(probe, oracle(maps, GROUPS, padded_bounds(batch["attention_mask"])))
+
+
+@pytest.mark.parametrize(("family", "implementation"), [case for case in CASES if case[0] != "gpt_oss"])
+def test_packed(family, implementation):
+    model = models.tiny_model(family, implementation)
+    batch, bounds = models.packed_batch()
+    maps = eager_maps(model, **batch, use_cache=False)
+    with torch.no_grad():
+        plain = model(**batch, use_cache=False).logits
+        with RhythmProbe(model, GROUPS) as probe:
+            logits = model(**batch, use_cache=False).logits
+    assert torch.equal(logits, plain)
+    check(probe, oracle(maps, GROUPS, bounds))
+
+
+def test_a_model_that_ignores_packing_is_refused():
+    """gpt-oss gives its masks no positions, so its packed sequences see each other."""
+    model = models.tiny_model("gpt_oss", "eager")
+    batch, _ = models.packed_batch()
+    with torch.no_grad(), RhythmProbe(model, GROUPS), pytest.raises(ValueError, match="ignores packed position_ids"):
+        model(**batch, use_cache=False)
