@@ -13,6 +13,9 @@ from . import torch_attention
 from .tiles import KEY_TILE, host_max, host_min, logits, ranges, row_tile, token_table, visible
 
 
+MOMENT_SCALE = 2.0**24
+
+
 def _finish(per_head_result: Tensor, scored: Tensor, per_head: bool) -> Tensor:
     """`(..., B, H_selected, T)` -> the result's layout, 0 outside R."""
     result = torch.where(scored[:, None], per_head_result, 0.0)
@@ -49,8 +52,8 @@ def band_rows(
             mask, distance = visible(tokens, rows, keys, window_left)
             x = logits(q, k, rows, keys, query_heads, scale, softcap)
             # Masked after the exponential: a row whose lse is not finite must not leak into hidden keys.
-            maps = torch.where(mask, torch.exp(x - row_lse[:, :, slice(*rows), None]), 0.0)
-            near = near + (maps * (window - distance).clamp(min=0)).sum(dim=-1)
+            maps = torch.where(mask & (distance < window), torch.exp(x - row_lse[:, :, slice(*rows), None]), 0.0)
+            near = near + (maps * (window - distance)).sum(dim=-1)
         out[:, :, slice(*rows)] = (window * rowsum[:, :, slice(*rows)] - near).clamp(0, window)
     return _finish(out, tokens.scored, per_head)
 
@@ -160,7 +163,7 @@ def column_stats(
     """Moments of `A[t, s]` over the rows `t >= s + min_distance` of R, `(1 or 5, B, [H_selected,] T)`.
 
     Central moments are merged tile by tile (Chan, Golub and LeVeque; Pébay for the third and fourth): power sums
-    would cancel.
+    would cancel. They are taken of `A 2^24`: the fourth power of a deviation of 1e-10 leaves float32's range.
     """
     batch, length = q.shape[:2]
     tokens = token_table(seqs, batch, length)
@@ -176,8 +179,9 @@ def column_stats(
             position = position & (distance >= min_distance) & tokens.scored[:, None, slice(*rows), None]
             x = logits(q, k, rows, keys, query_heads, scale, softcap)
             maps = torch.where(mask & position, torch.exp(x - row_lse[:, :, slice(*rows), None]), 0.0)
+            maps = maps * MOMENT_SCALE
             state = _merge(state, _tile_moments(maps, position, moments), moments)
-        results[..., slice(*keys)] = _standardise(state) if moments else state[1:2]
+        results[..., slice(*keys)] = _standardise(state) if moments else state[1:2] / MOMENT_SCALE
     return _finish(results, tokens.scored, per_head)
 
 
@@ -224,10 +228,11 @@ def _standardise(state: Tensor) -> Tensor:
     variance = m2 / safe
     spread = (variance != 0) & (count >= 2)
     unit = torch.where(spread, variance, 1.0)
-    # Standardised before they are powered: attention of 1e-10 squared twice leaves float32.
     skewness = torch.where(spread, m3 / safe / unit / unit.sqrt(), 0.0)
     kurtosis = torch.where(spread, m4 / safe / unit / unit, 0.0)
-    return torch.stack([count, mean, torch.where(count >= 2, variance, 0.0), skewness, kurtosis])
+    mean = mean / MOMENT_SCALE
+    variance = torch.where(count >= 2, variance / MOMENT_SCALE / MOMENT_SCALE, 0.0)
+    return torch.stack([count, mean, variance, skewness, kurtosis])
 
 
 def attention(

@@ -58,11 +58,14 @@ def _with_lse(form: Canonical, backend: str | None) -> Canonical:
 
 
 def _dense(name: str, *tensors: Tensor | None, **arguments: Any) -> Any:
-    """The dense definition, for `backend="reference"`: inputs are checked by the caller, results detached."""
+    """The dense definition in float64, for `backend="reference"`; a float32 result like every backend's."""
     from . import reference
 
-    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):  # type: ignore[union-attr]
-        return getattr(reference, name)(*tensors, **arguments)
+    q = tensors[0]
+    assert q is not None
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        result = getattr(reference, name)(*(None if x is None else x.double() for x in tensors), **arguments)
+    return ColumnMoments(*(x.float() for x in result)) if isinstance(result, tuple) else result.float()
 
 
 def _check_per_head(per_head: bool) -> bool:

@@ -200,7 +200,8 @@ def waad(
 
     def rule(maps: Tensor, seq: _Sequence) -> Tensor:
         distance = _distance(maps.shape[-1], maps.device).clamp(min=0, max=window)
-        return (maps * distance).sum(dim=-1)
+        # A given lse is rounded, so that a row may sum to a little more than 1.
+        return (maps * distance).sum(dim=-1).clamp(0, window)
 
     score = _score(softmax_scale, window_size, softcap, sinks)
     ranges = _ranges(cu_seqlens, seq_start, seq_end, response_start)

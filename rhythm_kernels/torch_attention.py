@@ -22,7 +22,7 @@ def forward(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`out (B, T, H, D_v)` in v's dtype and `lse (B, H, T)` float32; rows outside every sequence are 0 and -inf."""
-    plain = softcap == 0 and window_left < 0 and sinks is None
+    plain = softcap == 0 and window_left < 0 and sinks is None and scale > 0
     if q.device.type == "cpu" and plain and v.shape[3] == q.shape[3]:
         return _flash_cpu(q, k, v, seqs, scale)
     return _tiled(q, k, v, seqs, scale, softcap, window_left, sinks)

@@ -1,0 +1,222 @@
+"""The one case list: every backend runs every case and is held to the dense float64 definition of the same inputs.
+
+A new attention variant is one more row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rhythm_kernels as rk
+from rhythm_kernels import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and options of one call; tensors are drawn from `seed`."""
+
+    name: str
+    batch: int = 2
+    length: int = 70
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 16
+    dtype: torch.dtype = torch.float32
+    magnitude: float = 1.0
+    window: int = 10
+    horizon: tuple[int, int | None] = (10, 50)
+    min_distance: int = 4
+    sinks: bool = False
+    fused: bool = False  # q, k are views of one fused projection, in (heads, tokens) order
+    options: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] | None = None  # packed: the sequences' lengths
+    starts: tuple[int, ...] | None = None
+    ends: tuple[int, ...] | None = None
+    response: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """q, k and the keyword arguments shared by the measures."""
+        generator = torch.Generator().manual_seed(self.seed)
+        length = sum(self.lengths) if self.lengths is not None else self.length
+        batch = 1 if self.lengths is not None else self.batch
+        n = self.heads + self.kv_heads
+        if self.fused:
+            fused = torch.randn(batch, n, length, self.dim + 3, generator=generator).transpose(1, 2)[..., : self.dim]
+        else:
+            fused = torch.randn(batch, length, n, self.dim, generator=generator)
+        fused = (fused * self.magnitude).to(self.dtype)
+        q, k = fused[:, :, : self.heads], fused[:, :, self.heads :]
+        options = dict(self.options)
+        if self.sinks:
+            options["sinks"] = torch.randn(self.heads, generator=generator)
+        if self.lengths is not None:
+            options["cu_seqlens"] = torch.tensor([0, *self.lengths]).cumsum(0).int()
+            q, k = q[0], k[0]
+        for key, values in (("seq_start", self.starts), ("seq_end", self.ends), ("response_start", self.response)):
+            if values is not None:
+                options[key] = torch.tensor(values, dtype=torch.int32)
+        return q, k, options
+
+
+CASES = [
+    Case("plain"),
+    Case("one token", length=1, batch=3),
+    Case("shorter than the window", length=7),
+    Case("one past a tile", length=257, batch=1, heads=2, kv_heads=1),
+    Case("multi-query", heads=6, kv_heads=1, dim=32),
+    Case("no grouping", heads=3, kv_heads=3, dim=24),
+    Case("odd head size", dim=13),
+    Case("head size 80", dim=80, length=40),
+    Case("head size 256", dim=256, length=24, heads=2, kv_heads=1),
+    Case("left padding", starts=(3, 41), response=(9, 44)),
+    Case("right padding", ends=(50, 70), response=(12, 0)),
+    Case("padding on both sides, an empty row", batch=3, starts=(5, 20, 70), ends=(61, 20, 70), response=(30, 22, 70)),
+    Case("response past the end", ends=(50, 70), response=(50, 1000)),
+    Case("packed", lengths=(17, 0, 1, 40, 33, 0)),
+    Case("packed responses", lengths=(30, 45, 2), response=(11, 50, -3)),
+    Case("head subset, any order", options={"heads": [3, 0]}),
+    Case("one head, per head", options={"heads": [2], "per_head": True}),
+    Case("all heads, per head", options={"per_head": True}),
+    Case("head tensor", options={"heads": torch.tensor([1, 2])}),
+    Case("window of one", options={"window_size": (0, 0)}),
+    Case("window below W", options={"window_size": (6, -1)}),
+    Case("window above W", options={"window_size": (23, 0)}, length=90),
+    Case("softcap", options={"softcap": 1.5}, magnitude=2.0),
+    Case("sinks", sinks=True),
+    Case("everything", sinks=True, lengths=(40, 3, 30), response=(7, 0, 9), options={"softcap": 3.0, "heads": [3, 1],
+         "window_size": (19, 0), "softmax_scale": 0.7}, horizon=(3, 25)),
+    Case("bfloat16", dtype=torch.bfloat16),
+    Case("float16", dtype=torch.float16),
+    Case("bfloat16 with everything", dtype=torch.bfloat16, sinks=True, starts=(0, 13), response=(20, 30),
+         options={"softcap": 5.0, "window_size": (30, 0)}),
+    Case("views of a fused projection", fused=True, dim=32),
+    Case("own scale", options={"softmax_scale": 0.05}),
+    Case("no scale", options={"softmax_scale": 0.0}),
+    Case("full horizon", horizon=(10, None), length=101),
+    Case("horizon of one distance", horizon=(5, 5)),
+    Case("horizon from zero", horizon=(0, 3)),
+    Case("horizon beyond the end", horizon=(60, 5000)),
+    Case("wide window", window=64, length=90),
+    Case("window of one token", window=1),
+    Case("distance zero moments", min_distance=0),
+    Case("sharp attention", magnitude=6.0),
+]  # fmt: skip
+
+
+def random_cases(seed: int, n: int) -> Iterator[Case]:
+    """Random shapes with every feature crossed."""
+    g = torch.Generator().manual_seed(seed)
+
+    def pick(*values: Any) -> Any:
+        return values[int(torch.randint(len(values), (1,), generator=g))]
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=g))
+
+    for i in range(n):
+        kv_heads, group = number(1, 3), number(1, 3)
+        heads = kv_heads * group
+        options: dict[str, Any] = {}
+        if pick(True, False):
+            options["heads"] = torch.randperm(heads, generator=g)[: number(1, heads)].tolist()
+        options["per_head"] = pick(True, False)
+        options["softcap"] = pick(0.0, 0.0, 2.5)
+        options["window_size"] = (pick(-1, -1, 0, 5, 31), pick(-1, 0))
+        options["softmax_scale"] = pick(None, None, 0.3)
+        batch, length = number(1, 3), pick(1, 2, 9, 33, 64, 65, 100)
+        lengths = starts = ends = response = None
+        if pick(True, False):
+            lengths = tuple(number(0, 40) for _ in range(number(1, 4)))
+            lengths = lengths if sum(lengths) else (5,)
+            response = pick(None, tuple(number(-2, 30) for _ in lengths))
+        else:
+            edges = [sorted((number(0, length), number(0, length))) for _ in range(batch)]
+            starts = pick(None, tuple(a for a, _ in edges))
+            ends = pick(None, tuple(b for _, b in edges))
+            response = pick(None, tuple(number(-1, length + 1) for _ in range(batch)))
+        lo = number(0, 12)
+        yield Case(
+            f"random {seed}.{i}",
+            batch,
+            length,
+            heads,
+            kv_heads,
+            pick(8, 16, 20, 64),
+            pick(torch.float32, torch.float32, torch.bfloat16, torch.float16),
+            pick(0.5, 1.0, 3.0),
+            number(1, 20),
+            (lo, pick(None, lo, lo + number(0, 45))),
+            number(0, 8),
+            pick(True, False),
+            pick(True, False),
+            options,
+            lengths,
+            starts,
+            ends,
+            response,
+            seed * 1000 + i,
+        )
+
+
+def _close(name: str, got: Tensor, want: Tensor, bound: Tensor | float) -> None:
+    assert got.dtype == torch.float32, f"{name}: {got.dtype}"
+    assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, want {tuple(want.shape)}"
+    same = got.double() == want  # infinities of the same sign
+    error = torch.where(same, 0.0, (got.double() - want).abs() / bound)
+    assert not error.isnan().any(), f"{name}: not a number at {error.isnan().nonzero()[0].tolist()}"
+    assert float(error.max()) < 1, f"{name}: {float(error.max()):.3g} times the tolerance at {error.argmax()}"
+
+
+def check(case: Case, backend: str | None) -> None:
+    """Hold every measure of a backend, with and without a given lse, to the dense float64 definition."""
+    q, k, options = case.inputs()
+    q64, k64 = q.double(), k.double()
+    lse_options = {name: x for name, x in options.items() if name not in ("heads", "per_head", "response_start")}
+    lse64 = reference.attention_lse(q64, k64, **lse_options)
+    got_lse = rk.attention_lse(q, k, backend=backend, **lse_options)
+    _close("attention_lse", got_lse, lse64, 1e-4 * lse64.abs().nan_to_num(posinf=1).clamp(min=1))
+    if case.lengths is None:
+        # Any strides: torch's CPU attention gives (B, H, T) with a strided last dimension.
+        lse = lse64.float().transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        lse = lse64.float()
+    length = q.shape[0] if case.lengths is not None else q.shape[1]
+    for given in (lse, None):
+        tag = "with lse" if given is not None else "without lse"
+        waad = rk.waad(q, k, given, window=case.window, backend=backend, **options)
+        want = reference.waad(q64, k64, window=case.window, **options)
+        _close(f"waad {tag}", waad, want, 1e-4 * max(1, case.window / 10))
+        assert float(waad.min()) >= 0 and float(waad.max()) <= case.window
+        fai = rk.fai(q, k, given, horizon=case.horizon, backend=backend, **options)
+        _close(f"fai {tag}", fai, reference.fai(q64, k64, horizon=case.horizon, **options), 1e-4)
+        assert float(fai.min()) >= 0
+        check_moments(case, rk.column_moments(q, k, given, min_distance=case.min_distance, backend=backend, **options))
+    span = rk.span(q, k, backend=backend, **options)
+    _close("span", span, reference.span(q64, k64, **options), 1e-4 * length)
+
+
+def check_moments(case: Case, got: reference.ColumnMoments) -> None:
+    """Moments to 1e-3 relative; the standardised ones where there is variance for float32 to see."""
+    q, k, options = case.inputs()
+    want = reference.column_moments(q.double(), k.double(), min_distance=case.min_distance, **options)
+    per_head = {**options, "per_head": True}
+    heads = reference.column_moments(q.double(), k.double(), min_distance=case.min_distance, **per_head)
+    # Below a relative spread of 1e-3, float32 attention values carry no third or fourth moment.
+    deviation = heads.variance.sqrt()
+    seen = (deviation == 0) | ((deviation > 1e-3 * heads.mean) & (deviation > 1e-15))
+    if not options.get("per_head"):
+        seen = seen.all(dim=-2)
+    _close("count", got.count, want.count, 1e-3)
+    _close("mean", got.mean, want.mean, 1e-3 * want.mean + 1e-12)
+    _close("variance", got.variance, want.variance, 1e-3 * want.variance + 1e-9 * want.mean**2 + 1e-30)
+    for name in ("skewness", "kurtosis"):
+        value, target = getattr(got, name), getattr(want, name)
+        blind = torch.zeros_like(target)
+        scale = 1e-3 * target.abs().clamp(min=1)
+        _close(name, torch.where(seen, value, 0.0), torch.where(seen, target, blind), scale)

@@ -1,0 +1,127 @@
+"""Every backend, every case: the measures against the dense float64 definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rhythm_kernels as rk
+from rhythm_kernels import reference
+
+from .cases import CASES, Case, check, random_cases
+
+# Backends that can be forced on CPU tensors here; Triton's interpreter has its own, smaller runs in tests/triton.
+BACKENDS = [name for name in ("torch", "cpu", "reference") if not rk.backends()[name]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_case(case: Case, backend: str) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.usefixtures("poisoned_memory")
+def test_random_cases(seed: int, backend: str) -> None:
+    for case in random_cases(seed, 8):
+        try:
+            check(case, backend)
+        except AssertionError as error:
+            raise AssertionError(f"{case}") from error
+
+
+def test_the_default_backend_serves_the_cpu() -> None:
+    check(CASES[0], None)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("magnitude", [10.0, 1e4])
+def test_large_logits(backend: str, magnitude: float) -> None:
+    """Finite, and within what a float32 log-sum-exp allows: `W max|x| 2^-22`."""
+    q, k, _ = Case("large", length=120, dim=16).inputs()
+    logits = reference._logits(q[0].double(), k[0].double(), None, (-1, -1), 0.0)
+    q = q * (magnitude / logits[logits.isfinite()].abs().max())
+    bound = magnitude * 2.0**-22 + 1e-6
+    lse = rk.attention_lse(q, k, backend=backend)
+    waad = rk.waad(q, k, lse, backend=backend)
+    fai = rk.fai(q, k, lse, backend=backend)
+    assert waad.isfinite().all()
+    assert (waad - reference.waad(q.double(), k.double())).abs().max() < 10 * bound
+    assert (fai - reference.fai(q.double(), k.double())).abs().max() < bound
+    # The row pass's own arithmetic subtracts the row's largest logit, and does far better.
+    span = rk.span(q, k, backend=backend)
+    assert (span - reference.span(q.double(), k.double())).abs().max() < 120 * bound
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_rows_and_columns(backend: str, poison: float) -> None:
+    q, k, _ = Case("poison", batch=2, length=80).inputs()
+    lse = rk.attention_lse(q, k, backend=backend)
+    clean_waad, clean_fai = rk.waad(q, k, lse, backend=backend), rk.fai(q, k, lse, backend=backend)
+    bad_q = q.clone()
+    bad_q[0, 40] = poison
+    waad, fai = rk.waad(bad_q, k, lse, backend=backend), rk.fai(bad_q, k, lse, backend=backend)
+    assert not torch.isfinite(waad[0, 40])
+    rows = torch.ones(80, dtype=torch.bool)
+    rows[40] = False
+    torch.testing.assert_close(waad[:, rows], clean_waad[:, rows])
+    torch.testing.assert_close(waad[1], clean_waad[1])
+    columns = torch.ones(80, dtype=torch.bool)
+    columns[:31] = False  # row 40 is in T(s) of s = 0..30
+    torch.testing.assert_close(fai[0, columns], clean_fai[0, columns])
+    bad_k = k.clone()
+    bad_k[0, 40] = float("nan")
+    waad, span = rk.waad(q, bad_k, lse, backend=backend), rk.span(q, bad_k, backend=backend)
+    assert waad[0, 40:50].isnan().all()
+    torch.testing.assert_close(waad[0, 50:], clean_waad[0, 50:])
+    assert span[0, 40:].isnan().all()
+    torch.testing.assert_close(span[0, :40], rk.span(q, k, backend=backend)[0, :40])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_are_detached_and_free_of_autocast(backend: str) -> None:
+    q, k, _ = CASES[0].inputs()
+    plain = rk.waad(q, k, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = rk.waad(q.requires_grad_(), k, backend=backend)
+    assert not mixed.requires_grad
+    assert torch.equal(plain, mixed)
+
+
+def test_repeated_calls_are_bit_equal() -> None:
+    q, k, options = CASES[0].inputs()
+    first = rk.fai(q, k, **options)
+    assert all(torch.equal(first, rk.fai(q, k, **options)) for _ in range(20))
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if not c.options.get("per_head") and c.dtype == torch.float32],
+    ids=lambda case: case.name,
+)
+def test_attention_with_rhythm(case: Case, backend: str | None) -> None:
+    """Output and gradients err at most twice as much as float32 PyTorch; statistics as everywhere."""
+    q, k, options = case.inputs()
+    v = torch.randn(*k.shape[:-1], k.shape[-1] + (3 if case.sinks else 0))
+    ours = [x.clone().requires_grad_() for x in (q, k, v)]
+    dense32 = [x.clone().requires_grad_() for x in (q, k, v)]
+    dense64 = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse, stats = rk.attention_with_rhythm(*ours, window=case.window, backend=backend, **options)
+    out32, _, _ = reference.attention_with_rhythm(*dense32, window=case.window, **options)
+    out64, lse64, stats64 = reference.attention_with_rhythm(*dense64, window=case.window, **options)
+    upstream = torch.randn_like(out)
+    for o in (out, out32, out64):
+        o.backward(upstream.to(o.dtype))
+    pairs = [(out, out32, out64)] + [(a.grad, b.grad, c.grad) for a, b, c in zip(ours, dense32, dense64)]
+    for name, (got, plain, want) in zip(("out", "dq", "dk", "dv"), pairs):
+        got, plain, want = got.detach(), plain.detach(), want.detach()
+        floor = 2e-6 * (1 + want.abs().max())
+        assert (got - want).abs().max() <= 2 * (plain - want).abs().max() + floor, name
+    assert not lse.requires_grad and not stats.waad.requires_grad
+    torch.testing.assert_close(lse.double(), lse64, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stats.waad.double(), stats64.waad, atol=1e-4, rtol=0)
+    torch.testing.assert_close(stats.span.double(), stats64.span, atol=1e-4 * q.shape[-3], rtol=0)
