@@ -311,7 +311,7 @@ def _check_scale(softmax_scale: float | None, dim: int) -> float:
         return dim**-0.5
     if isinstance(softmax_scale, Tensor) or not isinstance(softmax_scale, int | float):
         raise TypeError(f"softmax_scale must be a float, got {type(softmax_scale).__name__}")
-    if not math.isfinite(softmax_scale):
+    if not -math.inf < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
     return float(softmax_scale)
 
@@ -319,7 +319,7 @@ def _check_scale(softmax_scale: float | None, dim: int) -> float:
 def _check_softcap(softcap: float) -> float:
     if isinstance(softcap, Tensor) or not isinstance(softcap, int | float):
         raise TypeError(f"softcap must be a float, got {type(softcap).__name__}")
-    if not (math.isfinite(softcap) and softcap >= 0):
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be 0 (off) or a positive number, got {softcap}")
     return float(softcap)
 

@@ -1,0 +1,134 @@
+"""Bad input: an error before any kernel runs that names the argument, what it was and what it must be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rhythm_kernels as rk
+
+
+def q(*shape: int, **kw) -> torch.Tensor:
+    return torch.randn(*(shape or (2, 9, 4, 8)), **kw)
+
+
+CU = torch.tensor([0, 4, 9], dtype=torch.int32)
+INT = torch.int32
+
+WRONG = [
+    ({"q": "text"}, TypeError, "q must be a torch.Tensor, got str"),
+    ({"q": q(9, 4, 8)}, ValueError, r"q must be \(batch, tokens, heads, head_dim\), got shape \(9, 4, 8\)"),
+    ({"q": q().double()}, TypeError, "q must be float32, bfloat16 or float16, got torch.float64"),
+    ({"k": q(2, 9, 2, 8).half()}, TypeError, "k must have the dtype of q, torch.float32, got torch.float16"),
+    ({"k": q(2, 8, 2, 8)}, ValueError, r"k must have the batch and length of q, \(2, 9\), got \(2, 8\)"),
+    ({"k": q(2, 9, 2, 7)}, ValueError, "k must have the head size of q, 8, got 7"),
+    ({"k": q(2, 9, 3, 8)}, ValueError, "q must have a multiple of k's heads .*, got 4 and 3"),
+    ({"q": q(0, 9, 4, 8), "k": q(0, 9, 2, 8)}, ValueError, "q must not be empty, got 0 batch"),
+    ({"q": q(2, 0, 4, 8), "k": q(2, 0, 2, 8)}, ValueError, "q must not be empty, got 0 tokens"),
+    ({"q": q(2, 9, 4, 300), "k": q(2, 9, 2, 300)}, ValueError, "head size of 1 to 256, got 300"),
+    ({"k": torch.empty(2, 9, 2, 8, device="meta")}, ValueError, "k must be on the device of q, cpu, got meta"),
+    ({"lse": q(2, 9, 4)}, ValueError, r"lse must be .* = \(2, 4, 9\), all query heads, got shape \(2, 9, 4\)"),
+    ({"lse": q(2, 4, 9).double()}, TypeError, "lse must be float32"),
+    ({"heads": []}, ValueError, "heads must name at least one query head"),
+    ({"heads": [0, 4]}, ValueError, r"heads must be query-head indices in 0\.\.3, got 4"),
+    ({"heads": [-1]}, ValueError, "got -1"),
+    ({"heads": [1, 1]}, ValueError, "heads must not repeat a head"),
+    ({"heads": [0.5]}, TypeError, "heads must hold integers, got 0.5"),
+    ({"heads": torch.tensor([5])}, ValueError, "got 5"),
+    ({"heads": torch.tensor([1.0])}, TypeError, "heads must hold integers"),
+    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, got nan"),
+    ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a float, got str"),
+    ({"softcap": -1.0}, ValueError, "softcap must be 0 .* got -1.0"),
+    ({"window_size": 5}, ValueError, "window_size must be a pair"),
+    ({"window_size": (-2, 0)}, ValueError, r"window_size\[0\] must be at least -1, got -2"),
+    ({"window_size": (4, 4)}, ValueError, r"window_size\[1\] must be -1 or 0: .* causal"),
+    ({"sinks": q(3)}, ValueError, r"sinks must be \(heads,\) = \(4,\), got shape \(3,\)"),
+    ({"sinks": torch.zeros(4, dtype=INT)}, TypeError, "sinks must be floating point"),
+    ({"seq_start": torch.tensor([0.0, 1.0])}, TypeError, "seq_start must be int32"),
+    ({"seq_start": torch.tensor([0, 1, 2], dtype=INT)}, ValueError, r"seq_start must be \(batch,\) = \(2,\)"),
+    ({"seq_end": torch.tensor([9, 10], dtype=INT)}, ValueError, r"seq_end must be in 0\.\.9, got 10 in row 1"),
+    ({"seq_start": torch.tensor([3, 0], dtype=INT), "seq_end": torch.tensor([2, 9], dtype=INT)}, ValueError,
+     "seq_end must not lie before seq_start, got 2 < 3 in row 0"),
+    ({"response_start": [1, 2]}, TypeError, "response_start must be a torch.Tensor, got list"),
+    ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU[:1]}, ValueError, "at least one sequence"),
+    ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU.float()}, TypeError, "cu_seqlens must be int32"),
+    ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU + 1}, ValueError, r"must run from 0 to the total of 9 tokens"),
+    ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": torch.tensor([0, 5, 4, 9])}, ValueError, "must not decrease"),
+    ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU, "max_seqlen": 4}, ValueError,
+     "max_seqlen must be at least the longest sequence's 5 tokens, got 4"),
+    ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU, "seq_end": CU[1:]}, ValueError,
+     "seq_end is for padded input"),
+    ({"cu_seqlens": CU}, ValueError, r"q must be \(total, heads, head_dim\) with cu_seqlens, got shape"),
+    ({"per_head": 1}, TypeError, "per_head must be a bool, got int"),
+    ({"backend": "cublas"}, ValueError, "backend must be one of .*'torch'.* got 'cublas'"),
+    ({"backend": "cuda"}, ValueError, "backend='cuda' cannot run .* on cpu tensors"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("measure", [rk.waad, rk.fai, rk.span, rk.column_moments])
+@pytest.mark.parametrize(
+    ("change", "error", "message"), WRONG, ids=lambda x: ",".join(x) if isinstance(x, dict) else None
+)
+def test_shared_arguments(measure, change: dict, error: type[Exception], message: str) -> None:
+    arguments = {"q": q(), "k": q(2, 9, 2, 8), **change}
+    with pytest.raises(error, match=message):
+        measure(arguments.pop("q"), arguments.pop("k"), arguments.pop("lse", None), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda q, k: rk.waad(q, k, window=0), ValueError, "window must be at least 1, got 0"),
+        (lambda q, k: rk.waad(q, k, window=2.0), TypeError, "window must be an int, got float"),
+        (lambda q, k: rk.waad(q, k, window=True), TypeError, "window must be an int, got bool"),
+        (lambda q, k: rk.fai(q, k, horizon=10), ValueError, "horizon must be a pair"),
+        (lambda q, k: rk.fai(q, k, horizon=(-1, 3)), ValueError, r"horizon\[0\] must be at least 0, got -1"),
+        (lambda q, k: rk.fai(q, k, horizon=(5, 4)), ValueError, r"horizon\[1\] must be at least 5, got 4"),
+        (lambda q, k: rk.column_moments(q, k, min_distance=-1), ValueError, "min_distance must be at least 0"),
+        (lambda q, k: rk.attention_with_rhythm(q, k, k.half()), TypeError, "v must have the dtype of q"),
+        (lambda q, k: rk.attention_with_rhythm(q, k, k[:, 1:]), ValueError, "v must have the layout of k"),
+        (lambda q, k: rk.attention_with_rhythm(q, k, q), ValueError, "v must have the layout of k"),
+    ],
+)
+def test_arguments_of_one_measure(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(q(), q(2, 9, 2, 8))
+
+
+def test_a_head_dimension_that_is_not_contiguous_is_welcome() -> None:
+    a, b = q(2, 9, 8, 4).transpose(2, 3), q(2, 9, 8, 2).transpose(2, 3)
+    torch.testing.assert_close(rk.waad(a, b), rk.waad(a.contiguous(), b.contiguous()))
+
+
+def test_triton_on_cpu_tensors_needs_the_interpreter() -> None:
+    code = "import torch, rhythm_kernels as rk; x = torch.randn(1, 9, 1, 16); rk.waad(x, x, backend='triton')"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=_environment_without_triton()
+    )
+    assert run.returncode == 1
+    assert "ValueError: backend='triton' cannot run row_stats on cpu tensors" in run.stderr
+    assert "TRITON_INTERPRET=1" in run.stderr
+
+
+def test_import_needs_torch_alone_and_is_fast() -> None:
+    code = (
+        "import sys, time, torch; t = time.perf_counter(); import rhythm_kernels as rk; "
+        "print(time.perf_counter() - t); "
+        "print([m for m in ('triton', 'transformers', 'trl', 'rhythm_kernels.triton') if m in sys.modules]); "
+        "print(torch.cuda.is_initialized()); dir(rk)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, loaded, cuda = run.stdout.splitlines()
+    # A fraction of a second; the bound leaves room for a busy machine.
+    assert float(seconds) < 2
+    assert loaded == "[]" and cuda == "False"
+
+
+def test_public_names_are_all_there() -> None:
+    for name in rk.__all__:
+        assert getattr(rk, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        rk.nothing  # noqa: B018
