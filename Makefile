@@ -1,0 +1,74 @@
+# Every target makes its own virtual environment in .venv; nothing else on the machine is touched.
+#   make demo        set up, train the small model by GRPO with rhythm credit, leave runs/demo/report.html
+#   make test        set up, run the tests (under ten minutes)
+#   make test-long   the tests that do not fit ten minutes
+#   make lint        ruff and mypy
+#   make bench       the benchmarks, results under benchmarks/results
+#   make sanitize    the compiled CPU kernels under AddressSanitizer and UBSan
+#   make matrix      other versions of torch, Triton, TRL and transformers, and optional peers, each in its own environment
+
+PYTHON ?= python3
+VENV ?= .venv
+# Any torch from 2.10 on. For a CPU build from PyTorch's own index:
+#   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# Settings added to the demo's recipe, as in: make demo ARGS="grpo.steps=2"
+ARGS ?=
+PYTEST_ARGS ?= -n auto --maxprocesses=8
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+
+.PHONY: demo test test-long lint bench sanitize matrix clean
+
+demo: $(VENV)/.train
+	$(BIN)/python -m training train training/recipes/countdown_tiny.yaml output.name=demo $(ARGS)
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-long: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
+sanitize: $(VENV)/.test
+	bash tests/native/sanitize.sh $(BIN)/python
+
+matrix:
+	bash tests/matrix.sh $(PYTHON)
+
+clean:
+	rm -rf $(VENV) .venv-* build dist *.egg-info runs rhythm_kernels/*.so
+
+# torch first and pinned: a bare requirement would fetch the newest CUDA build. The extension is built against it,
+# once: the extras below are those of the package that is then installed.
+$(VENV)/.package: $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) "setuptools>=77" wheel ninja
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.train: $(VENV)/.package
+	$(PIP) "rhythm-kernels[train]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	$(PIP) "rhythm-kernels[train,test]"
+	touch $@ $(VENV)/.train
+
+$(VENV)/.bench: $(VENV)/.package
+	$(PIP) "rhythm-kernels[bench]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) "rhythm-kernels[dev]"
+	touch $@
