@@ -1,0 +1,119 @@
+// band_columns: FAI of each key from the rows at distance lo .. hi after it, the log-sum-exp given.
+//
+// Lanes are keys. A tile of keys is transposed once a kv head and the rows after it once a head; one moving row
+// position then meets every vector of keys for which its distance is inside the band.
+#include "rhythm/diagonal.h"
+#include "rhythm/passes.h"
+#include "rhythm/score.h"
+#include "rhythm/tile.h"
+
+namespace rhythm {
+namespace RHYTHM_CAPABILITY {
+
+// The vectors of keys [first, first + count) that the row position at `offset` from the tile's first key meets.
+struct Met {
+  int64_t first;
+  int count;
+};
+
+RHYTHM_INLINE Met vectors_met(int64_t offset, int64_t lo, int64_t hi, int64_t n_vectors) {
+  // lo <= offset - kLanes * v <= hi
+  const int64_t first = offset <= hi ? 0 : (offset - hi + kLanes - 1) / kLanes;
+  const int64_t last = offset < lo ? -1 : smaller((offset - lo) / kLanes, n_vectors - 1);
+  return {first, last < first ? 0 : (int)(last - first + 1)};
+}
+
+// Add A of the row positions s0 + [from, to) to sums[key]; column 0 of `queries` and of `lse` is position s0 + from.
+static void add_rows(const Problem& p, int64_t s0, int64_t end, int64_t hi, int64_t from, int64_t to,
+                     int64_t n_vectors, const float* keys, int64_t ld_keys, const float* queries,
+                     int64_t ld_queries, const float* lse, float* sums) {
+  const Int lanes = lane_index();
+  Vec dots[kAccumulators];
+  int64_t moved = 0;
+  for (int64_t offset = from; offset < to; offset += moved) {
+    const Met met = vectors_met(offset, p.lo, hi, n_vectors);
+    moved = 1;
+    if (met.count == 0) continue;
+    for (; moved < kMaxMoved && offset + moved < to; ++moved) {
+      const Met next = vectors_met(offset + moved, p.lo, hi, n_vectors);
+      if (next.first != met.first || next.count != met.count) break;
+    }
+    for (int64_t v = met.first; v < met.first + met.count; v += kMaxFixed) {
+      const int fixed = (int)smaller(kMaxFixed, met.first + met.count - v);
+      const int64_t at_once = moved_for(fixed);
+      for (int64_t base = 0; base < moved; base += at_once) {
+        const int block = (int)smaller(at_once, moved - base);
+        const int64_t column = offset - from + base;
+        diagonal(fixed, block)(keys + v * kLanes, kLanes, ld_keys, queries + column, ld_queries, p.head_dim, dots);
+        for (int f = 0; f < fixed; ++f) {
+          float* const sum = sums + (v + f) * kLanes;
+          Vec total = load(sum);
+          for (int m = 0; m < block; ++m) {
+            // Lane i: the key s0 + kLanes * (v + f) + i, met by the row s0 + offset + base + m + i.
+            const Vec a = exp(logit(dots[f * block + m], p.score) - load(lse + column + m));
+            total += keep(lanes + (int32_t)(s0 + offset + base + m) < splat_int((int32_t)end), a);
+          }
+          store(sum, total);
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+static void run(const Problem& p, const Tile& tile, float* scratch) {
+  const int64_t s0 = tile.first, count = tile.last - tile.first, row = tile.seq.row, end = tile.seq.end;
+  const int64_t ld_keys = padded(kColumnTile);
+  const int64_t at_once = band_columns_positions(p);
+  const int64_t ld_queries = padded(at_once + kMaxLanes);
+  float* const keys = scratch;
+  float* const queries = keys + p.head_dim * ld_keys;
+  float* const lse = queries + p.head_dim * ld_queries;
+  float* const sums = lse + ld_queries;
+  float* const mean = sums + kColumnTile;
+  __builtin_memset(mean, 0, kColumnTile * sizeof(float));
+
+  // The number of rows goes by position alone; those that a sliding window hides add nothing.
+  float inverse[kColumnTile];
+  for (int64_t c = 0; c < count; ++c) {
+    const int64_t rows = smaller(end - 1, s0 + c + p.hi) - (s0 + c + p.lo) + 1;
+    inverse[c] = rows > 0 ? 1.0f / (float)rows : 0.0f;
+  }
+  const int64_t hi = smaller(p.hi, p.score.window_left);
+  const int64_t n_vectors = whole_vectors(count) / kLanes;
+  // Offsets of the rows that the first lane of some vector of keys meets.
+  const int64_t from = p.lo, to = smaller((n_vectors - 1) * kLanes + hi + 1, end - s0);
+
+  int64_t loaded_head = -1;
+  for (int64_t i = 0; i < p.n_groups; ++i) {
+    const HeadGroup& group = p.groups[i];
+    if (group.kv_head != loaded_head)
+      load_transposed(head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head), p.k_token, p.head_dim, s0,
+                      n_vectors * kLanes, s0, end, keys, ld_keys);
+    loaded_head = group.kv_head;
+    for (int g = 0; g < group.count; ++g) {
+      const Head head = p.heads[group.entry[g]];
+      const T* const source = head_of<T>(p.q, row, p.q_row, head.query, p.q_head);
+      __builtin_memset(sums, 0, kColumnTile * sizeof(float));
+      for (int64_t offset = from; offset < to; offset += at_once) {
+        const int64_t last = smaller(offset + at_once, to);
+        const int64_t columns = whole_vectors(last - offset + kLanes - 1);
+        load_transposed(source, p.q_token, p.head_dim, s0 + offset, columns, s0, end, queries, ld_queries);
+        load_lse(p, row, head.lse_row, s0 + offset, columns, s0, end, lse);
+        add_rows(p, s0, end, hi, offset, last, n_vectors, keys, ld_keys, queries, ld_queries, lse, sums);
+      }
+      for (int64_t c = 0; c < count; ++c) {
+        const float value = inverse[c] > 0 ? sums[c] * inverse[c] : 0.0f;
+        mean[c] += value;
+        if (p.per_head) p.out[(row * p.n_heads + group.entry[g]) * p.tokens + s0 + c] = value;
+      }
+    }
+  }
+  if (!p.per_head)
+    for (int64_t c = 0; c < count; ++c) p.out[row * p.tokens + s0 + c] = mean[c] / (float)p.n_heads;
+}
+
+RHYTHM_DEFINE(band_columns)
+
+} // namespace RHYTHM_CAPABILITY
+} // namespace rhythm

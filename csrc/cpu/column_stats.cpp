@@ -1,0 +1,156 @@
+// column_stats: the mean of the attention that each key receives from all later rows, or its first four moments.
+//
+// Lanes are keys. Rows are streamed kChunk at a time; each chunk's central moments are taken around its own mean and
+// merged into those of the rows before (Chan, Golub and LeVeque; Pébay for the third and fourth): raw power sums
+// cancel.
+#include "rhythm/outer.h"
+#include "rhythm/passes.h"
+#include "rhythm/score.h"
+#include "rhythm/tile.h"
+
+namespace rhythm {
+namespace RHYTHM_CAPABILITY {
+
+// A is scaled before its powers are taken: the fourth power of an attention of 1e-10 would leave the range of float32.
+constexpr float kUnit = 16777216.0f;
+
+// Per key: rows counted, their mean (the plain sum where the mean alone is wanted), and the sums of the second to
+// fourth power of what is left after the mean.
+struct Moments {
+  float count[kStatsTile], mean[kStatsTile], m2[kStatsTile], m3[kStatsTile], m4[kStatsTile];
+};
+static_assert(sizeof(Moments) == 5 * kStatsTile * sizeof(float), "column_stats_scratch counts these");
+
+static void merge(Moments& into, int64_t c, Vec count, Vec mean, Vec m2, Vec m3, Vec m4) {
+  const Vec na = load(into.count + c), nb = count;
+  const Vec n = na + nb;
+  const Vec share = select(n > Vec{}, nb / select(n > Vec{}, n, splat(1.0f)), Vec{}); // nb / n
+  const Vec rest = 1.0f - share;                                                     // na / n
+  const Vec a2 = load(into.m2 + c), a3 = load(into.m3 + c);
+  const Vec delta = mean - load(into.mean + c);
+  const Vec step = delta * share; // what the mean moves by
+  const Vec cross = delta * na * step;
+  store(into.m4 + c, load(into.m4 + c) + m4 + cross * delta * delta * (rest * rest - rest * share + share * share) +
+                         6.0f * delta * delta * (share * share * a2 + rest * rest * m2) +
+                         4.0f * delta * (rest * m3 - share * a3));
+  store(into.m3 + c, a3 + m3 + cross * delta * (rest - share) + 3.0f * delta * (rest * m2 - share * a2));
+  store(into.m2 + c, a2 + m2 + cross);
+  store(into.mean + c, load(into.mean + c) + step);
+  store(into.count + c, n);
+}
+
+// Take in the rows t0 .. t0 + count - 1 for one vector of keys starting at token s: maps[n * kStatsTile + lane].
+static void take_rows(const Problem& p, int64_t s, int64_t t0, int64_t count, float* maps, const float* lse,
+                      Moments& state, int64_t c) {
+  const Int lanes = lane_index();
+  const Int nearest = splat_int((int32_t)smaller(p.min_distance, INT32_MAX));
+  const Int window = splat_int((int32_t)smaller(p.score.window_left, INT32_MAX));
+  Vec sum = Vec{};
+  Int counted = splat_int(0);
+  for (int64_t n = 0; n < count; ++n) {
+    const Int distance = (int32_t)(t0 + n - s) - lanes;
+    const Int counts = distance >= nearest;
+    const Vec a = exp(logit(load(maps + n * kStatsTile), p.score) - lse[n]) * kUnit;
+    const Vec kept = keep(counts & (distance <= window) & (distance >= splat_int(0)), a);
+    counted -= counts; // a true lane is -1
+    sum += kept;
+    store(maps + n * kStatsTile, kept);
+  }
+  const Vec rows = __builtin_convertvector(counted, Vec);
+  if (!p.moments) {
+    store(state.mean + c, load(state.mean + c) + sum);
+    store(state.count + c, load(state.count + c) + rows);
+    return;
+  }
+  const Vec mean = sum / select(rows > Vec{}, rows, splat(1.0f));
+  Vec m2 = Vec{}, m3 = Vec{}, m4 = Vec{};
+  for (int64_t n = 0; n < count; ++n) {
+    const Int distance = (int32_t)(t0 + n - s) - lanes;
+    const Vec left = keep(distance >= nearest, load(maps + n * kStatsTile) - mean);
+    const Vec square = left * left;
+    m2 += square;
+    m3 += square * left;
+    m4 += square * square;
+  }
+  merge(state, c, rows, mean, m2, m3, m4);
+}
+
+// Write plane `plane` of token `s0 + c`, or add it to the mean over heads.
+struct Output {
+  const Problem& p;
+  const Tile& tile;
+  int32_t entry;
+  float* mean; // [plane][kStatsTile]
+
+  void put(int plane, int64_t c, float value) const {
+    mean[plane * kStatsTile + c] += value;
+    if (p.per_head)
+      p.out[((plane * p.batch + tile.seq.row) * p.n_heads + entry) * p.tokens + tile.first + c] = value;
+  }
+};
+
+static void finish(const Output& out, const Moments& state, int64_t count) {
+  for (int64_t c = 0; c < count; ++c) {
+    const float n = state.count[c];
+    if (!out.p.moments) {
+      out.put(0, c, n > 0 ? state.mean[c] / n / kUnit : 0.0f);
+      continue;
+    }
+    const float variance = n > 0 ? state.m2[c] / n : 0.0f;
+    const float square = variance * variance;
+    // Too flat for float32 (A spread by less than 4e-17); a NaN is not flat and comes out.
+    const bool flat = n < 2 || square < 1e-36f;
+    out.put(0, c, n);
+    out.put(1, c, n > 0 ? state.mean[c] / kUnit : 0.0f);
+    out.put(2, c, variance / (kUnit * kUnit));
+    out.put(3, c, flat ? 0.0f : state.m3[c] / n / (variance * __builtin_sqrtf(variance)));
+    out.put(4, c, flat ? 0.0f : state.m4[c] / n / square);
+  }
+}
+
+template <typename T>
+static void run(const Problem& p, const Tile& tile, float* scratch) {
+  const int64_t s0 = tile.first, count = tile.last - tile.first, row = tile.seq.row, end = tile.seq.end;
+  const int64_t ld_keys = padded(kStatsTile);
+  float* const keys = scratch;
+  float* const rows = keys + p.head_dim * ld_keys;
+  float* const maps = rows + kChunk * p.head_dim;
+  float* const lse = maps + kChunk * kStatsTile;
+  Moments* const state = (Moments*)(lse + kChunk);
+  float* const mean = (float*)(state + 1);
+  const int planes = p.moments ? 5 : 1;
+  __builtin_memset(mean, 0, planes * kStatsTile * sizeof(float));
+
+  const int64_t width = whole_vectors(count);
+  int64_t loaded_head = -1;
+  for (int64_t i = 0; i < p.n_groups; ++i) {
+    const HeadGroup& group = p.groups[i];
+    if (group.kv_head != loaded_head)
+      load_transposed(head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head), p.k_token, p.head_dim, s0, width, s0,
+                      end, keys, ld_keys);
+    loaded_head = group.kv_head;
+    for (int g = 0; g < group.count; ++g) {
+      const Head head = p.heads[group.entry[g]];
+      const T* const source = head_of<T>(p.q, row, p.q_row, head.query, p.q_head);
+      __builtin_memset(state, 0, sizeof(Moments));
+      for (int64_t t = s0 + smaller(p.min_distance, end - s0); t < end; t += kChunk) {
+        const int64_t n = smaller(kChunk, end - t);
+        const int64_t whole = (n + kOuterRows - 1) / kOuterRows * kOuterRows;
+        load_rows(source, p.q_token, p.head_dim, t, whole, end, rows);
+        load_lse(p, row, head.lse_row, t, n, s0, end, lse);
+        outer_product(keys, ld_keys, width, rows, whole, p.head_dim, maps, kStatsTile);
+        for (int64_t c = 0; c < width; c += kLanes) take_rows(p, s0 + c, t, n, maps + c, lse, *state, c);
+      }
+      finish(Output{p, tile, group.entry[g], mean}, *state, count);
+    }
+  }
+  if (!p.per_head)
+    for (int plane = 0; plane < planes; ++plane)
+      for (int64_t c = 0; c < count; ++c)
+        p.out[(plane * p.batch + row) * p.tokens + s0 + c] = mean[plane * kStatsTile + c] / (float)p.n_heads;
+}
+
+RHYTHM_DEFINE(column_stats)
+
+} // namespace RHYTHM_CAPABILITY
+} // namespace rhythm

@@ -1,0 +1,138 @@
+// row_stats: log-sum-exp, WAAD and span of each row in one pass over its keys (online softmax).
+//
+// Lanes are rows: maximum, sum and rescaling stay inside a lane. Keys are streamed kChunk at a time and read once for
+// all query heads of a group.
+#include "rhythm/outer.h"
+#include "rhythm/passes.h"
+#include "rhythm/score.h"
+#include "rhythm/tile.h"
+
+namespace rhythm {
+namespace RHYTHM_CAPABILITY {
+
+// What the online softmax of one head of the tile carries, a float a row: the running maximum, and the sums of
+// e = exp(x - maximum), of e (t - s) (distances, as t - sum e s would cancel) and of e max(W - (t - s), 0).
+struct Running {
+  float maximum[kRowTile], sum[kRowTile], distance[kRowTile], band[kRowTile];
+};
+static_assert(sizeof(Running) == 4 * kRowTile * sizeof(float), "row_stats_scratch counts these");
+
+// Take in the keys s0 .. s0 + count - 1 of one vector of rows starting at token t: dots[n * kRowTile + lane].
+static void take_keys(const Problem& p, int64_t t, int64_t s0, int64_t count, float* dots, Running& state,
+                      int64_t r) {
+  const Int lanes = lane_index();
+  const Vec minus_inf = splat(-__builtin_inff());
+  const bool all_visible = s0 + count - 1 <= t && t + kLanes - 1 - s0 <= p.score.window_left;
+  const Int window = splat_int((int32_t)smaller(p.score.window_left, INT32_MAX));
+  const Vec before = load(state.maximum + r);
+  Vec maximum = before;
+  for (int64_t n = 0; n < count; ++n) {
+    Vec x = logit(load(dots + n * kRowTile), p.score);
+    if (!all_visible) {
+      const Int distance = lanes + (int32_t)(t - (s0 + n));
+      x = select((distance >= splat_int(0)) & (distance <= window), x, minus_inf);
+    }
+    store(dots + n * kRowTile, x);
+    maximum = max_or_nan(maximum, x);
+  }
+  // A row that has seen no key yet keeps -inf; its exponentials are taken from 0 and are all 0.
+  const Vec origin = select(maximum == minus_inf, Vec{}, maximum);
+  const Vec rescale = exp(before - origin);
+  Vec sum = load(state.sum + r) * rescale;
+  Vec far = load(state.distance + r) * rescale;
+  Vec band = load(state.band + r) * rescale;
+  Vec distance = lane_number() + (float)(t - s0);
+  const bool near = t - (s0 + count - 1) < p.window;
+  for (int64_t n = 0; n < count; ++n) {
+    const Vec e = exp(load(dots + n * kRowTile) - origin);
+    sum += e;
+    far += e * distance;
+    if (near) {
+      const Vec weight = (float)p.window - distance;
+      // Keys after the row have e = 0 and a weight above W, both finite.
+      band += e * select(weight > Vec{}, weight, Vec{});
+    }
+    distance -= 1.0f;
+  }
+  store(state.maximum + r, maximum);
+  store(state.sum + r, sum);
+  store(state.distance + r, far);
+  store(state.band + r, band);
+}
+
+// lse, WAAD and span of `rows` rows of one head, from what was carried.
+static void finish(const Problem& p, const Tile& tile, int32_t entry, const Running& state, float* waad_mean,
+                   float* span_mean) {
+  const int64_t rows = tile.last - tile.first, row = tile.seq.row;
+  const int64_t at = (row * p.n_heads + entry) * p.tokens + tile.first;
+  float waad[kRowTile], span[kRowTile];
+  for (int64_t r = 0; r < rows; ++r) p.out_lse[at + r] = state.maximum[r] + __builtin_logf(state.sum[r]);
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const Vec sum = load(state.sum + r);
+    Vec rowsum = splat(1.0f);
+    if (p.score.sinks != nullptr)
+      rowsum = 1.0f - exp(p.score.sinks[p.heads[entry].query] - load(state.maximum + r)) / sum;
+    const Vec w = waad_from_band(rowsum, load(state.band + r) / sum, (float)p.window);
+    const Vec d = load(state.distance + r) / sum;
+    store(waad + r, w);
+    store(span + r, d);
+    store(waad_mean + r, load(waad_mean + r) + w);
+    store(span_mean + r, load(span_mean + r) + d);
+  }
+  if (p.per_head) {
+    __builtin_memcpy(p.out + at, waad, rows * sizeof(float));
+    __builtin_memcpy(p.out_span + at, span, rows * sizeof(float));
+  }
+}
+
+template <typename T>
+static void run(const Problem& p, const Tile& tile, float* scratch) {
+  const int64_t t0 = tile.first, rows = tile.last - tile.first, row = tile.seq.row;
+  const int64_t ld_rows = padded(kRowTile), step = p.head_dim * ld_rows;
+  float* const queries = scratch;
+  float* const keys = queries + kMaxGroup * step;
+  float* const dots = keys + kChunk * p.head_dim;
+  Running* const states = (Running*)(dots + kChunk * kRowTile);
+  float* const waad_mean = (float*)(states + kMaxGroup);
+  float* const span_mean = waad_mean + kRowTile;
+  __builtin_memset(waad_mean, 0, 2 * kRowTile * sizeof(float));
+
+  const int64_t width = whole_vectors(rows);
+  const int64_t first_key =
+      p.score.window_left < t0 - tile.seq.start ? t0 - p.score.window_left : tile.seq.start;
+  for (int64_t i = 0; i < p.n_groups; ++i) {
+    const HeadGroup& group = p.groups[i];
+    for (int g = 0; g < group.count; ++g) {
+      const Head head = p.heads[group.entry[g]];
+      load_transposed(head_of<T>(p.q, row, p.q_row, head.query, p.q_head), p.q_token, p.head_dim, t0, width, t0,
+                      tile.last, queries + g * step, ld_rows);
+      __builtin_memset(&states[g], 0, sizeof(Running));
+      const bool sink = p.score.sinks != nullptr;
+      for (int64_t r = 0; r < kRowTile; ++r) {
+        states[g].maximum[r] = sink ? p.score.sinks[head.query] : -__builtin_inff();
+        states[g].sum[r] = sink ? 1.0f : 0.0f;
+      }
+    }
+    const T* const kv = head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head);
+    for (int64_t s = first_key; s < tile.last; s += kChunk) {
+      const int64_t count = smaller(kChunk, tile.last - s);
+      const int64_t whole = (count + kOuterRows - 1) / kOuterRows * kOuterRows;
+      load_rows(kv, p.k_token, p.head_dim, s, whole, tile.last, keys);
+      for (int g = 0; g < group.count; ++g) {
+        outer_product(queries + g * step, ld_rows, width, keys, whole, p.head_dim, dots, kRowTile);
+        for (int64_t r = 0; r < width; r += kLanes) take_keys(p, t0 + r, s, count, dots + r, states[g], r);
+      }
+    }
+    for (int g = 0; g < group.count; ++g) finish(p, tile, group.entry[g], states[g], waad_mean, span_mean);
+  }
+  if (!p.per_head)
+    for (int64_t r = 0; r < rows; ++r) {
+      p.out[row * p.tokens + t0 + r] = waad_mean[r] / (float)p.n_heads;
+      p.out_span[row * p.tokens + t0 + r] = span_mean[r] / (float)p.n_heads;
+    }
+}
+
+RHYTHM_DEFINE(row_stats)
+
+} // namespace RHYTHM_CAPABILITY
+} // namespace rhythm

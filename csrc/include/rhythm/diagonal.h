@@ -1,0 +1,69 @@
+// The register-tiled product of the two band passes. It takes transposed tiles (row d holds dimension d of consecutive
+// tokens), so that a lane is a token and nothing is ever summed across lanes.
+#pragma once
+
+#include "rhythm/vec.h"
+
+namespace rhythm {
+namespace RHYTHM_CAPABILITY {
+
+// Diagonals of Q K^T: out[f * moved + m][lane] = sum_d fixed[f * step + d * ld_fixed + lane]
+//                                                      * moving[d * ld_moving + m + lane].
+// Exactly the band is computed: one product a pair inside, none outside. fixed: rows of several heads (or several
+// vectors of keys); moving: the other operand, at `moved` consecutive unaligned positions.
+template <int Fixed, int Moved>
+static void diagonal_block(const float* fixed, int64_t step, int64_t ld_fixed, const float* moving,
+                           int64_t ld_moving, int64_t dim, Vec* out) {
+  Vec sum[Fixed][Moved];
+#pragma GCC unroll 16
+  for (int f = 0; f < Fixed; ++f)
+#pragma GCC unroll 16
+    for (int m = 0; m < Moved; ++m) sum[f][m] = Vec{};
+  for (int64_t d = 0; d < dim; ++d, fixed += ld_fixed, moving += ld_moving) {
+    Vec left[Fixed];
+#pragma GCC unroll 16
+    for (int f = 0; f < Fixed; ++f) left[f] = load(fixed + f * step);
+#pragma GCC unroll 16
+    for (int m = 0; m < Moved; ++m) {
+      const Vec right = load(moving + m);
+#pragma GCC unroll 16
+      for (int f = 0; f < Fixed; ++f) sum[f][m] = sum[f][m] + left[f] * right;
+    }
+  }
+#pragma GCC unroll 16
+  for (int f = 0; f < Fixed; ++f)
+#pragma GCC unroll 16
+    for (int m = 0; m < Moved; ++m) out[f * Moved + m] = sum[f][m];
+}
+
+typedef void (*DiagonalBlock)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, Vec*);
+
+constexpr int kMaxFixed = kAccumulators >= 24 ? 4 : 3;
+constexpr int kMaxMoved = kAccumulators >= 24 ? 12 : 8;
+
+// How many positions one block moves over, for a number of fixed vectors.
+constexpr int moved_for(int fixed) {
+  return kAccumulators / fixed < kMaxMoved ? kAccumulators / fixed : kMaxMoved;
+}
+
+template <int Fixed, int Moved>
+RHYTHM_INLINE DiagonalBlock pick_moved(int moved) {
+  if constexpr (Moved == 1) {
+    return diagonal_block<Fixed, 1>;
+  } else {
+    return moved == Moved ? diagonal_block<Fixed, Moved> : pick_moved<Fixed, Moved - 1>(moved);
+  }
+}
+
+// The block for `fixed` <= kMaxFixed vectors and `moved` <= moved_for(fixed) positions.
+static DiagonalBlock diagonal(int fixed, int moved) {
+  switch (fixed) {
+    case 1: return pick_moved<1, moved_for(1)>(moved);
+    case 2: return pick_moved<2, moved_for(2)>(moved);
+    case 3: return pick_moved<3, moved_for(3)>(moved);
+    default: return pick_moved<kMaxFixed, moved_for(kMaxFixed)>(moved);
+  }
+}
+
+} // namespace RHYTHM_CAPABILITY
+} // namespace rhythm

@@ -1,0 +1,62 @@
+// The passes as the launcher sees them: what a task needs, and one table of functions a capability.
+#pragma once
+
+#include "rhythm/problem.h"
+
+namespace rhythm {
+
+// One task: all selected heads of one tile of tokens. `scratch` holds what the pass's *_scratch says, aligned to 64.
+typedef void (*TileTask)(const Problem&, const Tile&, float* scratch);
+
+struct Passes {
+  const char* capability;
+  int lanes;
+  TileTask band_rows, band_columns, row_stats, column_stats;
+};
+
+// Scratch of a task in floats, the same for every capability. Two row vectors more than a tile: the unaligned ends.
+inline int64_t band_width(const Problem& p) { return p.window < kBandChunk ? p.window : kBandChunk; }
+
+inline int64_t band_rows_scratch(const Problem& p) {
+  const int64_t keys = padded(kRowTile + band_width(p) + kMaxLanes);
+  return p.head_dim * (kMaxGroup * padded(kRowTile) + keys) + (2 * kMaxGroup + 2) * kRowTile;
+}
+
+inline int64_t band_columns_positions(const Problem& p) {
+  const int64_t all = kColumnTile + (p.hi - p.lo);
+  return all < 2 * kBandChunk ? all : 2 * kBandChunk;
+}
+
+inline int64_t band_columns_scratch(const Problem& p) {
+  const int64_t positions = padded(band_columns_positions(p) + kMaxLanes);
+  return p.head_dim * (padded(kColumnTile) + positions) + positions + 2 * kColumnTile;
+}
+
+inline int64_t row_stats_scratch(const Problem& p) {
+  return p.head_dim * (kMaxGroup * padded(kRowTile) + kChunk) + kChunk * kRowTile +
+         (4 * kMaxGroup + 2) * kRowTile;
+}
+
+inline int64_t column_stats_scratch(const Problem& p) {
+  return p.head_dim * (padded(kStatsTile) + kChunk) + kChunk * kStatsTile + kChunk + 10 * kStatsTile;
+}
+
+// Defines the task `pass` of this capability from `run<T>(problem, tile, scratch)`, T the element type of q and k.
+#define RHYTHM_DEFINE(pass)                                          \
+  void pass(const Problem& p, const Tile& tile, float* scratch) {    \
+    switch (p.dtype) {                                               \
+      case Dtype::kFloat32: return run<float>(p, tile, scratch);     \
+      case Dtype::kBFloat16: return run<BFloat16>(p, tile, scratch); \
+      case Dtype::kFloat16: return run<Float16>(p, tile, scratch);   \
+    }                                                                \
+  }
+
+#define RHYTHM_DECLARE(capability)                                \
+  namespace capability {                                          \
+  void band_rows(const Problem&, const Tile&, float* scratch);    \
+  void band_columns(const Problem&, const Tile&, float* scratch); \
+  void row_stats(const Problem&, const Tile&, float* scratch);    \
+  void column_stats(const Problem&, const Tile&, float* scratch); \
+  }
+
+} // namespace rhythm

@@ -1,0 +1,92 @@
+// What one call of a pass is about: plain pointers, strides and numbers. No LibTorch here.
+//
+// The canonical form of the package, as the kernels see it: q (B, T, H, D), k (B, T, H_kv, D) with a contiguous last
+// dimension, lse float32 (B, X, T), a sequence table (S, 4) of (row, start, end, response_start) and a head table
+// (Hs, 2) of (query head, row of lse). All strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace rhythm {
+
+enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
+
+// Token tiles. Each is owned by one task, which computes all heads of its tokens, in the order of the head groups:
+// results depend neither on the number of threads nor on which thread took the tile.
+constexpr int64_t kRowTile = 64;     // rows of band_rows and row_stats
+constexpr int64_t kColumnTile = 128; // keys of band_columns
+constexpr int64_t kStatsTile = 64;   // keys of column_stats
+constexpr int64_t kChunk = 48;       // keys (rows) that row_stats (column_stats) streams at a time
+constexpr int64_t kBandChunk = 128;  // distances (positions) of a wide band handled at a time
+constexpr int64_t kMaxLanes = 16;    // the widest vector of any capability
+constexpr int kMaxGroup = 4;         // query heads that share one reading of a kv head
+
+struct Sequence {
+  int32_t row, start, end, response_start;
+};
+
+// Selected heads that read the same kv head: at most kMaxGroup of them, `entry` indexing the head table.
+struct HeadGroup {
+  int32_t kv_head;
+  int32_t count;
+  int32_t entry[kMaxGroup];
+};
+
+struct Head {
+  int32_t query, lse_row;
+};
+
+// x = scale * (q . k), softcapped; visible iff start <= s <= t and t - s <= window_left (window_left < 0: no window).
+struct ScoreRule {
+  float scale;
+  float softcap;       // 0: none
+  int64_t window_left; // INT64_MAX: none
+  const float* sinks;  // (H,) or null
+};
+
+struct Problem {
+  Dtype dtype;
+  const void* q;
+  const void* k;
+  int64_t q_row, q_token, q_head; // strides
+  int64_t k_row, k_token, k_head;
+  int64_t head_dim, tokens;
+
+  const float* lse; // null for row_stats
+  int64_t lse_row, lse_head, lse_token;
+
+  const Head* heads;
+  int64_t n_heads;
+  const HeadGroup* groups;
+  int64_t n_groups;
+
+  ScoreRule score;
+  bool per_head;
+
+  // Of the passes; each reads its own.
+  int64_t window;       // W of band_rows and row_stats
+  int64_t lo, hi;       // band_columns
+  int64_t min_distance; // column_stats
+  bool moments;         // column_stats: five planes instead of the mean alone
+
+  // (B, T), or (B, n_heads, T) with per_head; column_stats has its planes in front.
+  float* out;
+  float* out_lse; // row_stats alone: (B, n_heads, T)
+  float* out_span;
+  int64_t batch;
+};
+
+// `tokens` positions of one sequence from `first` on, all inside the response.
+struct Tile {
+  Sequence seq;
+  int64_t first, last; // [first, last)
+};
+
+// Scratch floats that one task of a pass needs.
+inline int64_t padded(int64_t columns) {
+  // An odd number of cache lines a row of a transposed tile: an even one maps a column onto few cache sets.
+  const int64_t lines = (columns + kMaxLanes - 1) / kMaxLanes;
+  return (lines | 1) * kMaxLanes;
+}
+
+} // namespace rhythm

@@ -1,0 +1,164 @@
+// Vectors of RHYTHM_LANES floats, written once over GCC's vector extensions (GCC 9, Clang 10 or later).
+//
+// A translation unit is compiled once for each capability, with RHYTHM_CAPABILITY naming the namespace that keeps its
+// code apart from the others'. Nothing here may become an inline symbol outside that namespace: the linker would be
+// free to keep the AVX-512 copy for all of them. Hence no standard library templates in the kernels.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef RHYTHM_LANES
+#error "compile with -DRHYTHM_CAPABILITY=<name> -DRHYTHM_LANES=<4, 8 or 16>"
+#endif
+
+#define RHYTHM_INLINE static inline __attribute__((always_inline))
+
+namespace rhythm {
+namespace RHYTHM_CAPABILITY {
+
+constexpr int kLanes = RHYTHM_LANES;
+static_assert(kLanes == 4 || kLanes == 8 || kLanes == 16, "transpose() knows these widths");
+// Accumulators that fit the register file beside the operands.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kAccumulators = 24;
+#else
+constexpr int kAccumulators = 12;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * RHYTHM_LANES)));
+typedef int32_t Int __attribute__((vector_size(4 * RHYTHM_LANES)));
+typedef uint32_t UInt __attribute__((vector_size(4 * RHYTHM_LANES)));
+typedef uint16_t Half __attribute__((vector_size(2 * RHYTHM_LANES)));
+
+RHYTHM_INLINE Vec splat(float x) { return x - Vec{}; } // x - 0 is x for every x, NaN and -0 included
+RHYTHM_INLINE Int splat_int(int32_t x) { return x - Int{}; }
+
+RHYTHM_INLINE Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+RHYTHM_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+RHYTHM_INLINE Int bits(Vec v) { return (Int)v; }
+RHYTHM_INLINE Vec from_bits(Int v) { return (Vec)v; }
+
+// mask lanes are all ones or all zeros, as comparisons make them.
+RHYTHM_INLINE Vec select(Int mask, Vec yes, Vec no) { return mask ? yes : no; }
+RHYTHM_INLINE Vec keep(Int mask, Vec v) { return from_bits(mask & bits(v)); } // v, or +0 where masked out
+RHYTHM_INLINE Vec max_or_nan(Vec a, Vec b) { return a > b ? a : b; }          // b's NaN wins
+
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  typedef Lanes<I...> type;
+};
+
+RHYTHM_INLINE Int lane_index() {
+  Int v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+RHYTHM_INLINE Vec lane_number() { return __builtin_convertvector(lane_index(), Vec); }
+
+#if defined(__clang__)
+#define RHYTHM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define RHYTHM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int{__VA_ARGS__})
+#endif
+
+// Swap the off-diagonal S x S blocks of the rows a (above) and b (below).
+template <int S, int... I>
+RHYTHM_INLINE void swap_blocks(Vec& a, Vec& b, Lanes<I...>) {
+  const Vec above = RHYTHM_SHUFFLE(a, b, ((I & S) ? kLanes + I - S : I)...);
+  const Vec below = RHYTHM_SHUFFLE(a, b, ((I & S) ? kLanes + I : I + S)...);
+  a = above;
+  b = below;
+}
+
+template <int S>
+RHYTHM_INLINE void transpose_stage(Vec (&rows)[kLanes]) {
+  if constexpr (S > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & S)) swap_blocks<S>(rows[i], rows[i + S], typename Count<kLanes>::type());
+    transpose_stage<S / 2>(rows);
+  }
+}
+
+RHYTHM_INLINE void transpose(Vec (&rows)[kLanes]) { transpose_stage<kLanes / 2>(rows); }
+
+// exp(x), relative error below 2e-7; 0 below -87.3 (no denormals), inf above 88, NaN for NaN.
+RHYTHM_INLINE Vec exp(Vec x) {
+  const float kMagic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
+  const Vec shifted = x * 1.44269504f + kMagic;
+  const Vec n = shifted - kMagic;
+  // ln 2 in two parts, the first with trailing zeros, so that n * part is exact without a fused multiply-add too.
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Int exponent = (bits(shifted) << 23) + (127 << 23); // the magic number's own bits are shifted out
+  const Vec result = p * from_bits(exponent);
+  const Vec bounded = select(x > splat(88.0f), splat(__builtin_inff()), result);
+  return keep(~(x < splat(-87.3f)), bounded);
+}
+
+// tanh(x): absolute error below 2e-7, which a softcap of 50 turns into 1e-5 of a logit.
+RHYTHM_INLINE Vec tanh(Vec x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }
+
+// Loads of kLanes consecutive numbers, widened to float32.
+RHYTHM_INLINE Vec widen(const float* p) { return load(p); }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+RHYTHM_INLINE Vec widen(const BFloat16* p) {
+  Half h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return (Vec)(__builtin_convertvector(h, UInt) << 16);
+}
+
+RHYTHM_INLINE Vec widen(const Float16* p) {
+#if defined(__AVX512F__) && RHYTHM_LANES == 16
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && RHYTHM_LANES == 8
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Half h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  const UInt wide = __builtin_convertvector(h, UInt);
+  const UInt magnitude = (wide & 0x7fffu) << 13;
+  const Vec finite = (Vec)magnitude * 0x1p112f; // moves the exponent's bias, normal or not
+  const Vec special = (Vec)(magnitude | 0x7f800000u);
+  const Vec value = ((Int)(wide & 0x7c00u) == 0x7c00) ? special : finite;
+  return (Vec)((UInt)value | ((wide & 0x8000u) << 16));
+#endif
+}
+
+// The last `n` < kLanes numbers of a row, zeros behind them; reads nothing past the row.
+template <typename T>
+RHYTHM_INLINE Vec widen_tail(const T* p, int64_t n) {
+  T padded_row[kLanes];
+  __builtin_memset(padded_row, 0, sizeof(padded_row));
+  __builtin_memcpy(padded_row, p, n * sizeof(T));
+  return widen(padded_row);
+}
+
+} // namespace RHYTHM_CAPABILITY
+} // namespace rhythm
