@@ -82,6 +82,11 @@ def sequences_of(inputs: ForwardInputs, response_mask: Tensor | None, flash: boo
             starts = _packed_starts(inputs)
     if starts is not None:
         return _packed(inputs, starts, response_mask)
+    if inputs.cu_seqlens is not None and not flash and inputs.cu_seqlens.numel() > 2:
+        raise ValueError(
+            "cu_seq_lens_q: only flash attention reads it; with other implementations pass packed position_ids, "
+            "attention_mask=None and use_cache=False"
+        )
     return _padded(inputs, mask, response_mask)
 
 
@@ -220,7 +225,8 @@ def _visible_rows(mask: Any, sequences: Sequences) -> Tensor:
             f"attention mask of a layer: {found}; a (B, 1, T, T) mask or a BlockMask made by transformers from a "
             "two-dimensional attention_mask is needed"
         )
-    rows = mask[row if mask.shape[0] > 1 else torch.zeros_like(row), 0, t]
+    first = torch.zeros_like(row)
+    rows = mask[row if mask.shape[0] > 1 else first, first, t]
     if rows.dtype == torch.bool:
         return rows
     visible = rows > torch.finfo(rows.dtype).min / 2

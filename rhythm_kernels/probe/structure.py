@@ -49,8 +49,8 @@ class Decoder:
             compiled_call = compiled
 
             def watched_call(*args: Any, **kwargs: Any) -> Any:
-                before(target, args, kwargs)
                 try:
+                    before(target, args, kwargs)
                     result = compiled_call(*args, **kwargs)
                 except BaseException:
                     after(True)

@@ -75,7 +75,7 @@ FAMILIES: dict[str, dict] = {
 def tiny_model(family: str, implementation: str = "sdpa", seed: int = 0, **overrides):
     """A random causal LM in eval mode, with attention sharp enough to tell heads and tokens apart."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**_TINY, **FAMILIES[family], **overrides})
+    config = AutoConfig.for_model(family, **{**_TINY, **FAMILIES.get(family, {}), **overrides})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -70,7 +70,7 @@ def oracle(maps, groups, bounds: Bounds, response_mask=None, window=10, horizon=
     return waad, fai
 
 
-def spans(maps: dict[int, Tensor], cases) -> dict[Head, float]:
+def spans(cases) -> dict[Head, float]:
     """Eq. 7 pooled over `cases`, each (maps, bounds, response mask)."""
     total: dict[Head, float] = {}
     count = 0

@@ -1,0 +1,189 @@
+"""Calibration: spans against full eager maps, the choice of layers, ranking, files and provenance."""
+
+from __future__ import annotations
+
+import json
+
+import probe_models as models
+import pytest
+import torch
+from probe_oracle import eager_maps, padded_bounds, responses, spans
+
+from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
+from rhythm_kernels.probe.structure import attention_layers, find_decoder
+
+
+def responses_of(mask: torch.Tensor) -> torch.Tensor:
+    response = mask.bool().clone()
+    response[:, :20] = False
+    response[:, 33] = False
+    return response
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("layers", ["middle5", "all", [0, 3]])
+def test_groups_are_those_of_the_full_maps(implementation, layers):
+    model = models.tiny_model("qwen3", implementation, num_hidden_layers=6).train()
+    first, second = models.padded_batch(), models.padded_batch(51)
+    batches = [{**first, "response_mask": responses_of(first["attention_mask"])}, second]
+    groups = head_groups(model, batches, layers=layers)
+    assert model.training
+
+    sampled = {"middle5": [2, 3, 4], "all": list(range(6))}.get(str(layers), layers)
+    cases = []
+    for batch, response in ((first, batches[0]["response_mask"]), (second, None)):
+        maps = eager_maps(model.eval(), **batch)
+        cases.append(({at: maps[at] for at in sampled}, padded_bounds(batch["attention_mask"]), response))
+    expected = spans(cases)
+    order = sorted(expected, key=lambda head: (expected[head], head))
+    count = max(1, round(0.3 * len(order)))
+    assert groups.local == order[:count]
+    assert groups.global_ == order[-count:]
+    recorded = groups.provenance["span"]
+    assert recorded["local"] == pytest.approx([expected[head] for head in groups.local], abs=1e-3)
+    assert recorded["global"] == pytest.approx([expected[head] for head in groups.global_], abs=1e-3)
+    tokens = sum(end - start for _, bounds, response in cases for _, _, start, end in responses(bounds, response))
+    assert groups.provenance["calibration"] == {"sequences": 8, "response_tokens": tokens}
+
+
+def test_labels_mark_the_response():
+    model = models.tiny_model("llama")
+    batch = models.padded_batch()
+    response = responses_of(batch["attention_mask"])
+    labels = torch.where(response, batch["input_ids"], -100)
+    by_labels = head_groups(model, [{**batch, "labels": labels}])
+    by_mask = head_groups(model, [{**batch, "response_mask": response}])
+    assert by_labels == by_mask
+    assert by_labels.provenance == by_mask.provenance
+
+
+def test_splitting_the_batches_changes_nothing():
+    model = models.tiny_model("llama")
+    ids = models.tokens(6, 40)
+    together = head_groups(model, [{"input_ids": ids}], layers="all")
+    apart = head_groups(model, ({"input_ids": row[None]} for row in ids), layers="all")
+    assert together == apart
+    assert together.provenance["span"]["local"] == pytest.approx(apart.provenance["span"]["local"], rel=1e-5)
+
+
+def test_packed_batches():
+    model = models.tiny_model("llama")
+    packed, bounds = models.packed_batch()
+    rows = [{"input_ids": packed["input_ids"][:, start:end]} for _, start, end in bounds]
+    one, many = head_groups(model, [packed], layers="all"), head_groups(model, rows, layers="all")
+    assert one == many
+    assert one.provenance["calibration"] == many.provenance["calibration"]
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"),
+    [
+        (1, [0]),
+        (2, [0, 1]),
+        (4, [1, 2]),
+        (6, [2, 3, 4]),
+        (12, [4, 5, 6, 7, 8]),
+        (28, [9, 11, 14, 16, 18]),
+        (36, [12, 15, 18, 21, 24]),
+    ],
+)
+def test_middle_layers(total, expected):
+    decoder = find_decoder(models.tiny_model("llama", num_hidden_layers=total))
+    assert attention_layers(decoder, "middle5") == expected
+
+
+def test_ties_go_by_layer_and_head():
+    """With all queries zero every head attends uniformly, and all spans are equal."""
+    model = models.tiny_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.zero_()
+    groups = head_groups(model, [{"input_ids": models.tokens(1, 32)}], layers="all")
+    order = [(layer, head) for layer in range(4) for head in range(4)]
+    assert groups.local == order[:5]
+    assert groups.global_ == order[-5:]
+
+
+@pytest.mark.parametrize(("quantile", "count"), [(0.01, 1), (0.3, 5), (0.5, 8), (1.0, 16)])
+def test_quantile(quantile, count):
+    groups = head_groups(models.tiny_model("llama"), [{"input_ids": models.tokens(1, 30)}], "all", quantile)
+    assert len(groups.local) == len(groups.global_) == count
+
+
+def test_receiver_heads():
+    """The head whose attention from later tokens is most peaked: kurtosis over tokens of its column means."""
+    model = models.tiny_model("llama")
+    batch = models.padded_batch()
+    groups = head_groups(model, [batch], layers="all", by="receiver")
+    by_span = head_groups(model, [batch], layers="all")
+    assert groups.local == by_span.local
+    scores: dict[tuple[int, int], list[float]] = {}
+    for layer, maps in eager_maps(model, **batch).items():
+        for row, start, end in padded_bounds(batch["attention_mask"]):
+            one = maps[row, :, start:end, start:end]
+            received = torch.stack([one[:, s + 4 :, s].mean(1) for s in range(end - start - 4)], dim=1)
+            centred = received - received.mean(1, keepdim=True)
+            kurtosis = centred.pow(4).mean(1) / centred.square().mean(1) ** 2
+            for head, value in enumerate(kurtosis.tolist()):
+                scores.setdefault((layer, head), []).append(value)
+    order = sorted(scores, key=lambda head: (sum(scores[head]), head))
+    assert groups.global_ == order[-5:]
+
+
+def test_files(tmp_path):
+    model = models.tiny_model("llama")
+    path = tmp_path / "groups.json"
+    groups = head_groups(model, [{"input_ids": models.tokens(2, 30)}])
+    groups.save(path)
+    loaded = HeadGroups.load(path)
+    assert loaded == groups
+    assert loaded.provenance == json.loads(json.dumps(groups.provenance))
+    content = json.loads(path.read_text())
+    assert content["local"] == [list(head) for head in groups.local]
+    assert content["global"] == [list(head) for head in groups.global_]
+    with RhythmProbe(model, loaded):
+        pass
+
+
+def test_groups_of_another_architecture_are_refused(tmp_path):
+    path = tmp_path / "groups.json"
+    head_groups(models.tiny_model("llama"), [{"input_ids": models.tokens(2, 30)}]).save(path)
+    for other in (models.tiny_model("qwen3"), models.tiny_model("llama", num_hidden_layers=5)):
+        with pytest.raises(ValueError, match="another architecture"):
+            RhythmProbe(other, HeadGroups.load(path))
+    RhythmProbe(models.tiny_model("llama", seed=3), HeadGroups.load(path))  # other weights of the same
+
+
+def test_groups_written_by_hand(tmp_path):
+    path = tmp_path / "groups.json"
+    path.write_text('{"local": [[0, 1]], "global": [[3, 2], [1, 0]]}')
+    groups = HeadGroups.load(path)
+    assert groups == HeadGroups(local=[(0, 1)], global_=[(3, 2), (1, 0)])
+    RhythmProbe(models.tiny_model("qwen3"), groups)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"local": [[0, 1]]}', '{"local": 3, "global": 4}', "\x00"])
+def test_files_that_are_none(tmp_path, text):
+    path = tmp_path / "groups.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"groups\.json"):
+        HeadGroups.load(path)
+
+
+def test_errors():
+    model = models.tiny_model("llama")
+    batch = {"input_ids": models.tokens(2, 30)}
+    with pytest.raises(ValueError, match="no response token"):
+        head_groups(model, [])
+    with pytest.raises(ValueError, match="no response token"):
+        head_groups(model, [{**batch, "response_mask": torch.zeros(2, 30)}])
+    with pytest.raises(ValueError, match="quantile"):
+        head_groups(model, [batch], quantile=0)
+    with pytest.raises(ValueError, match="layers"):
+        head_groups(model, [batch], layers="middle")
+    with pytest.raises(ValueError, match="layer 9"):
+        head_groups(model, [batch], layers=[9])
+    with pytest.raises(ValueError, match="by"):
+        head_groups(model, [batch], by="entropy")
+    with pytest.raises(ValueError, match="response_mask"):
+        head_groups(model, [{**batch, "response_mask": torch.ones(2, 29)}])
