@@ -97,6 +97,7 @@ def native() -> dict:
         "rhythm_kernels._C",
         ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/launch.cpp"],
         py_limited_api=True,
+        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*"))],
         extra_compile_args={"cxx": [*FLAGS, *TARGET, f'-DRHYTHM_COMPILER="{name}"']},
         extra_link_args=["-s"] if sys.platform == "linux" and "LDFLAGS" not in os.environ else [],
     )
