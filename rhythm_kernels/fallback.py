@@ -12,7 +12,6 @@ from torch import Tensor
 from . import torch_attention
 from .tiles import KEY_TILE, host_max, host_min, logits, ranges, row_tile, token_table, visible
 
-
 MOMENT_SCALE = 2.0**24
 
 

@@ -41,18 +41,21 @@ __all__ = ["attention_lse", "attention_with_rhythm", "column_moments", "fai", "s
 
 def _canonical(
     pass_name: str, backend: str | None, q: Tensor, k: Tensor, lse: Tensor | None, **arguments: Any
-) -> tuple[Canonical, str]:
-    """Canonical form of the arguments, and the backend that will run `pass_name`."""
+) -> Canonical:
+    """Canonical form of the arguments, once it is sure that `backend` can run `pass_name`."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
     form = canonical(q, k, lse, double=backend == "reference", **arguments)
-    return form, ops.choose(pass_name, backend, form.q.device)
+    if not torch.compiler.is_compiling():
+        ops.choose(pass_name, backend, form.q.device)
+    return form
 
 
 def _with_lse(form: Canonical, backend: str | None) -> Canonical:
     """The same form with a log-sum-exp of the selected heads, from the streaming pass where the caller had none."""
     if form.lse is not None:
         return form
-    chosen = ops.choose("row_stats", backend, form.q.device)
-    lse, _, _ = ops.row_stats(form.q, form.k, form.seqs, form.heads, form.max_seqlen, *form.score, 1, True, chosen)
+    lse, _, _ = ops.row_stats(form.q, form.k, form.seqs, form.heads, form.max_seqlen, *form.score, 1, True, backend)
     index = torch.arange(form.heads.shape[0], dtype=torch.int32, device=form.heads.device)
     return form._replace(lse=lse, heads=torch.stack([form.heads[:, 0], index], dim=1))
 
@@ -120,13 +123,13 @@ def waad(
         "seq_end": seq_end,
         "response_start": response_start,
     }
-    form, chosen = _canonical("row_stats" if lse is None else "band_rows", backend, q, k, lse, **arguments)
-    if chosen == "reference":
+    form = _canonical("row_stats" if lse is None else "band_rows", backend, q, k, lse, **arguments)
+    if backend == "reference":
         return _dense("waad", q, k, lse, window=window, per_head=per_head, **arguments)
     head = (form.seqs, form.heads, form.max_seqlen, *form.score)
     if form.lse is None:
-        return form.leave(ops.row_stats(form.q, form.k, *head, window, per_head, chosen)[1])
-    return form.leave(ops.band_rows(form.q, form.k, form.lse, *head, window, per_head, chosen))
+        return form.leave(ops.row_stats(form.q, form.k, *head, window, per_head, backend)[1])
+    return form.leave(ops.band_rows(form.q, form.k, form.lse, *head, window, per_head, backend))
 
 
 def fai(
@@ -169,14 +172,14 @@ def fai(
         "seq_end": seq_end,
         "response_start": response_start,
     }
-    form, chosen = _canonical("column_stats" if hi is None else "band_columns", backend, q, k, lse, **arguments)
-    if chosen == "reference":
+    form = _canonical("column_stats" if hi is None else "band_columns", backend, q, k, lse, **arguments)
+    if backend == "reference":
         return _dense("fai", q, k, lse, horizon=(lo, hi), per_head=per_head, **arguments)
     form = _with_lse(form, backend)
     head = (form.q, form.k, form.lse, form.seqs, form.heads, form.max_seqlen, *form.score)
     if hi is None:
-        return form.leave(ops.column_stats(*head, lo, False, per_head, chosen)[0])
-    return form.leave(ops.band_columns(*head, lo, hi, per_head, chosen))
+        return form.leave(ops.column_stats(*head, lo, False, per_head, backend)[0])
+    return form.leave(ops.band_columns(*head, lo, hi, per_head, backend))
 
 
 def span(
@@ -217,11 +220,11 @@ def span(
         "seq_end": seq_end,
         "response_start": response_start,
     }
-    form, chosen = _canonical("row_stats", backend, q, k, lse, **arguments)
-    if chosen == "reference":
+    form = _canonical("row_stats", backend, q, k, lse, **arguments)
+    if backend == "reference":
         return _dense("span", q, k, lse, per_head=per_head, **arguments)
     head = (form.q, form.k, form.seqs, form.heads, form.max_seqlen, *form.score)
-    return form.leave(ops.row_stats(*head, 1, per_head, chosen)[2])
+    return form.leave(ops.row_stats(*head, 1, per_head, backend)[2])
 
 
 def column_moments(
@@ -266,12 +269,12 @@ def column_moments(
         "seq_end": seq_end,
         "response_start": response_start,
     }
-    form, chosen = _canonical("column_stats", backend, q, k, lse, **arguments)
-    if chosen == "reference":
+    form = _canonical("column_stats", backend, q, k, lse, **arguments)
+    if backend == "reference":
         return _dense("column_moments", q, k, lse, min_distance=min_distance, per_head=per_head, **arguments)
     form = _with_lse(form, backend)
     head = (form.q, form.k, form.lse, form.seqs, form.heads, form.max_seqlen, *form.score)
-    moments = ops.column_stats(*head, min_distance, True, per_head, chosen)
+    moments = ops.column_stats(*head, min_distance, True, per_head, backend)
     return ColumnMoments(*(form.leave(moment) for moment in moments.unbind(0)))
 
 
@@ -309,11 +312,11 @@ def attention_lse(
         "seq_end": seq_end,
         "response_start": response_start,
     }
-    form, chosen = _canonical("row_stats", backend, q, k, None, **arguments)
-    if chosen == "reference":
+    form = _canonical("row_stats", backend, q, k, None, **arguments)
+    if backend == "reference":
         return _dense("attention_lse", q, k, **arguments)
     head = (form.q, form.k, form.seqs, form.heads, form.max_seqlen, *form.score)
-    return form.leave(ops.row_stats(*head, 1, False, chosen)[0])
+    return form.leave(ops.row_stats(*head, 1, False, backend)[0])
 
 
 def attention_with_rhythm(
@@ -358,9 +361,9 @@ def attention_with_rhythm(
         "seq_end": seq_end,
         "response_start": response_start,
     }
-    form, chosen = _canonical("attention", backend, q, k, None, **arguments)
+    form = _canonical("attention", backend, q, k, None, **arguments)
     _check_v(v, q, k)
-    if chosen == "reference":
+    if backend == "reference":
         from . import reference
 
         out, lse, stats = reference.attention_with_rhythm(q, k, v, window=window, per_head=per_head, **arguments)
@@ -368,7 +371,7 @@ def attention_with_rhythm(
     # The tensors that carry gradients; `form` holds their detached copies.
     q, k, v = (x[None] if form.packed else x for x in (q, k, v))
     head = (form.seqs, form.heads, form.max_seqlen, *form.score)
-    results = ops.attention(q, k, v, *head, window, per_head, chosen)
+    results = ops.attention(q, k, v, *head, window, per_head, backend)
     out, lse, waad_, span_ = (form.leave(x) for x in results)
     return out, lse, AttentionStats(waad_, span_)
 

@@ -21,7 +21,7 @@ def _fake(
     sinks: Tensor | None,
     window: int,
     per_head: bool,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, n_heads, _ = q.shape
     out = q.new_empty((batch, length, n_heads, v.shape[3]))
@@ -42,7 +42,7 @@ def _fake_backward(
     softcap: float,
     window_left: int,
     sinks: Tensor | None,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x.new_empty(x.shape) for x in (q, k, v))  # type: ignore[return-value]
 

@@ -19,7 +19,7 @@ def _fake(
     lo: int,
     hi: int,
     per_head: bool,
-    backend: str,
+    backend: str | None,
 ) -> Tensor:
     return per_token(q, heads, per_head)
 

@@ -18,7 +18,7 @@ def _fake(
     sinks: Tensor | None,
     window: int,
     per_head: bool,
-    backend: str,
+    backend: str | None,
 ) -> Tensor:
     return per_token(q, heads, per_head)
 

@@ -19,7 +19,7 @@ def _fake(
     min_distance: int,
     moments: bool,
     per_head: bool,
-    backend: str,
+    backend: str | None,
 ) -> Tensor:
     # count, mean, variance, skewness, kurtosis; or the mean alone (FAI to the end of the response).
     return per_token(q, heads, per_head, 5 if moments else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -36,26 +37,24 @@ def _unusable(name: str, device: torch.device) -> str:
     raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {name!r}")
 
 
+@functools.cache
 def choose(pass_name: str, backend: str | None, device: torch.device) -> str:
     """The backend that will run `pass_name` on `device`; a forced one that cannot is a ValueError that says why."""
-    if backend is not None:
-        if not isinstance(backend, str):
-            raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
-        reason = _unusable(backend, device) or _LACKS.get((backend, pass_name), "")
-        if reason:
-            raise ValueError(f"backend={backend!r} cannot run {pass_name} on {device.type} tensors: {reason}")
-        return backend
-    for name in _PREFERENCE.get(device.type, ("torch",)):
-        if (name, pass_name) not in _LACKS and not _unusable(name, device):
-            return name
-    return "torch"
+    if backend is None:
+        usable = (name for name in _PREFERENCE.get(device.type, ()) if (name, pass_name) not in _LACKS)
+        return next((name for name in usable if not _unusable(name, device)), "torch")
+    reason = _unusable(backend, device) or _LACKS.get((backend, pass_name), "")
+    if reason:
+        raise ValueError(f"backend={backend!r} cannot run {pass_name} on {device.type} tensors: {reason}")
+    return backend
 
 
-def run(pass_name: str, backend: str, *args: Any) -> Any:
-    """Call the pass of a backend that `choose` has named, outside of autocast and autograd."""
+def run(pass_name: str, backend: str | None, *args: Any) -> Any:
+    """Call the pass of a backend, outside of autocast and autograd."""
     device = args[0].device
+    chosen = choose(pass_name.removesuffix("_backward"), backend, device)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return getattr(_module(backend), pass_name)(*args)
+        return getattr(_module(chosen), pass_name)(*args)
 
 
 def _module(backend: str) -> ModuleType:

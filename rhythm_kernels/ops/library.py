@@ -17,11 +17,11 @@ RULE = "Tensor seqs, Tensor heads, SymInt max_seqlen, float scale, float softcap
 
 
 def define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) -> Any:
-    """Register `rhythm_kernels::name`, whose last argument is the backend, and return its default overload.
+    """Register `rhythm_kernels::name`, whose last argument is the backend (None: the best), and return its overload.
 
     The passes give no gradients (results are detached), so one kernel serves all devices, below autograd.
     """
-    LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(f"{name}({arguments}, str? backend) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def kernel(*args: Any) -> Any:
         return dispatch.run(name, args[-1], *args[:-1])

@@ -17,7 +17,7 @@ def _fake(
     sinks: Tensor | None,
     window: int,
     per_head: bool,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse = per_token(q, heads, True)
     return lse, per_token(q, heads, per_head), per_token(q, heads, per_head)
