@@ -228,9 +228,9 @@ def _refuse_unsupported(
         raise ValueError(f"layer {layer} adds a position bias to its scores, which the probe does not support")
     if kwargs.get("is_causal") is False:
         raise ValueError(f"layer {layer} is not causal (is_causal=False); the measures are of causal attention")
-    if name == "sdpa" and kwargs.get("s_aux") is not None:
+    if name in ("sdpa", "flash_attention_2") and kwargs.get("s_aux") is not None:
         raise ValueError(
-            f"layer {layer} has attention sinks, which 'sdpa' silently leaves out: use attn_implementation='eager'"
+            f"layer {layer} has attention sinks, which {name!r} silently leaves out: use attn_implementation='eager'"
         )
     if name not in ("sdpa", "eager", "flex_attention") and "flash" not in name:
         raise NotImplementedError(

@@ -83,6 +83,8 @@ def as_batched(lse: Tensor, batch: int, heads: int, length: int, live: Tensor | 
         return lse[..., :length]  # the efficient kernel pads T to its alignment
     if length == 1 and lse.numel() == batch * heads:  # a single query is attended with its heads packed as rows
         return lse.reshape(batch, heads, 1)
+    if lse.dim() == 2 and lse.shape[0] != heads:
+        lse = lse.T  # flash-attn's Triton backend gives (total, H)
     if lse.dim() == 2 and lse.shape[0] == heads:
         if live is None:
             return lse.unflatten(1, (batch, length)).transpose(0, 1) if lse.shape[1] == batch * length else None
