@@ -1,0 +1,199 @@
+"""TRL's GRPO with rhythm credit: a thin subclass that measures the passes TRL makes anyway.
+
+Where TRL computes the old log-probs, they are measured there; where it does not, the training forward is the behaviour
+policy itself and is measured. Either way gamma of eq. 18 stands in `inputs["rhythm_gamma"]`, `(B, T)` float32, and the
+advantages that the loss reads are shaped by it. Nothing of TRL's loss is copied.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+
+from ..credit import rhythm_credit, shape_advantages
+from ..heads import HeadGroups, head_groups
+from ..probe import RhythmProbe
+from ..probe.structure import attention_layers, find_decoder
+from .measure import MeasuredPass, PassProbe
+from .trl_config import RhythmGRPOConfig
+from .trl_inputs import last_token, log_prob_arguments, over_sequence, response_mask
+
+__all__ = ["RhythmGRPOConfig", "RhythmGRPOTrainer"]
+
+_GROUPS_FILE = "rhythm_groups.json"
+
+
+class RhythmGRPOTrainer(GRPOTrainer):
+    """Drop-in `GRPOTrainer` whose token advantages follow the rhythm of attention (arXiv 2510.13554).
+
+    Takes what `GRPOTrainer` takes, with a `RhythmGRPOConfig` as `args`. `rhythm_groups` holds the head groups in use
+    (None before the first batch); they are saved with each checkpoint and read back on resuming.
+
+    Raises:
+        TypeError, ValueError: for another configuration, a model without softmax attention, groups that do not fit it,
+            and `use_liger_kernel` in TRL versions whose Liger loss reads one advantage a sequence.
+    """
+
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: RhythmGRPOConfig | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+            args = RhythmGRPOConfig(f"{name.split('/')[-1] or 'model'}-RhythmGRPO")
+        if not isinstance(args, RhythmGRPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: it must be a RhythmGRPOConfig")
+        if getattr(args, "use_liger_kernel", False) and hasattr(GRPOTrainer, "compute_liger_loss"):
+            raise ValueError(
+                "use_liger_kernel is True: it must be False in this version of TRL, whose Liger loss reads one "
+                "advantage a sequence and would ignore the credit"
+            )
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        self.rhythm_groups: HeadGroups | None = None
+        self._grouped_at = 0
+        self._measuring = args.rhythm_mode in ("local", "global", "coupled")
+        self._armed = False  # whether the next log-prob pass is the policy's own and still to be measured
+        self._pass: MeasuredPass | None = None
+        self._loss: tuple[dict[str, Any], dict[str, Any]] | None = None  # inputs of the loss, and the copy it reads
+        if self._measuring:
+            first = attention_layers(find_decoder(self.model), args.rhythm_layers)[0]
+            low, high = args.rhythm_horizon
+            heads = HeadGroups([(first, 0)], [(first, 0)])  # any: building a probe checks the numbers
+            RhythmProbe(self.model, heads, args.rhythm_window, (low, high))
+            if args.rhythm_groups is not None:
+                self._use_groups(HeadGroups.load(args.rhythm_groups))
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        schedule = self.args.steps_per_generation * self.num_iterations
+        corrects = self.use_vllm and getattr(self, "vllm_importance_sampling_correction", False)
+        self._armed, self._pass = bool(self.args.gradient_accumulation_steps % schedule or corrects), None
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self._armed = False
+        mask = response_mask(output)
+        if "old_per_token_logps" in output:
+            # That pass does not know of tools: where one had the last word, it was measured with too long a response.
+            if self._pass is None or bool((last_token(mask) != last_token(output["completion_mask"])).any()):
+                arguments, extra = log_prob_arguments(output)
+                with torch.no_grad():
+                    self._measured_pass(mask, self.model, *arguments, **extra)
+            assert self._pass is not None
+            output["rhythm_gamma"] = self._credit(mask, self._pass)
+        elif self._calibration_is_due():
+            (input_ids, attention_mask, _), _ = log_prob_arguments(output)
+            self._calibrate(input_ids, attention_mask, mask)
+        return output
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        # The loss reads a copy, so that buffered advantages stay as they are. The copy has none until gamma is known:
+        # a version of TRL that reads them before its forward meets a KeyError, and is not plain GRPO in silence.
+        reading = {name: value for name, value in inputs.items() if name != "advantages"}
+        if "rhythm_gamma" in inputs:  # of the old-log-prob pass, or of an earlier iteration over these inputs
+            reading["advantages"] = shape_advantages(inputs["advantages"], inputs["rhythm_gamma"])
+        else:
+            self._armed, self._loss = True, (inputs, reading)
+        try:
+            return super()._compute_loss(model, reading)
+        finally:
+            self._armed, self._loss = False, None
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._armed:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        self._armed = False
+        input_ids, attention_mask, length = args[:3]
+        if self._loss is None:  # the old-log-prob pass
+            mask = attention_mask[:, -length:]
+            if self._calibration_is_due():
+                self._calibrate(input_ids, attention_mask, mask)
+            return self._measured_pass(mask, model, *args, **kwargs)
+        inputs, reading = self._loss  # the training forward
+        mask = response_mask(inputs)
+        result = self._measured_pass(mask, model, *args, **kwargs)
+        assert self._pass is not None
+        inputs["rhythm_gamma"] = reading["rhythm_gamma"] = self._credit(mask, self._pass)
+        reading["advantages"] = shape_advantages(inputs["advantages"], inputs["rhythm_gamma"])
+        return result
+
+    def _measured_pass(self, mask: Tensor, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's log-prob pass with a probe around it; what it saw is left in `self._pass`."""
+        seen = MeasuredPass()
+        if self.args.rhythm_mode == "entropy":
+            kwargs["compute_entropy"] = True
+        run = super()._get_per_token_logps_and_entropies
+        if self.rhythm_groups is None:
+            result = run(model, *args, **kwargs)
+        else:
+            window, (low, high) = self.args.rhythm_window, self.args.rhythm_horizon
+            seen.probe = PassProbe(model, self.rhythm_groups, window, (low, high), over_sequence(mask, args[0]))
+            with seen.probe:
+                result = run(model, *args, **kwargs)
+        seen.entropy = result[1]
+        self._pass = seen
+        return result
+
+    def _credit(self, mask: Tensor, seen: MeasuredPass) -> Tensor:
+        """Gamma `(B, T)` of a measured pass, and its statistics into TRL's metrics."""
+        started = time.perf_counter()
+        if seen.probe is not None:
+            waad, fai = (x[:, -mask.shape[1] :] for x in seen.probe.measures())
+        else:  # baselines read neither; where there was no response to calibrate with, NaN makes gamma 1
+            waad = fai = torch.full(mask.shape, math.nan if self._measuring else 0.0, device=mask.device)
+        generator = torch.Generator().manual_seed(hash((self.args.seed, self._step, self.accelerator.process_index)))
+        gamma = rhythm_credit(waad, fai, mask, entropy=seen.entropy, generator=generator, **self.args.credit_options())
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if seen.probe is not None:
+            metrics["rhythm/seconds"].append(seen.probe.seconds() + time.perf_counter() - started)
+        statistics = {"tokens": mask, "gamma_mean": gamma, "boosted_share": gamma != 1}
+        if seen.probe is not None:
+            statistics |= {"waad_mean": waad, "fai_mean": fai}
+        local = torch.stack([(x * mask).sum().float() for x in statistics.values()])
+        tokens, *sums = self.accelerator.reduce(local, reduction="sum").tolist()
+        for name, total in zip(list(statistics)[1:], sums):
+            metrics[f"rhythm/{name}"].append(total / max(tokens, 1))
+        return gamma
+
+    def _calibration_is_due(self) -> bool:
+        every, step = self.args.rhythm_regroup_steps, self.state.global_step
+        again = self.model.training and every > 0 and step - self._grouped_at >= every
+        return self._measuring and (self.rhythm_groups is None or again)
+
+    def _calibrate(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> None:
+        """Group the heads by one pass over a generation batch; all processes use the groups of the first."""
+        if int(self.accelerator.gather(mask.sum()).min()) == 0:
+            return  # a process without a response token: the next batch will do
+        started = time.perf_counter()
+        whole, size = over_sequence(mask, input_ids), self.args.per_device_train_batch_size
+        chunks = [slice(start, start + size) for start in range(0, len(whole), size)]
+        batches = [
+            {"input_ids": input_ids[c], "attention_mask": attention_mask[c], "response_mask": whole[c]} for c in chunks
+        ]
+        backbone = find_decoder(self.model).module  # no logits are needed
+        groups = head_groups(backbone, batches, self.args.rhythm_layers, self.args.rhythm_head_quantile)
+        self._use_groups(broadcast_object_list([groups])[0])
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["rhythm/calibration_seconds"].append(time.perf_counter() - started)
+
+    def _use_groups(self, groups: HeadGroups) -> None:
+        groups.check(find_decoder(self.model))
+        self.rhythm_groups, self._grouped_at = groups, self.state.global_step
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.rhythm_groups is not None and self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.rhythm_groups.save(os.path.join(self._get_output_dir(trial=trial), folder, _GROUPS_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = os.path.join(checkpoint or "", _GROUPS_FILE)
+        if checkpoint is not None and self._measuring and os.path.exists(path):
+            self._use_groups(HeadGroups.load(path))

@@ -1,0 +1,48 @@
+"""The configuration of :mod:`rhythm_kernels.integrations.trl`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import GRPOConfig
+
+from ..credit import rhythm_credit
+
+__all__ = ["RhythmGRPOConfig"]
+
+
+@dataclass
+class RhythmGRPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` and the settings of the credit; see :func:`rhythm_kernels.rhythm_credit` for their meaning."""
+
+    rhythm_mode: str = field(default="coupled", metadata={"help": "Credit rule; `uniform` is plain GRPO."})
+    rhythm_gamma_amp: float = field(default=1.5, metadata={"help": "Factor of a chosen token's advantage."})
+    rhythm_top: float = field(default=0.4, metadata={"help": "Share of the tokens of a response that are chosen."})
+    rhythm_alpha: float = field(default=0.5, metadata={"help": "Share of a dominated token's bonus its intro gets."})
+    rhythm_neighbors: int = field(default=3, metadata={"help": "Tokens before an anchor that may be its intro."})
+    rhythm_window: int = field(default=10, metadata={"help": "W of WAAD, in tokens."})
+    rhythm_horizon: list[int] = field(default=(10, 50), metadata={"help": "First and last distance of FAI."})  # type: ignore[arg-type]
+    rhythm_layers: str = field(default="middle5", metadata={"help": "`middle5`, `all`, or a list of layers."})
+    rhythm_head_quantile: float = field(default=0.3, metadata={"help": "Share of the heads in each group."})
+    rhythm_groups: str | None = field(
+        default=None, metadata={"help": "File of head groups; without one, they are calibrated on the first batch."}
+    )
+    rhythm_regroup_steps: int = field(default=0, metadata={"help": "Calibrate again every so many steps; 0: never."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:  # the checks of the functions that will get these numbers, before anything is loaded
+            nothing = torch.zeros(1, 1)
+            rhythm_credit(nothing, nothing, nothing, entropy=nothing, **self.credit_options())
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"rhythm_{error}") from error
+        if not 0 < self.rhythm_head_quantile <= 1:
+            raise ValueError(f"rhythm_head_quantile is {self.rhythm_head_quantile}: it must be above 0 and at most 1")
+        if self.rhythm_regroup_steps < 0:
+            raise ValueError(f"rhythm_regroup_steps is {self.rhythm_regroup_steps}: it must be at least 0")
+
+    def credit_options(self) -> dict[str, Any]:
+        """The keyword arguments of `rhythm_credit`."""
+        return {n: getattr(self, f"rhythm_{n}") for n in ("mode", "gamma_amp", "top", "alpha", "neighbors")}

@@ -1,0 +1,37 @@
+"""How TRL lays out a generation batch, and what follows from it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from trl import GRPOTrainer
+
+__all__ = ["last_token", "log_prob_arguments", "over_sequence", "response_mask"]
+
+
+def response_mask(inputs: dict[str, Any]) -> Tensor:
+    """`(B, T)`: completion tokens that the model itself wrote."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """`(B,)`: one past the last masked place; 0 where there is none."""
+    return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
+
+
+def over_sequence(mask: Tensor, input_ids: Tensor) -> Tensor:
+    """`(B, P + T)` bool: a response mask over prompt and completion."""
+    return F.pad(mask.bool(), (input_ids.shape[1] - mask.shape[1], 0))
+
+
+def log_prob_arguments(output: dict[str, Any]) -> tuple[tuple[Tensor, Tensor, int], dict[str, Any]]:
+    """What TRL's log-prob function takes after the model: positional, and what else of it there is (images)."""
+    input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+    names = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    return (input_ids, attention_mask, output["completion_ids"].shape[1]), {n: output[n] for n in names if n in output}
