@@ -12,7 +12,7 @@ VENV ?= .venv
 # Any torch from 2.10 on. For a CPU build from PyTorch's own index:
 #   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
-# Settings added to the demo's recipe, as in: make demo ARGS="grpo.steps=2"
+# Settings added to the demo's recipe, as in: make demo ARGS="grpo.max_steps=2"
 ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses=8
 
@@ -23,7 +23,7 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h 
 .PHONY: demo test test-long lint bench sanitize matrix clean
 
 demo: $(VENV)/.train
-	$(BIN)/python -m training train training/recipes/countdown_tiny.yaml output.name=demo $(ARGS)
+	$(BIN)/python -m training train training/recipes/countdown_tiny.yaml $(ARGS)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
