@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The tests under other versions, each in an environment of its own (.venv-NAME, kept for the next time).
+#   bash tests/matrix.sh [PYTHON [NAME ...]]
+# Names: trl-oldest triton-3.6 triton-3.9. Prints one line a row at the end and fails if one failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${1:-python3}
+shift || true
+names=("$@")
+[ ${#names[@]} -gt 0 ] || names=(trl-oldest triton-3.6 triton-3.9)
+torch=${TORCH:-torch==2.13.0}
+export OMP_NUM_THREADS=1
+
+# environment NAME PACKAGE... : the package with its test extra, then the versions that make the row.
+environment() {
+  local bin=.venv-$1/bin
+  [ -x "$bin/python" ] || "$python" -m venv ".venv-$1"
+  # shellcheck disable=SC2086  # TORCH may carry options
+  "$bin/python" -m pip install --quiet --disable-pip-version-check $torch "setuptools>=77" wheel ninja &&
+    "$bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[train,test]" &&
+    "$bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
+}
+
+row() {
+  case $1 in
+    trl-oldest)
+      environment "$1" "trl==1.0.0" "transformers==5.5.4" &&
+        ".venv-$1/bin/python" -m pytest -q -n auto tests/integrations tests/probe
+      ;;
+    triton-3.6) # its interpreter needs an older numpy
+      environment "$1" "triton==3.6.0" "numpy<2.4" && ".venv-$1/bin/python" -m pytest -q -n auto tests/triton
+      ;;
+    triton-3.9)
+      environment "$1" "triton==3.9.0" && ".venv-$1/bin/python" -m pytest -q -n auto tests/triton
+      ;;
+    *)
+      echo "unknown row: $1" >&2
+      return 2
+      ;;
+  esac
+}
+
+failed=0
+summary=()
+for name in "${names[@]}"; do
+  echo "== $name"
+  if row "$name"; then summary+=("passed  $name"); else
+    summary+=("FAILED  $name")
+    failed=1
+  fi
+done
+printf '%s\n' "${summary[@]}"
+exit $failed
