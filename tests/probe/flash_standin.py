@@ -1,12 +1,13 @@
 """A stand-in for the flash-attn package (2.8): its public signatures, over operators of its names and results.
 
-`flash_attn_func` and `flash_attn_varlen_func` go through custom operators that return `(out, lse, S_dmask, rng_state)`, as
-flash-attn's do; the arithmetic is dense torch in float32, on any device and dtype.
+`flash_attn_func` and `flash_attn_varlen_func` go through custom operators that return `(out, lse, S_dmask, rng_state)`,
+as flash-attn's do; the arithmetic is dense torch in float32, on any device and dtype.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -72,7 +73,7 @@ def _flash_attn_varlen_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     score = (softmax_scale, causal, window_size_left, window_size_right, softcap)
     ends = cu_seqlens_q.tolist()
-    rows = [_dense(q[a:b], k[a:b], v[a:b], *score) for a, b in zip(ends[:-1], ends[1:])]
+    rows = [_dense(q[a:b], k[a:b], v[a:b], *score) for a, b in pairwise(ends)]
     empty = q.new_empty(0)
     return torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows], dim=1), empty, empty.clone()
 
