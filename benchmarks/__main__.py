@@ -1,0 +1,94 @@
+"""`python -m benchmarks [--suite NAME] [--quick]` runs suites; `python -m benchmarks report FILES` makes a report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import report
+from .machine import device_name
+from .rows import Row, default_path, load, save
+from .runner import run_suite
+from .shapes import DEVICES, PROFILES
+from .suites import SUITES
+from .targets import verdicts
+from .timing import BUDGETS, Budget
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--suite", action="append", choices=SUITES, help="may be repeated; default: all")
+    profile = parser.add_mutually_exclusive_group()
+    profile.add_argument("--profile", choices=PROFILES, default="full", help="which shapes and how many rounds")
+    profile.add_argument("--quick", action="store_const", dest="profile", const="quick", help="one small shape a suite")
+    parser.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--length", type=int, action="append", help="only shapes of so many tokens; may be repeated")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own choice)")
+    parser.add_argument("--seconds", type=float, help="time for the rounds of one shape")
+    parser.add_argument(
+        "--save",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write the rows, by default to benchmarks/results/<device>-<date>.json; a file there is added to",
+    )
+    return parser
+
+
+def _run(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", message=".*flex_attention.*")
+    device = torch.device(options.device)
+    budget = BUDGETS[options.profile]
+    if options.seconds is not None:
+        budget = Budget(options.seconds, min(budget.least, 3), budget.most)
+    path = None
+    if options.save is not None:
+        path = Path(options.save) if options.save else default_path(device_name(device))
+    earlier = load([path]) if path is not None and path.exists() else []
+    rows: list[Row] = []
+    for suite in options.suite or [name for name in SUITES if name != "native_targets" or device.type == "cpu"]:
+        for found in run_suite(
+            suite, options.profile, device, budget, lambda shape: not options.length or shape.length in options.length
+        ):
+            rows += found
+            print(report.table(found), flush=True)
+            if path is not None:  # after every shape: what is cut short keeps what it has
+                save([*earlier, *rows], path)
+    for line in verdicts(rows):
+        print(line)
+    if path is not None:
+        print(f"{len(rows)} rows added to {path}")
+    return 1 if any(row.status in ("wrong", "failed") for row in rows) else 0
+
+
+def _report(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description="A table and plots from rows.")
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, help="folder for report.md and the plots; default: the table to the screen")
+    options = parser.parse_args(arguments)
+    rows = load(options.files)
+    if options.out is None:
+        print(report.table(rows))
+        return 0
+    images = report.plots(rows, options.out)
+    links = "\n".join(f"![{path.stem}]({path.name})" for path in images)
+    (options.out / "report.md").write_text(f"{report.table(rows)}\n{links}\n")
+    print(options.out / "report.md")
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["report"]:
+        return _report(arguments[1:])
+    return _run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,169 @@
+"""From rows to a markdown table and plots."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .rows import Row
+from .suites import SUITES
+from .targets import verdicts
+
+_CEILINGS = ("read bandwidth", "copy kernel", "matrix product")
+# Ours first and dark; the rest by hue, told apart by markers as well.
+_COLORS = {"rhythm": ("#0b3c5d", "#1d70a2", "#5aa9d6", "#9fcbe8")}
+_OTHERS = ("#b03a2e", "#d68910", "#7d3c98", "#1e8449", "#616a6b", "#a04000", "#2e4053")
+_MARKERS = "osD^vPX*<>"
+
+
+def seconds(value: float | None) -> str:
+    """A time in the unit that keeps three digits."""
+    if value is None:
+        return ""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def size(value: int | None) -> str:
+    """Memory in the unit that keeps three digits."""
+    if value is None:
+        return ""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value} B"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g}%"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _groups(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """(device, suite) -> rows, in the order met."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.environment["device"], row.suite), []).append(row)
+    return found
+
+
+def _line(row: Row) -> str:
+    if row.status != "ok":
+        cells = [row.shape, row.rival, f"{row.status}: {row.reason}", *[""] * 7]
+    else:
+        gives = ", ".join(row.gives)
+        cells = [
+            row.shape,
+            row.rival,
+            gives,
+            seconds(row.median),
+            f"{seconds(row.p20)} to {seconds(row.p80)}",
+            _ratio(row.ratio),
+            seconds(row.cpu),
+            _share(row.bandwidth_share),
+            _share(row.flops_share),
+            size(row.peak_bytes),
+        ]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: targets, then for each device and suite every row, lost or won."""
+    parts = []
+    lines = verdicts(rows)
+    if lines:
+        parts.append("## Targets\n\n" + "\n".join(f"- {line}" for line in lines))
+    for (device, suite), found in _groups(rows).items():
+        about = found[-1].environment
+        yardstick = next((row.yardstick for row in found if row.yardstick), "none")
+        commits = ", ".join(sorted({row.environment["commit"] for row in found}))
+        parts.append(
+            f"## {SUITES[suite].title} (`{suite}`), {device}\n\n"
+            f"torch {about['torch']}, Triton {about['triton']}, Python {about['python']}, CUDA {about['cuda']}, "
+            f"{about['threads']} threads, commit {commits}, {found[-1].time}. Ratio: to {yardstick}. "
+            f"Peak memory by: {', '.join(sorted({row.peak_by for row in found if row.peak_by})) or 'nothing'}.\n\n"
+            "| shape | rival | gives | median | p20 to p80 | ratio | CPU | bandwidth | FMA | peak memory |\n"
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n" + "\n".join(map(_line, found))
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _family(row: Row) -> str:
+    """The shape's name but for its tokens: what one line of a plot keeps fixed."""
+    return re.sub(r" ?\bT\d+", "", row.shape)
+
+
+def _style(rivals: list[str]) -> dict[str, dict[str, Any]]:
+    ours = [name for name in rivals if "rhythm" in name or "probe" in name]
+    others = [name for name in rivals if name not in ours]
+    styles = {}
+    for index, name in enumerate(ours):
+        styles[name] = {"color": _COLORS["rhythm"][index % 4], "linewidth": 2.2}
+    for index, name in enumerate(others):
+        styles[name] = {"color": _OTHERS[index % len(_OTHERS)], "linewidth": 1.3}
+    for index, name in enumerate(rivals):
+        styles[name]["marker"] = _MARKERS[index % len(_MARKERS)]
+    return styles
+
+
+def plots(rows: list[Row], folder: Path) -> list[Path]:
+    """One PNG for each device and suite: time and peak memory against tokens, a column a family of shapes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for (device, suite), found in _groups(rows).items():
+        timed = [row for row in found if row.median is not None and row.rival not in _CEILINGS]
+        if not timed:
+            continue
+        families = list(dict.fromkeys(map(_family, timed)))
+        figure, axes = plt.subplots(
+            2, len(families), figsize=(1.5 + 4.6 * len(families), 7.6), squeeze=False, layout="constrained"
+        )
+        styles = _style(list(dict.fromkeys(row.rival for row in timed)))
+        for column, family in enumerate(families):
+            members = [row for row in timed if _family(row) == family]
+            _panel(axes[0][column], members, styles, "median")
+            _panel(axes[1][column], members, styles, "peak_bytes")
+            axes[0][column].set_title(family, fontsize=10)
+        axes[0][0].set_ylabel("seconds (median, p20 to p80)")
+        axes[1][0].set_ylabel("peak memory beyond the inputs, bytes")
+        handles = [plt.Line2D([], [], label=name, **style) for name, style in styles.items()]
+        figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+        figure.suptitle(f"{SUITES[suite].title}, {device}", fontsize=12)
+        path = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{suite}.png"
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+        written.append(path)
+    return written
+
+
+def _panel(axis: Any, rows: list[Row], styles: dict[str, dict[str, Any]], quantity: str) -> None:
+    lengths = sorted({row.dimensions["length"] for row in rows})
+    for name, style in styles.items():
+        line = sorted((row for row in rows if row.rival == name), key=lambda row: row.dimensions["length"])
+        points = [(row.dimensions["length"], getattr(row, quantity), row) for row in line if getattr(row, quantity)]
+        if not points:
+            continue
+        xs = [x for x, _, _ in points]
+        axis.plot(xs, [y for _, y, _ in points], markersize=5, **style)
+        if quantity == "median":
+            low, high = [row.p20 for _, _, row in points], [row.p80 for _, _, row in points]
+            axis.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(lengths, [f"{x:,}" for x in lengths])
+    axis.minorticks_off()
+    axis.set_xlabel("tokens")
+    axis.grid(True, color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,206 @@
+"""The registry: who competes in each suite, on which devices, and what is known of each beforehand.
+
+A rival that cannot run on a machine keeps its row there, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .contenders import ceilings, chunked, credit, eager, flex, models, ours, peers
+from .gate import Results
+from .shapes import DEVICES, Shape
+from .suites import attention, band_columns, band_rows, column_stats, row_stats
+from .suites import credit as credit_suite
+from .work import Work
+
+
+def _nothing(device: torch.device) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One contender of a suite.
+
+    Attributes:
+        name: as rows and plots have it; ours begin with "rhythm".
+        make: from a problem to the call that is timed, which returns named results for the gate.
+        devices: device types it competes on.
+        unavailable: from a device to "" or the reason it cannot run there.
+        memory: from a shape and a device type to the bytes it needs beside its inputs; None: little.
+        work: where it must do something else than the suite's pass: its own count, from a shape and a device type.
+        slack: dtype -> factor on the gate's tolerance. Rivals that compute in 16 bits err as 16 bits do; ours are
+            held to 1 everywhere.
+        ceiling: "bytes" or "flops" where it measures what the machine can do at most.
+        graph: on CUDA, time a captured graph of it (launches cost the same whatever the host does).
+    """
+
+    name: str
+    make: Callable[[Any], Callable[[], Results]]
+    devices: tuple[str, ...] = DEVICES
+    unavailable: Callable[[torch.device], str] = _nothing
+    memory: Callable[[Shape, str], int] | None = None
+    work: Callable[[Any, str], Work] | None = None
+    slack: dict[str, float] = field(default_factory=dict)
+    ceiling: str = ""
+    graph: bool = False
+
+
+# Logits rounded to 16 bits before the softmax: relative errors of A up to |x| 2^-9 (2^-12) and, for maps kept in 16
+# bits, as much again.
+_HALF = {"bfloat16": 2000.0, "float16": 250.0}
+_ROUNDED = {"bfloat16": 10.0, "float16": 10.0}  # float32 inside, the result alone in 16 bits
+_CUDA = ("cuda",)
+_CPU = ("cpu",)
+
+
+def _ours(pass_name: str, make: Callable[[str], Any]) -> tuple[Rival, ...]:
+    """One rival a backend; the dense backend is the definition, not a contender."""
+    devices = {"cpu": _CPU, "cuda": _CUDA}
+    return tuple(
+        Rival(
+            f"rhythm {backend}",
+            make(backend),
+            devices.get(backend, DEVICES),
+            ours.unavailable(pass_name, backend),
+            graph=True,
+        )
+        for backend in ("cuda", "triton", "cpu", "torch")
+    )
+
+
+def _eager(make: Any) -> Rival:
+    memory = eager.moments_memory if make is eager.column_moments else eager.memory
+    return Rival("eager maps", make, memory=lambda shape, device: memory(shape), slack=_HALF)
+
+
+def _chunked(make: Any) -> Rival:
+    return Rival("chunked torch", make, slack=_HALF)
+
+
+def _flex(make: Any) -> Rival:
+    return Rival("FlexAttention", make, memory=flex.memory)
+
+
+def _forward_work(shape: Any, device: str) -> Work:
+    return attention.forward_work(shape)
+
+
+_SDPA = (
+    Rival("SDPA forward", peers.sdpa, work=_forward_work, graph=True),
+    Rival("SDPA FlashAttention", peers.sdpa_flash, _CUDA, work=_forward_work, graph=True),
+    Rival(
+        "flash-attn 2",
+        peers.flash_attn,
+        _CUDA,
+        peers.installed("flash_attn"),
+        work=_forward_work,
+        graph=True,
+    ),
+)
+_READ = Rival(
+    "read bandwidth",
+    ceilings.read,
+    _CPU,
+    work=lambda shape, device: ceilings.read_work(device),
+    ceiling="bytes",
+)
+_GEMM = Rival("matrix product", ceilings.gemm, work=lambda shape, device: ceilings.gemm_work(device), ceiling="flops")
+
+
+def _copy(work: Callable[..., Work]) -> Rival:
+    def copied(shape: Any, device: str) -> Work:
+        return Work(8 * ceilings.copy_floats(work(shape).bytes), 0)
+
+    return Rival("copy kernel", ceilings.copy(work), _CUDA, work=copied, ceiling="bytes", graph=True)
+
+
+def _ceilings(work: Callable[..., Work]) -> tuple[Rival, ...]:
+    return (_READ, _copy(work), _GEMM)
+
+
+_COLREDUCE = Rival("flash-colreduce", peers.flash_colreduce, _CUDA, peers.installed("flash_colreduce"), slack=_ROUNDED)
+
+
+def _targets() -> tuple[Rival, ...]:
+    """WAAD and FAI as users call them, beside the forward and the maps that the CPU targets are stated in."""
+
+    def named(prefix: str, rivals: tuple[Rival, ...], work: Callable[..., Work]) -> tuple[Rival, ...]:
+        return tuple(
+            replace(rival, name=f"{prefix}: {rival.name}", work=lambda shape, device: work(shape))
+            for rival in rivals
+            if rival.name in ("rhythm cpu", "rhythm torch", "eager maps")
+        )
+
+    waad = (*_ours("band_rows", ours.band_rows), _eager(eager.band_rows))
+    fai = (*_ours("band_columns", ours.band_columns), _eager(eager.band_columns))
+    return (*named("waad", waad, band_rows.work), *named("fai", fai, band_columns.work), *_SDPA, _READ, _GEMM)
+
+
+RIVALS: dict[str, tuple[Rival, ...]] = {
+    "band_rows": (
+        *_ours("band_rows", ours.band_rows),
+        _eager(eager.band_rows),
+        _chunked(chunked.band_rows),
+        _flex(flex.band_rows),
+        *_SDPA,
+        *_ceilings(band_rows.work),
+    ),
+    "band_columns": (
+        *_ours("band_columns", ours.band_columns),
+        _eager(eager.band_columns),
+        _chunked(chunked.band_columns),
+        _flex(flex.band_columns),
+        *_SDPA,
+        *_ceilings(band_columns.work),
+    ),
+    "row_stats": (
+        *_ours("row_stats", ours.row_stats),
+        _eager(eager.row_stats),
+        _chunked(chunked.row_stats),
+        _flex(flex.row_stats),
+        *_SDPA,
+        *_ceilings(row_stats.work),
+    ),
+    "column_stats": (
+        *_ours("column_stats", ours.column_stats),
+        _eager(eager.column_stats),
+        _chunked(chunked.column_stats),
+        _flex(flex.column_stats),
+        _COLREDUCE,
+        *_SDPA,
+        *_ceilings(column_stats.work),
+    ),
+    "column_moments": (
+        *_ours("column_stats", ours.column_moments),
+        _eager(eager.column_moments),
+        _chunked(chunked.column_moments),
+        *_SDPA,
+        *_ceilings(column_stats.moments_work),
+    ),
+    "attention": (
+        *_ours("attention", ours.attention),
+        _eager(eager.attention),
+        _flex(flex.attention),
+        *_SDPA,
+        *_ceilings(attention.work),
+    ),
+    "probe": (
+        Rival("forward alone", models.forward),
+        Rival("forward + probe", models.probe),
+        Rival("eager with maps", models.eager_maps, memory=lambda shape, device: models.maps_memory(shape)),
+        Rival("eager with hooks", models.eager_hooks, memory=lambda shape, device: models.layer_memory(shape)),
+    ),
+    "credit": (
+        Rival("rhythm torch", credit.ours, graph=True),
+        Rival("token loop", credit.loop, _CPU),
+        _READ,
+        _copy(credit_suite.work),
+    ),
+    "native_targets": _targets(),
+}

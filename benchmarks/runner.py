@@ -1,0 +1,140 @@
+"""Runs one suite: rivals are admitted, held to the gate, their memory measured, then timed together."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import memory
+from .gate import Results
+from .machine import environment
+from .rivals import RIVALS, Rival
+from .rows import Row
+from .shapes import Shape, shapes
+from .suites import SUITES, Gate
+from .timing import Budget, Samples, captured, contest, quantile
+
+_INTERPRETED_TOKENS = 256  # Triton's interpreter is there to be exercised, not to be timed
+_SHARE_OF_FREE = 0.8
+
+
+@dataclass
+class _Contender:
+    rival: Rival
+    row: Row
+    call: Callable[[], object]
+
+
+def run_suite(
+    suite: str, profile: str, device: torch.device, budget: Budget, only: Callable[[Shape], bool] | None = None
+) -> Iterator[list[Row]]:
+    """The rows of each shape of a suite, in the registry's order, one list a shape."""
+    about = environment(device)
+    for shape in shapes(suite, device.type, profile):
+        if only is None or only(shape):
+            yield compete(suite, shape, device, budget, about)[0]
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def compete(
+    suite: str, shape: Shape, device: torch.device, budget: Budget, about: dict[str, Any] | None = None
+) -> tuple[list[Row], dict[str, Samples]]:
+    """One row a rival that competes on this device, and the samples of those that were timed, by name."""
+    about = environment(device) if about is None else about
+    definition = SUITES[suite]
+    problem = definition.problem(shape, device)
+    gate = definition.gate(problem)
+    rows, contenders = [], []
+    for rival in RIVALS[suite]:
+        if device.type not in rival.devices:
+            continue
+        work = rival.work(shape, device.type) if rival.work else definition.work(shape)
+        row = Row(suite, rival.name, shape.name, shape.dtype, shape.as_dict(), environment=about)
+        row.bytes, row.flops, row.slack = work.bytes, work.flops, rival.slack.get(shape.dtype, 1.0)
+        rows.append(row)
+        contender = _admit(rival, row, shape, problem, gate, device)
+        if contender is not None:
+            contenders.append(contender)
+    timed = contest({c.rival.name: c.call for c in contenders}, device, budget)
+    for contender in contenders:
+        _fill(contender.row, timed[contender.rival.name])
+    _compare(contenders, definition.yardstick[device.type])
+    return rows, timed
+
+
+def _admit(rival: Rival, row: Row, shape: Shape, problem: Any, gate: Gate, device: torch.device) -> _Contender | None:
+    """The call to be timed, or None where the row says why there is none."""
+    interpreted = "triton" in rival.name and os.environ.get("TRITON_INTERPRET") == "1"
+    row.reason = rival.unavailable(device)
+    if not row.reason and interpreted and shape.length > _INTERPRETED_TOKENS:
+        row.reason = f"interpreted Triton is not run beyond {_INTERPRETED_TOKENS} tokens"
+    if row.reason:
+        row.status = "unavailable"
+        return None
+    needs = rival.memory(shape, device.type) if rival.memory else 0
+    free = memory.free(device)
+    if needs > _SHARE_OF_FREE * free:
+        row.status, row.reason = "does not fit", f"needs {needs / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        return None
+    try:
+        call = rival.make(problem)
+        results = call()
+        error, where = gate.error(results)
+        row.error, row.gives = error / row.slack, sorted(results)
+        del results
+        if not row.error <= 1:
+            row.status, row.reason = "wrong", f"{where}: {row.error:.3g} times the tolerance"
+            row.error = row.error if math.isfinite(row.error) else None  # JSON knows no infinity
+            return None
+        row.peak_bytes, row.peak_by = memory.peak(call, device)
+        if rival.graph and device.type == "cuda":
+            return _Contender(rival, row, _captured_or_plain(call, row))
+        return _Contender(rival, row, call)
+    except Exception as error:  # a rival that breaks must not take the others' rows along
+        row.status, row.reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        return None
+
+
+def _captured_or_plain(call: Callable[[], Results], row: Row) -> Callable[[], object]:
+    try:
+        replay = captured(call)
+    except RuntimeError as error:
+        row.reason = f"not captured in a graph: {str(error).splitlines()[0][:200]}"
+        torch.cuda.synchronize()
+        return call
+    row.mode = "graph"
+    return replay
+
+
+def _fill(row: Row, samples: Samples) -> None:
+    row.median, row.p20, row.p80 = (samples.quantile(share) for share in (0.5, 0.2, 0.8))
+    row.cpu = quantile(samples.cpu, 0.5)
+    row.samples = len(samples.wall)
+
+
+def _compare(contenders: list[_Contender], yardstick: str) -> None:
+    """Ratios to the yardstick, and shares of the ceilings, all of the same rounds."""
+    medians = {c.rival.name: c.row.median for c in contenders}
+    ceilings = {c.rival.ceiling: c.row for c in contenders if c.rival.ceiling}
+    for contender in contenders:
+        row = contender.row
+        assert row.median is not None
+        row.yardstick = yardstick
+        reference = medians.get(yardstick)
+        row.ratio = row.median / reference if reference else None
+        for kind, amount in (("bytes", row.bytes), ("flops", row.flops)):
+            top = ceilings.get(kind)
+            if top is not None and top.median and amount:
+                share = (amount / row.median) / (getattr(top, kind) / top.median)
+                if kind == "bytes":
+                    row.bandwidth_share = share
+                else:
+                    row.flops_share = share

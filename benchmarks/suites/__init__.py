@@ -1,0 +1,74 @@
+"""The suites: for each pass (and the probe, and credit) the problem, the gate, the work counted, and the yardstick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ..contenders.credit import CreditGate
+from ..contenders.models import ModelGate, ModelProblem
+from ..gate import AttentionGate, Results
+from ..problem import AttentionProblem, CreditProblem
+from ..work import Work
+from . import attention, band_columns, band_rows, column_stats, credit, probe, row_stats
+
+
+class Gate(Protocol):
+    """The definitions of one problem."""
+
+    def error(self, got: Results) -> tuple[float, str]:
+        """The largest error in units of its tolerance, and where it was found."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is measured.
+
+    Attributes:
+        title: what the table and plot say.
+        problem: draws the tensors of a shape on a device.
+        gate: makes the gate of a problem.
+        work: counts what the pass must do.
+        yardstick: device type -> the rival whose median every ratio is taken to.
+    """
+
+    title: str
+    problem: Callable[[Any, torch.device], Any]
+    gate: Callable[[Any], Gate]
+    work: Callable[[Any], Work]
+    yardstick: dict[str, str]
+
+
+_FLASH = {"cpu": "SDPA forward", "cuda": "SDPA FlashAttention"}
+
+
+def _attention(title: str, work: Callable[[Any], Work]) -> Suite:
+    return Suite(title, AttentionProblem.draw, AttentionGate, work, _FLASH)
+
+
+SUITES: dict[str, Suite] = {
+    "band_rows": _attention("WAAD given lse", band_rows.work),
+    "band_columns": _attention("FAI given lse", band_columns.work),
+    "row_stats": _attention("lse, WAAD and span from q and k", row_stats.work),
+    "column_stats": _attention("Full-horizon FAI given lse", column_stats.work),
+    "column_moments": _attention("Moments of attention received, given lse", column_stats.moments_work),
+    "attention": _attention("Attention with its rhythm", attention.work),
+    "probe": Suite(
+        "Model forward with measures",
+        ModelProblem.draw,
+        ModelGate,
+        probe.work,
+        {"cpu": "forward alone", "cuda": "forward alone"},
+    ),
+    "credit": Suite(
+        "Credit of a batch",
+        CreditProblem.draw,
+        CreditGate,
+        credit.work,
+        {"cpu": "rhythm torch", "cuda": "rhythm torch"},
+    ),
+    "native_targets": _attention("WAAD and FAI beside SDPA and eager maps", band_rows.work),
+}

@@ -1,0 +1,91 @@
+"""What the project set itself to reach, as data, and what rows say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .rows import Row
+
+
+@dataclass(frozen=True)
+class Target:
+    """`rival`'s median over `against`'s at most `bound`; or, with `against` empty, its bandwidth share at least that.
+
+    `length`: the shape's tokens. `as_speedup`: print the ratio the other way round.
+    """
+
+    suite: str
+    device: str
+    length: int
+    rival: str
+    against: str
+    bound: float
+    as_speedup: bool = False
+
+
+def _cuda(suite: str, against: str, bound: float, *lengths: int, rival: str = "rhythm triton") -> list[Target]:
+    return [Target(suite, "cuda", length, rival, against, bound) for length in lengths]
+
+
+TARGETS: list[Target] = [
+    Target("native_targets", "cpu", 8192, "waad: rhythm cpu", "SDPA forward", 0.004),
+    Target("native_targets", "cpu", 8192, "fai: rhythm cpu", "SDPA forward", 0.008),
+    Target("native_targets", "cpu", 4096, "waad: rhythm cpu", "waad: eager maps", 1 / 500, as_speedup=True),
+    Target("native_targets", "cpu", 4096, "fai: rhythm cpu", "fai: eager maps", 1 / 200, as_speedup=True),
+    Target("probe", "cpu", 4096, "forward + probe", "forward alone", 1.03),
+    *_cuda("band_rows", "", 0.8, 8192, 32_768, 131_072),
+    *_cuda("band_columns", "", 0.8, 8192, 32_768, 131_072),
+    *_cuda("attention", "SDPA FlashAttention", 1.15, 8192, 32_768),
+    *_cuda("row_stats", "SDPA FlashAttention", 0.65, 8192, 32_768),
+    *_cuda("column_stats", "SDPA FlashAttention", 0.65, 8192, 32_768),
+    *_cuda("column_stats", "flash-colreduce", 0.5, 8192, 32_768),
+    *_cuda("probe", "forward alone", 1.02, 8192, 32_768, 131_072, rival="forward + probe"),
+]
+
+
+def _find(rows: Iterable[Row], target: Target, rival: str) -> Row | None:
+    found = [
+        row
+        for row in rows
+        if row.suite == target.suite
+        and row.environment.get("device_type") == target.device
+        and row.dimensions.get("length") == target.length
+        and row.rival == rival
+        and row.median is not None
+    ]
+    return found[-1] if found else None
+
+
+def verdict(target: Target, rows: list[Row]) -> str | None:
+    """One line, or None where the rows do not hold what the target is about."""
+    row = _find(rows, target, target.rival)
+    if row is None or row.median is None:
+        return None
+    where = f"{target.suite} T={target.length}: {target.rival}"
+    if not target.against:
+        if row.bandwidth_share is None:
+            return None
+        met = row.bandwidth_share >= target.bound
+        share = f"{row.bandwidth_share:.1%} of the machine's bandwidth (at least {target.bound:.0%})"
+        return f"{where}: {share}: {_word(met)}"
+    other = _find(rows, target, target.against)
+    if other is None or other.median is None:
+        return None
+    ratio = row.median / other.median
+    met = ratio <= target.bound
+    if target.as_speedup:
+        speedup = f"{1 / ratio:.0f} times faster than {target.against} (at least {1 / target.bound:.0f})"
+        return f"{where}: {speedup}: {_word(met)}"
+    percent = f"{ratio:.2%} of {target.against} (at most {target.bound:.1%})"
+    by_cpu = f"; by CPU time {row.cpu / other.cpu:.2%}" if row.cpu and other.cpu and target.device == "cpu" else ""
+    return f"{where}: {percent}{by_cpu}: {_word(met)}"
+
+
+def verdicts(rows: list[Row]) -> list[str]:
+    """A line for each target that these rows can judge."""
+    return [line for target in TARGETS if (line := verdict(target, rows)) is not None]
+
+
+def _word(met: bool) -> str:
+    return "met" if met else "missed"
