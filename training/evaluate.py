@@ -1,0 +1,123 @@
+"""Accuracy on held-out instances, sampled and greedy, with what the responses are made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .puzzles import Countdown
+from .recipe import Eval
+from .statistics import standard_error
+from .tasks.countdown import Instance
+
+
+@dataclass
+class Evaluation:
+    """One response to each instance."""
+
+    texts: list[str]
+    tokens: list[list[int]]  # of each response, its end token included where it has one
+    correct: list[bool]
+    counts: dict[str, int] = field(default_factory=dict)  # sums of what the traces hold
+    seconds: float = 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """Shares and means, ready for JSON; `right` has one character an instance, for paired comparisons."""
+        n, hits = len(self.correct), sum(self.correct)
+        result: dict[str, Any] = {
+            "instances": n,
+            "accuracy": hits / n,
+            "standard_error": standard_error(hits, n),
+            "tokens": sum(map(len, self.tokens)) / n,
+            "seconds": round(self.seconds, 2),
+            "right": "".join("01"[c] for c in self.correct),
+        }
+        if self.counts:
+            equations, verdicts = max(1, self.counts["equations"]), max(1, self.counts["verdicts"])
+            result |= {
+                "equations": self.counts["equations"] / n,
+                "attempts": self.counts["verdicts"] / n,
+                "right_an_attempt": hits / verdicts,
+                "arithmetic": self.counts["right_arithmetic"] / equations,
+                "verdicts": self.counts["right_verdicts"] / verdicts,
+                "answered": self.counts["answered"] / n,
+                "gave_up": self.counts["gave_up"] / n,
+            }
+        return result
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> list[list[int]]:
+    """The tokens of one response a prompt, up to and with the end token. A temperature of 0 is greedy.
+
+    Prompts are batched by length, and the caller's random state is left as it was.
+    """
+    training = model.training
+    model.eval()
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    end = model.generation_config.eos_token_id
+    ends = set(end) if isinstance(end, list) else {end}
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    responses: list[list[int]] = [[] for _ in prompts]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            inputs = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left")
+            inputs = inputs.to(model.device)
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
+            for i, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist()):
+                stop = next((at for at, token in enumerate(row) if token in ends), len(row))
+                responses[i] = row[: stop + 1]
+            progress(len(chosen))
+    model.train(training)
+    return responses
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    task: Countdown,
+    instances: Sequence[Instance],
+    settings: Eval,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> Evaluation:
+    """Answer every instance once and judge the answers."""
+    started = time.perf_counter()
+    tokens = generate(
+        model,
+        tokenizer,
+        [task.text(instance, tokenizer) for instance in instances],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        progress=progress,
+    )
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    counts: dict[str, int] = {}
+    for text, instance in zip(texts, instances):
+        for name, value in task.made_of(text, instance).items():
+            counts[name] = counts.get(name, 0) + value
+    correct = [task.correct(text, instance) for text, instance in zip(texts, instances)]
+    return Evaluation(texts, tokens, correct, counts, time.perf_counter() - started)
