@@ -9,7 +9,6 @@ from training.tasks.countdown_trace import MAX_TOKENS, Style, analyse, draw_styl
 from training.warmstart import build_tokenizer
 
 
-
 @pytest.fixture(scope="module")
 def traces() -> list[tuple[dict, str]]:
     rng = random.Random(0)

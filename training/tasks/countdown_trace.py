@@ -20,7 +20,7 @@ from .countdown_solver import integer_steps, reachable
 from .countdown_verify import answer_value
 
 LIMIT = 98  # the largest integer of the vocabulary, hence of any intermediate
-MAX_TOKENS = 108  # of a trace: also the most persistent search ends in an answer before this
+MAX_TOKENS = 116  # of a trace: also the most persistent search ends in an answer before this
 
 Item = tuple[int, str]  # a value and the expression that made it
 
@@ -44,11 +44,11 @@ class Style:
 
 def draw_style(rng: random.Random) -> Style:
     """A random style: aimed or aimless, patient or not."""
-    aimed = rng.random() < 0.5
+    aimed = rng.random() < 0.3
     return Style(
         aim=rng.uniform(0.75, 1.0) if aimed else rng.uniform(0.0, 0.4),
         insight=rng.uniform(0.1, 0.5) if aimed else 0.05,
-        budget=MAX_TOKENS if rng.random() < 0.6 else rng.randint(24, MAX_TOKENS),
+        budget=MAX_TOKENS if rng.random() < 0.7 else rng.randint(40, MAX_TOKENS),
     )
 
 
@@ -71,9 +71,7 @@ def _steps(state: Sequence[Item]) -> list[tuple[str, list[Item]]]:
     return found
 
 
-def _path(
-    numbers: Sequence[int], target: int, style: Style, rng: random.Random
-) -> tuple[list[str], list[Item]] | None:
+def _path(numbers: Sequence[int], target: int, style: Style, rng: random.Random) -> tuple[list[str], list[Item]] | None:
     """Steps down to two values: their equations and the two values. None at a dead end."""
     state: list[Item] = [(number, str(number)) for number in numbers]
     equations = []

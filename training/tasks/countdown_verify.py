@@ -151,9 +151,7 @@ def answer_value(completion: Any, numbers: Any) -> Fraction | None:
     return parsed[0]
 
 
-def score(
-    completion: str, numbers: Sequence[int], target: int, *, levels: RewardLevels = DEFAULT_LEVELS
-) -> float:
+def score(completion: str, numbers: Sequence[int], target: int, *, levels: RewardLevels = DEFAULT_LEVELS) -> float:
     """The reward of one completion.
 
     Args:

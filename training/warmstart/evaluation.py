@@ -8,7 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tasks.countdown import Instance, tiny_prompt
-from ..tasks.countdown_trace import TraceReport, analyse
+from ..tasks.countdown_trace import MAX_TOKENS, TraceReport, analyse
+
+MAX_NEW_TOKENS = MAX_TOKENS + 12  # the longest trace of the warm start, and a margin
 
 
 @torch.no_grad()
@@ -17,7 +19,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
-    max_new_tokens: int = 120,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = 1.0,
     batch_size: int = 256,
 ) -> list[str]:
@@ -50,7 +52,7 @@ def evaluate(
     instances: Sequence[Instance],
     *,
     temperature: float = 1.0,
-    max_new_tokens: int = 120,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> dict[str, float]:
     """Accuracy and what it is made of, over one response an instance.
 
