@@ -40,27 +40,28 @@ class Case:
     response: tuple[int, ...] | None = None
     seed: int = 0
 
-    def inputs(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """q, k and the keyword arguments shared by the measures."""
+    def inputs(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """q, k and the keyword arguments shared by the measures; the same values on every device."""
         generator = torch.Generator().manual_seed(self.seed)
         length = sum(self.lengths) if self.lengths is not None else self.length
         batch = 1 if self.lengths is not None else self.batch
         n = self.heads + self.kv_heads
         if self.fused:
-            fused = torch.randn(batch, n, length, self.dim + 3, generator=generator).transpose(1, 2)[..., : self.dim]
+            fused = torch.randn(batch, n, length, self.dim + 3, generator=generator).to(device)
+            fused = fused.transpose(1, 2)[..., : self.dim]
         else:
-            fused = torch.randn(batch, length, n, self.dim, generator=generator)
+            fused = torch.randn(batch, length, n, self.dim, generator=generator).to(device)
         fused = (fused * self.magnitude).to(self.dtype)
         q, k = fused[:, :, : self.heads], fused[:, :, self.heads :]
-        options = dict(self.options)
+        options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
         if self.sinks:
-            options["sinks"] = torch.randn(self.heads, generator=generator)
+            options["sinks"] = torch.randn(self.heads, generator=generator).to(device)
         if self.lengths is not None:
-            options["cu_seqlens"] = torch.tensor([0, *self.lengths]).cumsum(0).int()
+            options["cu_seqlens"] = torch.tensor([0, *self.lengths], device=device).cumsum(0).int()
             q, k = q[0], k[0]
         for key, values in (("seq_start", self.starts), ("seq_end", self.ends), ("response_start", self.response)):
             if values is not None:
-                options[key] = torch.tensor(values, dtype=torch.int32)
+                options[key] = torch.tensor(values, dtype=torch.int32, device=device)
         return q, k, options
 
 
@@ -173,9 +174,9 @@ def _close(name: str, got: Tensor, want: Tensor, bound: Tensor | float) -> None:
     assert float(error.max()) < 1, f"{name}: {float(error.max()):.3g} times the tolerance at {error.argmax()}"
 
 
-def check(case: Case, backend: str | None) -> None:
+def check(case: Case, backend: str | None, device: torch.device | str = "cpu") -> None:
     """Hold every measure of a backend, with and without a given lse, to the dense float64 definition."""
-    q, k, options = case.inputs()
+    q, k, options = case.inputs(device)
     q64, k64 = q.double(), k.double()
     lse_options = {name: x for name, x in options.items() if name not in ("heads", "per_head", "response_start")}
     lse64 = reference.attention_lse(q64, k64, **lse_options)
@@ -196,14 +197,15 @@ def check(case: Case, backend: str | None) -> None:
         fai = rk.fai(q, k, given, horizon=case.horizon, backend=backend, **options)
         _close(f"fai {tag}", fai, reference.fai(q64, k64, horizon=case.horizon, **options), 1e-4)
         assert float(fai.min()) >= 0
-        check_moments(case, rk.column_moments(q, k, given, min_distance=case.min_distance, backend=backend, **options))
+        moments = rk.column_moments(q, k, given, min_distance=case.min_distance, backend=backend, **options)
+        check_moments(case, moments, device)
     span = rk.span(q, k, backend=backend, **options)
     _close("span", span, reference.span(q64, k64, **options), 1e-4 * length)
 
 
-def check_moments(case: Case, got: reference.ColumnMoments) -> None:
+def check_moments(case: Case, got: reference.ColumnMoments, device: torch.device | str = "cpu") -> None:
     """Moments to 1e-3 relative; the standardised ones where there is variance for float32 to see."""
-    q, k, options = case.inputs()
+    q, k, options = case.inputs(device)
     want = reference.column_moments(q.double(), k.double(), min_distance=case.min_distance, **options)
     per_head = {**options, "per_head": True}
     heads = reference.column_moments(q.double(), k.double(), min_distance=case.min_distance, **per_head)
