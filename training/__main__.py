@@ -1,0 +1,76 @@
+"""`python -m training train RECIPE [group.key=value ...]`, `evaluate RUN`, `compare RUN RUN ...`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from .recipe import RecipeError, load_recipe
+
+EPILOGUE = """examples:
+  python -m training train training/recipes/countdown_tiny.yaml
+  python -m training train training/recipes/countdown_tiny.yaml rhythm.mode=uniform output.path=runs/plain
+  python -m training evaluate runs/demo eval.split=validation
+  python -m training compare runs/plain runs/demo
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training",
+        description="GRPO with rhythm credit: train, evaluate, compare.",
+        epilog=EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="carry out a recipe; leaves metrics, model and report in its folder")
+    train.add_argument("recipe", help="a YAML file, for example training/recipes/countdown_tiny.yaml")
+    train.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that differ from the file's")
+    evaluate = commands.add_parser("evaluate", help="measure the accuracy of a run's final model again")
+    evaluate.add_argument("run", type=Path, help="a folder that `train` left")
+    evaluate.add_argument("overrides", nargs="*", metavar="eval.key=value", help="for example eval.split=validation")
+    compare = commands.add_parser("compare", help="a table and a page of several runs")
+    compare.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folders that `train` left; the first is the base"
+    )
+    compare.add_argument("--output", type=Path, default=Path("runs/compare.html"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    _quiet()
+    try:
+        if options.command == "train":
+            from .train import run
+
+            run(load_recipe(options.recipe, options.overrides))
+        elif options.command == "evaluate":
+            from .evaluate_run import evaluate_run
+
+            evaluate_run(options.run, options.overrides)
+        else:
+            from .compare import compare_runs
+
+            compare_runs(options.runs, options.output)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _quiet() -> None:
+    """Leave the screen to our own lines: libraries' bars and notices about renamed options are not news here."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Small charts as inline SVG, coloured by the page's own CSS variables, so that they follow light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 320, 190
+LEFT, RIGHT, TOP, BOTTOM = 42, 10, 12, 30
+
+
+def curve(
+    steps: Sequence[float],
+    values: Sequence[float],
+    *,
+    label: str,
+    show: Callable[[float], str] = "{:g}".format,
+    error: Sequence[float] | None = None,
+    floor: float = 0.0,
+) -> str:
+    """One quantity over steps: every step as a dot, a running mean as a line, and a band of one standard error.
+
+    Args:
+        steps, values: the points; at least one.
+        label: what a screen reader says, and the beginning of each dot's tooltip.
+        show: a value as text.
+        error: half the width of the band, a number a point.
+        floor: the axis begins here, or lower where the data do.
+    """
+    spread = [0.0] * len(values) if error is None else list(error)
+    low = min(v - e for v, e in zip(values, spread))
+    high = max(v + e for v, e in zip(values, spread))
+    parts, x, y = _axes(steps, min(low, floor), high, label, show)
+    mean = running_mean(values)
+    if error is not None:
+        edge = [(s, m + e) for s, m, e in zip(steps, mean, spread)]
+        edge += [(s, m - e) for s, m, e in reversed(list(zip(steps, mean, spread)))]
+        parts.append(f'<polygon class="band" points="{_points(edge, x, y)}"/>')
+    parts.append(f'<polyline class="mean" points="{_points(list(zip(steps, mean)), x, y)}"/>')
+    for step, value in zip(steps, values):
+        title = f"step {step:g}: {escape(label)} {show(value)}"
+        dot = f'<circle class="dot" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.2">'
+        parts.append(f"{dot}<title>{title}</title></circle>")
+    return "".join([*parts, "</svg>"])
+
+
+def curves(
+    series: Sequence[Sequence[tuple[float, float]]],
+    names: Sequence[str],
+    *,
+    label: str,
+    show: Callable[[float], str] = "{:g}".format,
+) -> str:
+    """One quantity of several runs: a running mean each, in the colours `s0` to `s4` of the stylesheet."""
+    points = [list(run) for run in series if run]
+    steps = [step for run in points for step, _ in run]
+    values = [value for run in points for value in running_mean([v for _, v in run])]
+    parts, x, y = _axes(steps, min(0.0, *values), max(values), label, show)
+    for i, (name, run) in enumerate(zip(names, series)):
+        mean = running_mean([value for _, value in run])
+        line = _points([(step, m) for (step, _), m in zip(run, mean)], x, y)
+        parts.append(f'<polyline class="mean s{i % 5}" points="{line}"><title>{escape(name)}</title></polyline>')
+    return "".join([*parts, "</svg>"])
+
+
+def forest(rows: Sequence[tuple[str, float, float]]) -> str:
+    """Shares with 95% whiskers, one line each: (name, share, its standard error)."""
+    width, line, right = 440, 30, 52
+    left = 16 + 7 * max(len(name) for name, _, _ in rows)
+    height = TOP + line * len(rows) + BOTTOM
+    low = min(v - 2 * e for _, v, e in rows)
+    high = max(v + 2 * e for _, v, e in rows)
+    ticks = nice_ticks(max(0.0, low), high)
+    x = _scale(ticks[0], ticks[-1], left, width - right)
+    parts = [_open(width, height, "accuracy with 95% intervals"), *_vertical_grid(ticks, x, height)]
+    for i, (name, value, error) in enumerate(rows):
+        at = TOP + line * (i + 0.5)
+        parts.append(f'<text class="name" x="{left - 12}" y="{at + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<g class="s{i % 5}">{_whisker(x, value, error, at)}')
+        parts.append(f'<circle class="point" cx="{x(value):.1f}" cy="{at:.1f}" r="4.5"/></g>')
+    return "".join([*parts, "</svg>"])
+
+
+def before_after(rows: Sequence[tuple[str, float, float, float, float]]) -> str:
+    """Shares before and after with 95% whiskers, one line a row: (name, before, its error, after, its error)."""
+    width, line, left, right = 660, 54, 92, 56
+    height = TOP + line * len(rows) + BOTTOM
+    top = max(max(b + 2 * eb, a + 2 * ea) for _, b, eb, a, ea in rows)
+    ticks = nice_ticks(0.0, min(1.0, top * 1.02))
+    x = _scale(ticks[0], ticks[-1], left, width - right)
+    parts = [_open(width, height, "accuracy before and after, with 95% intervals"), *_vertical_grid(ticks, x, height)]
+    for i, (name, before, before_error, after, after_error) in enumerate(rows):
+        middle = TOP + line * (i + 0.5)
+        parts.append(f'<text class="name" x="{left - 12}" y="{middle + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        for kind, value, error, at in (
+            ("before", before, before_error, middle - 9),
+            ("after", after, after_error, middle + 9),
+        ):
+            bar = f'<rect class="bar" x="{left}" y="{at - 7:.1f}" width="{x(value) - left:.1f}" height="14" rx="2"/>'
+            title = f"{name}, {kind}: {value:.1%} ± {error:.1%} (standard error)"
+            whisker = _whisker(x, value, error, at)
+            parts.append(f'<g class="{kind}"><title>{escape(title)}</title>{bar}{whisker}</g>')
+    return "".join([*parts, "</svg>"])
+
+
+def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers from at most `low` to at least `high`, at least two."""
+    if not high > low:
+        high = low + (abs(low) or 1.0) * 0.1
+    rough = (high - low) / most
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def running_mean(values: Sequence[float], reach: int = 2) -> list[float]:
+    """Each value averaged with up to `reach` neighbours on both sides, fewer at the ends."""
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(w) / len(w) for w in windows]
+
+
+def _axes(
+    steps: Sequence[float], low: float, high: float, label: str, show: Callable[[float], str]
+) -> tuple[list[str], Callable[[float], float], Callable[[float], float]]:
+    """The frame of a chart over steps: its first elements and its two scales."""
+    ticks = nice_ticks(low, high)
+    x = _scale(min(steps), max(steps), LEFT, WIDTH - RIGHT)
+    y = _scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
+    parts = [_open(WIDTH, HEIGHT, label)]
+    for tick in ticks:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{show(tick)}</text>')
+    for step in _step_ticks(steps):
+        parts.append(f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 12}" text-anchor="middle">{step:g}</text>')
+    return parts, x, y
+
+
+def _vertical_grid(ticks: Sequence[float], x: Callable[[float], float], height: float) -> list[str]:
+    """Lines and percentages of a horizontal axis of shares."""
+    parts = []
+    for tick in ticks:
+        at = x(tick)
+        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{height - 12}" text-anchor="middle">{tick:.0%}</text>')
+    return parts
+
+
+def _whisker(x: Callable[[float], float], value: float, error: float, at: float) -> str:
+    """A 95% interval with its ends, and the value beside it."""
+    low, high = x(max(0.0, value - 1.96 * error)), x(value + 1.96 * error)
+    ends = "".join(
+        f'<line class="whisker" x1="{end:.1f}" x2="{end:.1f}" y1="{at - 4:.1f}" y2="{at + 4:.1f}"/>'
+        for end in (low, high)
+    )
+    return (
+        f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>{ends}'
+        f'<text class="value" x="{high + 7:.1f}" y="{at + 4:.1f}">{value:.1%}</text>'
+    )
+
+
+def _open(width: int, height: int, label: str) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
+
+
+def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
+    span = (high - low) or 1.0
+    return lambda value: start + (value - low) / span * (stop - start)
+
+
+def _points(points: Sequence[tuple[float, float]], x: Callable[[float], float], y: Callable[[float], float]) -> str:
+    return " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
+
+
+def _step_ticks(steps: Sequence[float]) -> list[float]:
+    low, high = min(steps), max(steps)
+    inside = [t for t in nice_ticks(low, high, 6) if low < t < high and t == int(t)]
+    return [low, *(t for t in inside if min(t - low, high - t) > (high - low) * 0.08), *([high] if high > low else [])]

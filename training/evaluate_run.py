@@ -1,0 +1,37 @@
+"""`evaluate`: measure a run's final model again, on any split, without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .puzzles import Countdown
+from .recipe import RecipeError, load_recipe
+from .train import CONFIG, MODEL, evaluate_both, load
+
+EVALUATION = "evaluation.json"
+
+
+def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Evaluate the model in `folder`; prints the figures and returns the file that holds them.
+
+    Raises:
+        RecipeError: where there is no finished run, or for overrides that do not exist.
+    """
+    if not (folder / CONFIG).exists() or not (folder / MODEL).exists():
+        raise RecipeError(f"{folder}: no finished run ({CONFIG} and {MODEL}/ are what `train` leaves there)")
+    recipe = load_recipe(folder / CONFIG, overrides)
+    task = Countdown(recipe.task)
+    instances = task.instances(recipe.eval.split, recipe.eval.size)
+    model, tokenizer = load(recipe, folder / MODEL)
+    found = {k: e.summary() for k, e in evaluate_both(model, tokenizer, task, instances, recipe, "final").items()}
+    path = folder / EVALUATION
+    path.write_text(json.dumps({"split": recipe.eval.split, **found}, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{folder}, {recipe.eval.size} {recipe.eval.split} instances:")
+    for kind, summary in found.items():
+        print(
+            f"  {kind:8} {summary['accuracy']:6.1%} ± {summary['standard_error']:.1%}   {summary['tokens']:.0f} tokens"
+        )
+    print(f"  details  {path}")
+    return path

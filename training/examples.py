@@ -1,0 +1,87 @@
+"""A few held-out responses with WAAD, FAI and gamma of each token, for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, rhythm_credit
+from rhythm_kernels.credit import CreditMode
+
+from .evaluate import Evaluation
+from .puzzles import Countdown
+from .recipe import Rhythm
+from .tasks.countdown import Instance
+
+SHOWN = 3  # responses
+SHORTEST, LONGEST = 30, 160  # tokens: long enough for a horizon of 10 to say something, short enough to be read
+
+
+def examples(
+    model: Any,
+    tokenizer: Any,
+    task: Countdown,
+    instances: Sequence[Instance],
+    before: Evaluation,
+    after: Evaluation,
+    rhythm: Rhythm,
+    groups: HeadGroups | None,
+) -> list[dict[str, Any]]:
+    """Responses that became right in training, measured by the trained model; ready for JSON."""
+    chosen = _choose(before, after)
+    batches = [_inputs(tokenizer, task.text(instances[i], tokenizer), after.tokens[i], model) for i in chosen]
+    if not batches:
+        return []
+    if groups is None:  # baselines measure nothing while training
+        groups = head_groups(model, batches, rhythm.layers, rhythm.head_quantile)
+    attention_modes: dict[str, CreditMode] = {"local": "local", "global": "global", "coupled": "coupled"}
+    mode = attention_modes.get(rhythm.mode, "coupled")
+    low, high = rhythm.horizon
+    shown = []
+    for i, batch in zip(chosen, batches):
+        mask = batch["response_mask"]
+        with torch.no_grad(), RhythmProbe(model, groups, rhythm.window, (low, high), mask) as probe:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        gamma = rhythm_credit(
+            probe.waad, probe.fai, mask, mode, rhythm.gamma_amp, rhythm.top, rhythm.alpha, rhythm.neighbors
+        )
+        shown.append(
+            {
+                "numbers": instances[i]["numbers"],
+                "target": instances[i]["target"],
+                "prompt": task.text(instances[i], tokenizer),
+                "before": before.texts[i],
+                "right_before": before.correct[i],
+                "right": after.correct[i],
+                "mode": mode,
+                "tokens": tokenizer.convert_ids_to_tokens(after.tokens[i]),
+                **{name: _rounded(x[mask]) for name, x in (("waad", probe.waad), ("fai", probe.fai), ("gamma", gamma))},
+            }
+        )
+    return shown
+
+
+def _choose(before: Evaluation, after: Evaluation) -> list[int]:
+    """Indices: first what became right, then what stayed right, then anything; of readable length where there is."""
+
+    def rank(i: int) -> tuple[bool, bool, bool, int]:
+        readable = SHORTEST <= len(after.tokens[i]) <= LONGEST
+        return not readable, not after.correct[i], before.correct[i], i
+
+    order = sorted((i for i in range(len(after.correct)) if after.tokens[i]), key=rank)
+    return order[:SHOWN]
+
+
+def _inputs(tokenizer: Any, prompt: str, response: list[int], model: Any) -> dict[str, Tensor]:
+    head = tokenizer(prompt)["input_ids"]
+    input_ids = torch.tensor([head + response], device=model.device)
+    mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    mask[:, len(head) :] = True
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "response_mask": mask}
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(x, 5) for x in values.tolist()]

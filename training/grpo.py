@@ -1,0 +1,146 @@
+"""The trainer of a run: its configuration, what it notes beside TRL's metrics, and the file it writes them to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
+
+from .puzzles import Countdown, Reward
+from .recipe import Recipe, RecipeError
+
+
+def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
+    """The trainer's configuration. Metrics are ours to write, so TRL reports and saves nothing itself."""
+    given = dataclasses.asdict(recipe.grpo)
+    optimizer, rewards, more = (given.pop(name) for name in ("optimizer", "rewards", "more"))
+    if optimizer not in ("adamw", "sgd"):
+        raise RecipeError(f"grpo.optimizer is {optimizer!r}: it must be adamw or sgd")
+    rhythm = {f"rhythm_{name}": value for name, value in dataclasses.asdict(recipe.rhythm).items()}
+    cuda = torch.cuda.is_available()
+    try:
+        return RhythmGRPOConfig(
+            **{
+                "output_dir": str(Path(recipe.output.path) / "checkpoints"),
+                "reward_weights": [1.0] * len(rewards) + [0.0],  # the last one is correctness, to be logged
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "use_cpu": not cuda,
+                "bf16": cuda and recipe.model.dtype == "bfloat16",
+                "remove_unused_columns": False,
+                **given,
+                **more,
+                **rhythm,
+            }
+        )
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"grpo, rhythm: {error}") from error
+
+
+class _Trainer(RhythmGRPOTrainer):
+    """Also notes how large the batches are, and how large their attention maps would have been."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        rows, length = inputs["prompt_ids"].shape[0], inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
+        config = self.model.config
+        maps = rows * config.num_hidden_layers * config.num_attention_heads * length**2 * 4
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["row_tokens"].append(length)
+        metrics["map_bytes"].append(maps)
+        return super()._compute_loss(model, inputs)
+
+
+def build_trainer(
+    recipe: Recipe,
+    config: RhythmGRPOConfig,
+    model: Any,
+    tokenizer: Any,
+    task: Countdown,
+    rewards: list[Reward],
+    recorder: Recorder,
+) -> RhythmGRPOTrainer:
+    """The trainer of a recipe, with our progress bar instead of the libraries' printing."""
+    from datasets import Dataset
+
+    optimizer = None
+    if recipe.grpo.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=0.9)
+    try:
+        trainer = _Trainer(
+            model=model,
+            reward_funcs=rewards,
+            args=config,
+            train_dataset=Dataset.from_dict(task.rows("train", recipe.task.train_size)),
+            processing_class=tokenizer,
+            callbacks=[recorder],
+            optimizers=(optimizer, None),
+        )
+    except (TypeError, ValueError) as error:
+        raise RecipeError(str(error)) from error
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    return trainer
+
+
+_NAMES = {  # ours, short: TRL's
+    "loss": "loss",
+    "reward": "reward",
+    "accuracy": "rewards/correctness/mean",
+    "response_tokens": "completions/mean_length",
+    "cut_off": "completions/clipped_ratio",
+    "entropy": "entropy",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "step_seconds": "step_time",
+    "rhythm_seconds": "rhythm/seconds",
+    "calibration_seconds": "rhythm/calibration_seconds",
+    "gamma_mean": "rhythm/gamma_mean",
+    "boosted_share": "rhythm/boosted_share",
+    "waad_mean": "rhythm/waad_mean",
+    "fai_mean": "rhythm/fai_mean",
+    "row_tokens": "row_tokens",
+    "map_bytes": "map_bytes",
+}
+
+
+class Recorder(TrainerCallback):
+    """Writes one line a step to `metrics.jsonl`, as it happens, and moves the progress bar."""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self.lines: list[dict[str, float]] = []
+        self.started = time.perf_counter()
+        self._path, self._steps = path, steps
+
+    def __enter__(self) -> Recorder:
+        self._file = self._path.open("w", encoding="utf-8")
+        self._bar = tqdm(total=self._steps, desc="train", unit="step", dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+        self._file.close()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        line = {"step": state.global_step}
+        line |= {ours: logs[theirs] for ours, theirs in _NAMES.items() if logs.get(theirs) is not None}
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        shown = {"right": f"{line.get('accuracy', 0):.0%}", "tokens": f"{line.get('response_tokens', 0):.0f}"}
+        if "gamma_mean" in line:
+            shown["gamma"] = f"{line['gamma_mean']:.2f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(state.global_step - self._bar.n)

@@ -1,0 +1,310 @@
+"""`report.html`: one self-contained page about a run, made from the files in its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .charts import before_after, curve
+from .style import STYLE
+
+GLOSSARY = {
+    "waad": ("WAAD", "how far back the local heads look from this token, in tokens"),
+    "fai": ("FAI", "how much the global heads of later tokens look back at this one"),
+    "gamma": ("&gamma;", "the factor by which credit multiplies this token's advantage"),
+}
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` from `result.json`, `metrics.jsonl` and `config.yaml`."""
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    sections = [
+        _lead(result, config),
+        section("Before and after", _accuracy(result)),
+        section("Learning", _curves(lines, config)),
+        section("What the gain is made of", _made_of(result)),
+        section("Inside a response", _examples(result["examples"], config)),
+        section("What was measured, and what it cost", _cost(result["cost"], config)),
+        section("Settings", _settings(result, config)),
+    ]
+    path = folder / "report.html"
+    path.write_text(page(f"{result['name']} · rhythm-kernels", "".join(sections)), encoding="utf-8")
+    return path
+
+
+def page(title: str, body: str) -> str:
+    """An HTML page that needs nothing beside itself."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
+        f'content="light dark"><title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{body}'
+        "</main></body></html>\n"
+    )
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of ready HTML; the first column is text, the others are numbers."""
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def section(title: str, body: str) -> str:
+    """A titled part of a page; nothing where its body is empty."""
+    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
+
+
+def credit_name(mode: str) -> str:
+    return "plain GRPO" if mode == "uniform" else f"GRPO with {mode} credit"
+
+
+def _lead(result: dict[str, Any], config: dict[str, Any]) -> str:
+    change, before, after = (result[key]["sampled"] for key in ("difference", "before", "after"))
+    verb = "rose" if change["low"] > 0 else "fell" if change["high"] < 0 else "did not change measurably"
+    moved = "" if verb.startswith("did") else f" {verb}"
+    spent = result["cost"]
+    tiles = [
+        ("held-out, sampled", f"{before['accuracy']:.1%} → {after['accuracy']:.1%}"),
+        (
+            "held-out, greedy",
+            f"{result['before']['greedy']['accuracy']:.1%} → {result['after']['greedy']['accuracy']:.1%}",
+        ),
+    ]
+    if spent.get("measuring_seconds"):
+        tiles.append(("of a step spent measuring", f"{spent['measuring_share']:.1%}"))
+        tiles.append(("attention maps not made, a step", size(spent["largest_map_bytes"])))
+    sentence = (
+        f"Sampled accuracy on {before['instances']} held-out instances{moved or ' ' + verb}: "
+        f"{change['difference'] * 100:+.1f} points (95% interval {change['low'] * 100:+.1f} to "
+        f"{change['high'] * 100:+.1f}); {change['gained']} became right, {change['lost']} became wrong."
+    )
+    return (
+        f"<header><p class='kicker'>rhythm-kernels · {escape(result['name'])}</p>"
+        f"<h1>{escape(config['task']['name'].title())}, {escape(credit_name(result['mode']))}</h1>"
+        f"<p class='lead'>{sentence}</p><dl class='tiles'>"
+        + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)
+        + "</dl></header>"
+    )
+
+
+def _accuracy(result: dict[str, Any]) -> str:
+    kinds = list(result["before"])
+    chart = before_after(
+        [
+            (
+                kind,
+                result["before"][kind]["accuracy"],
+                result["before"][kind]["standard_error"],
+                result["after"][kind]["accuracy"],
+                result["after"][kind]["standard_error"],
+            )
+            for kind in kinds
+        ]
+    )
+    rows = []
+    for kind in kinds:
+        one, two, change = (result[key][kind] for key in ("before", "after", "difference"))
+        rows.append(
+            [
+                kind,
+                f"{one['accuracy']:.1%} ± {one['standard_error']:.1%}",
+                f"{two['accuracy']:.1%} ± {two['standard_error']:.1%}",
+                f"{change['difference'] * 100:+.1f} ({change['low'] * 100:+.1f} to {change['high'] * 100:+.1f})",
+                _p_value(change["p_value"]),
+            ]
+        )
+    note = (
+        f"The {escape(result['split'])} split, {result['before']['sampled']['instances']} instances that cannot "
+        "occur in training, one response each. ± is one binomial standard error, whiskers are 95%; the difference is "
+        "paired by instance, p is McNemar's exact test."
+    )
+    head = ["", "before", "after", "points (95%)", "p"]
+    return f'<figure class="wide">{chart}</figure>{table(head, rows)}<p class="note">{note}</p>'
+
+
+def _curves(lines: list[dict[str, float]], config: dict[str, Any]) -> str:
+    if not lines:
+        return ""
+    grpo = config["grpo"]
+    responses = grpo["per_device_train_batch_size"] * grpo["gradient_accumulation_steps"]
+    figures = []
+    for key, caption, show in (
+        ("accuracy", "right answers in training", "{:.0%}".format),
+        ("reward", "reward", "{:.2f}".format),
+        ("response_tokens", "response length, tokens", "{:.0f}".format),
+        ("entropy", "entropy, nats a token", "{:.2f}".format),
+        ("cut_off", "responses cut off by the length limit", "{:.0%}".format),
+        ("gamma_mean", "mean gamma", "{:.3f}".format),
+        ("step_seconds", "seconds a step", "{:.1f}".format),
+    ):
+        kept = [line for line in lines if key in line]
+        if not kept or (key == "reward" and grpo["rewards"] == ["correctness"]):
+            continue  # the reward is the accuracy, shown already
+        values = [line[key] for line in kept]
+        error = [math.sqrt(v * (1 - v) / responses) for v in values] if key == "accuracy" else None
+        floor = 1.0 if key == "gamma_mean" else 0.0
+        chart = curve([line["step"] for line in kept], values, label=caption, show=show, error=error, floor=floor)
+        figures.append(f"<figure>{chart}<figcaption>{caption}</figcaption></figure>")
+    note = (
+        f"A dot is one step ({responses} sampled responses to training instances), the line a running mean of five; "
+        "the band is one binomial standard error."
+    )
+    return f'<div class="figures">{"".join(figures)}</div><p class="note">{note}</p>'
+
+
+_PARTS = (
+    ("tokens", "tokens a response", "{:.1f}".format),
+    ("equations", "equations a response", "{:.2f}".format),
+    ("attempts", "attempts a response (a last equation with a verdict)", "{:.2f}".format),
+    ("right_an_attempt", "right answers an attempt", "{:.1%}".format),
+    ("arithmetic", "equations with right arithmetic", "{:.1%}".format),
+    ("verdicts", "verdicts (lo, hi, ok) that are right", "{:.1%}".format),
+    ("answered", "responses that end in an answer, or give up in words", "{:.1%}".format),
+    ("gave_up", "responses that give up", "{:.1%}".format),
+)
+
+
+def _made_of(result: dict[str, Any]) -> str:
+    before, after = result["before"]["sampled"], result["after"]["sampled"]
+    if "attempts" not in before:
+        return ""
+    rows = [[name, show(before[key]), show(after[key]), _ratio(before[key], after[key])] for key, name, show in _PARTS]
+    head = ["sampled responses", "before", "after", "ratio"]
+    return f"{_decomposition(before, after)}{table(head, rows)}"
+
+
+def _decomposition(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Accuracy is attempts a response times right answers an attempt, so logarithms of the ratios add up."""
+    factors = [(before[k], after[k]) for k in ("accuracy", "attempts", "right_an_attempt")]
+    if any(b <= 0 or a <= 0 for b, a in factors):
+        return ""
+    total, search, aim = (math.log(a / b) for b, a in factors)
+    identity = (
+        f"Accuracy is attempts a response times right answers an attempt: {before['attempts']:.2f} &times; "
+        f"{before['right_an_attempt']:.1%} = {before['accuracy']:.1%} before, {after['attempts']:.2f} &times; "
+        f"{after['right_an_attempt']:.1%} = {after['accuracy']:.1%} after."
+    )
+    if abs(total) < 0.02:
+        return f"<p>{identity}</p>"
+    if search * aim < 0:
+        more, less = ("longer search", "aim") if (search > 0) == (total > 0) else ("better aim", "search")
+        verdict = f"The change is {more}, partly undone by {'shorter' if less == 'search' else 'worse'} {less}."
+        if total < 0:
+            verdict = "The two moved in opposite directions."
+    else:
+        verdict = (
+            f"In logarithms, which add up, {search / total:.0%} of the change is how long the model searches and "
+            f"{aim / total:.0%} is how well an attempt is aimed."
+        )
+    return f"<p>{identity} {verdict}</p>"
+
+
+def _examples(examples: list[dict[str, Any]], config: dict[str, Any]) -> str:
+    if not examples:
+        return ""
+    tabs = "".join(
+        f'<input type="radio" name="example" id="e{i}"{" checked" if i == 0 else ""}><label for="e{i}">'
+        f"{', '.join(map(str, e['numbers']))} → {e['target']}</label>"
+        for i, e in enumerate(examples)
+    )
+    colours = "".join(
+        f'<input type="radio" name="colour" id="by-{key}"{" checked" if key == "gamma" else ""}>'
+        f'<label for="by-{key}"><i class="swatch {key}"></i>{name}: {meaning}</label>'
+        for key, (name, meaning) in reversed(GLOSSARY.items())
+    )
+    rhythm = config["rhythm"]
+    note = (
+        f"Held-out responses of the trained model, measured in one forward pass: W = {rhythm['window']}, horizon "
+        f"{rhythm['horizon'][0]} to {rhythm['horizon'][1]} tokens, &gamma; by the {examples[0]['mode']} rule. Bars "
+        "below each token, from the top: WAAD and FAI (of the response's largest), &gamma; &minus; 1. The words are "
+        "coloured by the measure chosen above; a pointer over a word shows its numbers."
+    )
+    tapes = "".join(f'<div class="example x{i}">{_tape(example)}</div>' for i, example in enumerate(examples))
+    return f'<div class="examples">{tabs}<div class="legend">{colours}{tapes}</div></div><p class="note">{note}</p>'
+
+
+def _tape(example: dict[str, Any]) -> str:
+    most = {name: max(max(example[name]), 1e-9) for name in ("waad", "fai")}
+    bonus = max(max(example["gamma"]) - 1, 1e-9)
+    cells = []
+    for i, token in enumerate(example["tokens"]):
+        waad, fai, gamma = (example[name][i] for name in ("waad", "fai", "gamma"))
+        shares = (waad / most["waad"], fai / most["fai"], max(0.0, gamma - 1) / bonus)
+        style = ";".join(f"--{name}:{share:.3f}" for name, share in zip("wfg", shares))
+        title = f"{token}  (token {i + 1})&#10;WAAD {waad:.2f}&#10;FAI {fai:.4f}&#10;&gamma; {gamma:g}"
+        cells.append(
+            f'<span class="t" style="{style}" title="{title}"><b>{escape(token)}</b>'
+            '<i class="waad"></i><i class="fai"></i><i class="gamma"></i></span>'
+        )
+    verdict = "right" if example["right"] else "wrong"
+    before = "right" if example["right_before"] else "wrong"
+    return (
+        f'<p class="prompt"><code>{escape(example["prompt"])}</code> <span class="{verdict}">{verdict}</span></p>'
+        f'<div class="tape">{"".join(cells)}</div><p class="prompt was">before training <span class="{before}">{before}'
+        f"</span>: <code>{escape(example['before']) or '(empty)'}</code></p>"
+    )
+
+
+def _cost(cost: dict[str, Any], config: dict[str, Any]) -> str:
+    if not cost:
+        return ""
+    rows = [["a step, generation included", f"{cost['step_seconds']:.2f} s"]]
+    if cost["measuring_seconds"]:
+        rows += [
+            ["measuring WAAD and FAI and the credit, in that", f"{cost['measuring_seconds'] * 1e3:.1f} ms"],
+            ["share of the step", f"{cost['measuring_share']:.2%}"],
+            ["grouping the heads, once", f"{cost['calibration_seconds']:.2f} s"],
+        ]
+        did_not = "full attention maps of the largest batch, float32, all layers and heads: <em>not made</em>"
+        tokens = config["grpo"]["per_device_train_batch_size"] * cost["largest_row_tokens"]
+        rows += [
+            [did_not, size(cost["largest_map_bytes"])],
+            ["the same over the whole run", size(cost["all_map_bytes"])],
+            ["kept instead: two numbers a token", size(8 * tokens)],
+        ]
+        text = (
+            "No forward pass was added but the one that grouped the heads: q, k and the log-sum-exp are those of the "
+            "training forward, read band by band inside each attention call. The map sizes are computed, not measured: "
+            "what <code>output_attentions=True</code> would have returned."
+        )
+    else:
+        text = "This run measured nothing: its credit needs no attention."
+    return f"<p>{text}</p>{table(['', ''], rows)}"
+
+
+def _settings(result: dict[str, Any], config: dict[str, Any]) -> str:
+    shown = yaml.safe_dump(config, sort_keys=False)
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    seconds = result["seconds"]
+    return (
+        f"<p>{result['parameters']:,} parameters, {result['steps']} steps, seed {result['seed']}; "
+        f"{seconds['total'] / 60:.1f} minutes in all, {seconds['training'] / 60:.1f} of them training. "
+        f"{escape(versions)}.</p><details><summary>config.yaml</summary><pre>{escape(shown)}</pre></details>"
+    )
+
+
+def size(count: float) -> str:
+    """Bytes as text."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"&times; {after / before:.2f}" if before > 0 else ""
+
+
+def _p_value(p: float) -> str:
+    if p >= 0.001:
+        return f"{p:.3f}"
+    exponent = math.floor(math.log10(p)) if p > 0 else -300
+    return f"&lt; 10<sup>{exponent + 1}</sup>"

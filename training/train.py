@@ -1,0 +1,210 @@
+"""`train`: evaluate, train by GRPO with rhythm credit, evaluate again, and leave a folder that says what happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rhythm_kernels
+
+from .evaluate import Evaluation, evaluate
+from .examples import examples
+from .grpo import Recorder, build_trainer, trainer_config
+from .puzzles import Countdown, reward_functions
+from .recipe import ROOT, Recipe, RecipeError
+from .report import size, write_report
+from .statistics import paired_difference
+from .tasks.countdown import Instance
+
+CONFIG, METRICS, RESULT, REPORT, GROUPS, MODEL = (
+    "config.yaml",
+    "metrics.jsonl",
+    "result.json",
+    "report.html",
+    "groups.json",
+    "model",
+)
+
+
+def run(recipe: Recipe) -> Path:
+    """Carry a recipe out; returns the run's folder.
+
+    Raises:
+        RecipeError: for settings that cannot be carried out, before anything is trained.
+    """
+    started = time.perf_counter()
+    task = Countdown(recipe.task)
+    config = trainer_config(recipe)
+    rewards = reward_functions([*recipe.grpo.rewards, "correctness"])
+    held_out = task.instances(recipe.eval.split, recipe.eval.size)
+    model, tokenizer = load(recipe)
+
+    folder = Path(recipe.output.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (METRICS, RESULT, REPORT, GROUPS):
+        (folder / name).unlink(missing_ok=True)
+    (folder / CONFIG).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+    print(_headline(recipe, model))
+
+    before = evaluate_both(model, tokenizer, task, held_out, recipe, "before")
+    with Recorder(folder / METRICS, recipe.grpo.max_steps) as recorder:
+        trainer = build_trainer(recipe, config, model, tokenizer, task, rewards, recorder)
+        trainer.train()
+    trained = time.perf_counter()
+    after = evaluate_both(model, tokenizer, task, held_out, recipe, "after")
+
+    model.save_pretrained(folder / MODEL)
+    tokenizer.save_pretrained(folder / MODEL)
+    if trainer.rhythm_groups is not None:
+        trainer.rhythm_groups.save(folder / GROUPS)
+    result = {
+        "name": folder.name,
+        "mode": recipe.rhythm.mode,
+        "seed": recipe.grpo.seed,
+        "steps": trainer.state.global_step,
+        "split": recipe.eval.split,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "versions": versions(),
+        "before": {kind: e.summary() for kind, e in before.items()},
+        "after": {kind: e.summary() for kind, e in after.items()},
+        "difference": {
+            kind: dataclasses.asdict(paired_difference(before[kind].correct, after[kind].correct)) for kind in before
+        },
+        "cost": cost(recorder.lines),
+        "seconds": {"training": round(trained - recorder.started, 1), "total": round(time.perf_counter() - started, 1)},
+        "examples": examples(
+            model, tokenizer, task, held_out, before["sampled"], after["sampled"], recipe.rhythm, trainer.rhythm_groups
+        ),
+    }
+    (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_report(folder)
+    print(summary(result, folder))
+    return folder
+
+
+def load(recipe: Recipe, path: Path | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer of a recipe, or those saved at `path`, on the GPU where there is one."""
+    local = ROOT / recipe.model.path
+    source = str(path or (local if local.exists() else recipe.model.path))
+    dtype = getattr(torch, recipe.model.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise RecipeError(f"model.dtype is {recipe.model.dtype!r}: it must be float32, bfloat16 or float16")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=recipe.model.attn_implementation
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"model: {source} cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def evaluate_both(
+    model: Any, tokenizer: Any, task: Countdown, instances: list[Instance], recipe: Recipe, when: str
+) -> dict[str, Evaluation]:
+    """Sampled and greedy, a response each to every instance."""
+    results = {}
+    for kind, temperature in (("sampled", recipe.eval.temperature), ("greedy", 0.0)):
+        with _bar(f"{when}, {kind}", len(instances)) as bar:
+            results[kind] = evaluate(
+                model,
+                tokenizer,
+                task,
+                instances,
+                recipe.eval,
+                max_new_tokens=recipe.grpo.max_completion_length,
+                temperature=temperature,
+                progress=bar.update,
+            )
+            bar.set_postfix({"right": f"{results[kind].summary()['accuracy']:.1%}"})
+    return results
+
+
+@contextmanager
+def _bar(name: str, total: int) -> Iterator[Any]:
+    with tqdm(total=total, desc=f"{name:16}", unit="answer", dynamic_ncols=True) as bar:
+        yield bar
+
+
+def cost(lines: list[dict[str, float]]) -> dict[str, Any]:
+    """What measuring took of the training, and how large the maps would have been that it did without."""
+    if not lines:
+        return {}
+    total = sum(line["step_seconds"] for line in lines)
+    measuring = sum(line.get("rhythm_seconds", 0.0) for line in lines)
+    largest = max(lines, key=lambda line: line["map_bytes"])
+    return {
+        "step_seconds": total / len(lines),
+        "measuring_seconds": measuring / len(lines),
+        "measuring_share": measuring / total,
+        "calibration_seconds": sum(line.get("calibration_seconds", 0.0) for line in lines),
+        "largest_map_bytes": int(largest["map_bytes"]),
+        "largest_row_tokens": int(largest["row_tokens"]),
+        "all_map_bytes": int(sum(line["map_bytes"] for line in lines)),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What a figure has to be reported with."""
+    import transformers
+    import trl
+
+    return {
+        "rhythm-kernels": rhythm_kernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+    }
+
+
+def _headline(recipe: Recipe, model: Any) -> str:
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    grpo, rhythm = recipe.grpo, recipe.rhythm
+    credit = "plain GRPO" if rhythm.mode == "uniform" else f"GRPO with {rhythm.mode} credit"
+    return (
+        f"{recipe.task.name} ({recipe.task.level}), {size:.1f}M parameters: {credit}, {grpo.max_steps} steps of "
+        f"{grpo.per_device_train_batch_size * grpo.gradient_accumulation_steps} responses; "
+        f"{recipe.eval.size} {recipe.eval.split} instances before and after"
+    )
+
+
+def summary(result: dict[str, Any], folder: Path) -> str:
+    """What the run prints last: what it did, and where to look."""
+    lines = ["", f"Held-out accuracy ({result['split']} split), {result['mode']} credit, {result['steps']} steps:"]
+    for kind in result["before"]:
+        one, two, change = result["before"][kind], result["after"][kind], result["difference"][kind]
+        lines.append(
+            f"  {kind:8} {one['accuracy']:6.1%} ± {one['standard_error']:.1%}  ->  {two['accuracy']:6.1%} ± "
+            f"{two['standard_error']:.1%}   ({change['difference'] * 100:+.1f} points, 95% "
+            f"{change['low'] * 100:+.1f} to {change['high'] * 100:+.1f})"
+        )
+    spent = result["cost"]
+    if spent.get("measuring_seconds"):
+        lines.append(
+            f"Attention was measured in {spent['measuring_seconds'] * 1e3:.0f} ms of each "
+            f"{spent['step_seconds']:.1f} s step ({spent['measuring_share']:.1%}); its full maps "
+            f"({size(spent['largest_map_bytes'])}) were never made."
+        )
+    lines += [
+        f"Took {result['seconds']['total'] / 60:.1f} minutes.",
+        f"  report   {folder / REPORT}   (open in a browser, needs no network)",
+        f"  metrics  {folder / METRICS}",
+        f"  model    {folder / MODEL}",
+    ]
+    return "\n".join(lines)
