@@ -1,0 +1,50 @@
+"""The passes in Triton: NVIDIA from sm_80, AMD gfx942, and CPU tensors in Triton's interpreter.
+
+Importing this module imports triton, and so only the dispatcher does, when it needs to. :func:`available` says why the
+passes cannot run where they cannot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .interpreted import INTERPRETED
+
+try:
+    from .band_columns import band_columns
+    from .band_rows import band_rows
+    from .row_stats import row_stats
+except ImportError as error:
+    _import_error = f"triton cannot be imported: {error}"
+else:
+    _import_error = ""
+
+__all__ = ["available", "band_columns", "band_rows", "kernels", "row_stats"]
+
+
+def available(device: torch.device) -> str:
+    """The reason why the passes cannot run on tensors of this device; empty where they can."""
+    if _import_error:
+        return _import_error
+    if INTERPRETED:
+        return ""
+    if device.type != "cuda":
+        return f"Triton kernels need a GPU, got a {device.type} tensor (TRITON_INTERPRET=1 interprets them)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton kernels need compute capability 8.0 or later"
+    return ""
+
+
+def kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Every kernel under the name its launch choices have, and the constants that make it that variant."""
+    from .band_columns import band_columns_kernel
+    from .band_rows import band_rows_kernel
+    from .row_stats import row_stats_kernel
+
+    return {
+        "band_rows": (band_rows_kernel, {}),
+        "band_columns": (band_columns_kernel, {}),
+        "row_stats": (row_stats_kernel, {}),
+    }

@@ -1,0 +1,84 @@
+"""FAI with a finite horizon from a known log-sum-exp: the band of rows `lo .. hi` after each key, O(T hi D).
+
+``FAI[s] = mean over t in T(s) of A[t, s]``, ``T(s) = { t : s + lo <= t <= min(end - 1, s + hi) }``. The mean's
+denominator counts rows by position: a row that a sliding window keeps from seeing s counts with ``A = 0``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import UNSPECIALIZED, Problem
+from .score import load_tokens, locate, logit, products, visible, weight
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def band_columns_kernel(
+    q, k, lse, seqs, heads, sinks, out,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, out_b: tl.int64, out_h: tl.int64,
+    tiles: tl.int32, groups: tl.int32, n_heads: tl.int32, group_heads: tl.int32, kv_group: tl.int32,
+    scale: tl.float32, softcap: tl.float32, window_left: tl.int32, out_scale: tl.float32,
+    lo: tl.int32, hi: tl.int32,
+    ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    row, _, end, response, tile, group = locate(seqs, tiles, groups)
+    first = response + tile * KEYS
+    if first >= end:
+        return
+    s = first + tl.arange(0, KEYS)
+    # Rows after s are rows of the response, because s is in it.
+    rows_to = tl.minimum(end, first + KEYS + hi)
+    if HAS_WINDOW:
+        rows_to = tl.minimum(rows_to, first + KEYS + window_left)
+
+    q += row * q_b * ALIGN
+    k += row * k_b * ALIGN
+    lse += row * lse_b
+    total = tl.zeros([KEYS], tl.float32)
+    for i in range(group * group_heads, tl.minimum(n_heads, (group + 1) * group_heads)):
+        head = tl.load(heads + 2 * i)
+        q_head = q + tl.cast(head, tl.int64) * q_h * ALIGN
+        k_head = k + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
+        lse_head = lse + tl.load(heads + 2 * i + 1).to(tl.int64) * lse_h
+        k_low, k_high = load_tokens(k_head, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
+        for t0 in range(first + lo, rows_to, ROWS):
+            t = t0 + tl.arange(0, ROWS)
+            q_low, q_high = load_tokens(q_head, t0, rows_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
+            row_lse = tl.load(lse_head + t.to(tl.int64) * lse_t, mask=t < rows_to, other=0.0)
+            x = logit(products(k_low, k_high, q_low, q_high, D1), scale, softcap, 1.0, HAS_SOFTCAP)
+            distance = t[None, :] - s[:, None]
+            inside = (distance >= lo) & (distance <= hi) & (t < rows_to)[None, :]
+            inside = inside & visible(distance, window_left, HAS_WINDOW)
+            total += tl.sum(tl.where(inside, weight(x, row_lse[None, :], 1.0), 0.0), 1)
+
+    count = tl.minimum(end - 1, s + hi) - (s + lo) + 1
+    mean = tl.where(count > 0, total / tl.maximum(count, 1).to(tl.float32), 0.0)
+    tl.store(out + row * out_b + tl.cast(group, tl.int64) * out_h + s, mean * out_scale, mask=s < end)
+
+
+def band_columns(
+    q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
+    softcap: float, window_left: int, sinks: Tensor | None, lo: int, hi: int, per_head: bool,
+) -> Tensor:  # fmt: skip
+    """FAI of every response token, eq. 10, over the rows `lo` to `hi` after it, given `lse`.
+
+    Args:
+        q: `(B, T, H, D)`, k: `(B, T, H_kv, D)`; float32, bfloat16 or float16, last dimension contiguous.
+        lse: `(B, X, T)` float32, natural log. seqs: `(S, 4)`, heads: `(Hs, 2)` int32 tables.
+        lo, hi: the horizon in tokens, `0 <= lo <= hi`.
+
+    Returns:
+        `(B, T)` float32, the mean over the heads, or `(B, Hs, T)` with `per_head`; 0 outside the responses and where
+        no row lies in the horizon.
+    """
+    problem = Problem(
+        "band_columns", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, owner="keys"
+    )
+    partial = problem.partial(per_head)
+    length = problem.length
+    problem.launch(band_columns_kernel, partial, per_head, out=partial, lo=min(lo, length), hi=min(hi, length))
+    return problem.finish(partial, per_head)

@@ -1,0 +1,75 @@
+"""WAAD from a known log-sum-exp: a band of W keys per row, O(T W D).
+
+``min(t - s, W)`` is W everywhere but on the last W keys, so
+``WAAD[t] = W * rowsum[t] - sum_{t-W < s <= t} A[t, s] (W - (t - s))``, ``A[t, s] = exp(x[t, s] - lse[t])``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import UNSPECIALIZED, Problem
+from .score import band_sum, clamp_waad, load_tokens, locate, sink_mass
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def band_rows_kernel(
+    q, k, lse, seqs, heads, sinks, out,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, out_b: tl.int64, out_h: tl.int64,
+    tiles: tl.int32, groups: tl.int32, n_heads: tl.int32, group_heads: tl.int32, kv_group: tl.int32,
+    scale: tl.float32, softcap: tl.float32, window_left: tl.int32, out_scale: tl.float32,
+    window: tl.int32,
+    ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    row, start, end, response, tile, group = locate(seqs, tiles, groups)
+    first = response + tile * ROWS
+    if first >= end:
+        return
+    t = first + tl.arange(0, ROWS)
+    live = t < end
+    keys_from = tl.maximum(start, first - window + 1)
+    if HAS_WINDOW:
+        keys_from = tl.maximum(keys_from, first - window_left)
+    keys_to = tl.minimum(end, first + ROWS)
+    width = tl.cast(window, tl.float32)
+
+    q += row * q_b * ALIGN
+    k += row * k_b * ALIGN
+    lse += row * lse_b + t.to(tl.int64) * lse_t
+    total = tl.zeros([ROWS], tl.float32)
+    for i in range(group * group_heads, tl.minimum(n_heads, (group + 1) * group_heads)):
+        head = tl.load(heads + 2 * i)
+        q_head = q + tl.cast(head, tl.int64) * q_h * ALIGN
+        k_head = k + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
+        row_lse = tl.load(lse + tl.load(heads + 2 * i + 1).to(tl.int64) * lse_h, mask=live, other=0.0)
+        q_low, q_high = load_tokens(q_head, first, end, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
+        band = band_sum(
+            q_low, q_high, k_head, k_t * ALIGN, t, keys_from, keys_to, row_lse, scale, softcap, window_left, window,
+            D, D0, D1, UPCAST, 1.0, HAS_SOFTCAP, HAS_WINDOW, KEYS,
+        )  # fmt: skip
+        total += clamp_waad(width * (1.0 - sink_mass(sinks, head, row_lse)) - band, width)
+    tl.store(out + row * out_b + tl.cast(group, tl.int64) * out_h + t, total * out_scale, mask=live)
+
+
+def band_rows(
+    q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
+    softcap: float, window_left: int, sinks: Tensor | None, window: int, per_head: bool,
+) -> Tensor:  # fmt: skip
+    """WAAD of every response token, eq. 9, given `lse`.
+
+    Args:
+        q: `(B, T, H, D)`, k: `(B, T, H_kv, D)`; float32, bfloat16 or float16, last dimension contiguous.
+        lse: `(B, X, T)` float32, natural log. seqs: `(S, 4)`, heads: `(Hs, 2)` int32 tables.
+        window: W of eq. 9, in tokens.
+
+    Returns:
+        `(B, T)` float32, the mean over the heads, or `(B, Hs, T)` with `per_head`; 0 outside the responses.
+    """
+    problem = Problem("band_rows", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
+    partial = problem.partial(per_head)
+    problem.launch(band_rows_kernel, partial, per_head, out=partial, window=min(window, problem.length))
+    return problem.finish(partial, per_head)

@@ -1,0 +1,100 @@
+"""Launch choices as data: what tile each pass uses on each architecture. Nothing is tuned at run time.
+
+`rows` and `keys` are the tile of queries and keys, `warps` and `stages` Triton's `num_warps` and `num_stages`.
+A list is searched from the top; the first entry whose `width` (the widest head size) and `bits` (16 or 32, the
+inputs) fit is taken. The sm_80 table also serves sm_86, sm_89 and sm_120, whose shared memory ends at 99 KiB, so no
+entry of it may need more.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .interpreted import INTERPRETED
+
+
+class Tile(NamedTuple):
+    """One launch choice."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int = 0  # the most a thread may have; 0: as ptxas likes, which is to spill a little for occupancy
+
+
+# (bits, width): Tile. float32 dots run on the plain FMA units, where a large tile spills.
+_FLOAT32 = {(32, 256): Tile(32, 32, 8, 2, 255)}
+_FLOAT32_AMD = {(32, 256): Tile(32, 32, 4, 1)}  # its matrix units do float32
+_BAND_ROWS = {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32}
+_BAND_COLUMNS = {(16, 256): Tile(32, 64, 4, 2), **_FLOAT32}
+
+TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
+    "sm_80": {
+        "band_rows": _BAND_ROWS,
+        "band_columns": _BAND_COLUMNS,
+        "row_stats": {(16, 128): Tile(128, 64, 8, 2), (16, 256): Tile(128, 32, 8, 2), **_FLOAT32},
+    },
+    "sm_90": {
+        "band_rows": _BAND_ROWS,
+        "band_columns": _BAND_COLUMNS,
+        "row_stats": {(16, 128): Tile(128, 128, 8, 2), (16, 256): Tile(128, 64, 8, 2), **_FLOAT32},
+    },
+    "sm_100": {
+        "band_rows": {(16, 128): Tile(64, 32, 4, 2, 255), (16, 256): Tile(64, 32, 8, 2), **_FLOAT32},
+        "band_columns": _BAND_COLUMNS,
+        "row_stats": {
+            (16, 64): Tile(128, 64, 8, 2),
+            (16, 128): Tile(128, 32, 8, 2),
+            (16, 256): Tile(64, 32, 8, 2),
+            **_FLOAT32,
+        },
+    },
+    "gfx942": {
+        "band_rows": {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32_AMD},
+        "band_columns": {(16, 256): Tile(32, 64, 4, 2), **_FLOAT32_AMD},
+        "row_stats": {(16, 256): Tile(64, 64, 4, 1), **_FLOAT32_AMD},
+    },
+    # The interpreter pays by the operation, not by the element: few, small tiles that tests still cross often.
+    "interpreter": {
+        "band_rows": {(32, 256): Tile(32, 32, 1, 1)},
+        "band_columns": {(32, 256): Tile(32, 32, 1, 1)},
+        "row_stats": {(32, 256): Tile(32, 32, 1, 1)},
+    },
+}
+
+# Programs that fill the device. Where the tiles of all sequences are fewer, the heads are split between programs
+# into groups, whose partial sums are added in a fixed order: still no atomics, still the same bits every time.
+MIN_PROGRAMS = {"sm_80": 432, "sm_90": 528, "sm_100": 592, "gfx942": 608, "interpreter": 1}
+
+
+def architecture(device: torch.device) -> str:
+    """The table a device reads: its compute capability's, or the interpreter's."""
+    if INTERPRETED:
+        return "interpreter"
+    return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    if torch.version.hip is not None:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(index)[0], "sm_80")
+
+
+def choose(kernel: str, arch: str, bits: int, head_size: int) -> Tile:
+    """The first entry that holds inputs of `bits` and heads of `head_size`."""
+    for (entry_bits, width), tile in TILES[arch][kernel].items():
+        if entry_bits >= bits and width >= head_size:
+            return tile
+    raise ValueError(f"{kernel} has no launch choice for {bits}-bit inputs and head size {head_size}")
+
+
+def chunks(head_size: int) -> tuple[int, int]:
+    """Two powers of two, of at least 16, that cover a head: 128 -> (128, 0), 80 -> (64, 16), 192 -> (128, 64)."""
+    low = max(16, 1 << (head_size.bit_length() - 1))
+    rest = head_size - low
+    return low, max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0

@@ -1,0 +1,137 @@
+"""Log-sum-exp, WAAD and span in one streaming pass over QK^T: an online softmax without values, O(T^2 D).
+
+Beside the running maximum m and the mass ``sum_s exp(x - m)``, each row carries ``sum exp(x - m) (t - s)``, the span:
+accumulated as distances, since ``t - sum A s`` would cancel, and be wrong with sinks. WAAD follows from the last W keys
+as in :mod:`.band_rows`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import UNSPECIALIZED, Problem
+from .score import LN2, LOG2E, band_sum, clamp_waad, load_tokens, locate, logit, products, visible
+
+
+@triton.jit
+def absorb(
+    peak, mass, reach, q_low, q_high, k_head, k_stride, t, s0, keys_to, scale, softcap, window_left,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, KEYS: tl.constexpr, SOME_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into the running maximum (in bits), mass and reach of every row."""
+    column = tl.arange(0, KEYS)
+    k_low, k_high = load_tokens(k_head, s0, keys_to, k_stride, KEYS, D, D0, D1, UPCAST)
+    x = logit(products(q_low, q_high, k_low, k_high, D1), scale, softcap, LOG2E, HAS_SOFTCAP)
+    if SOME_HIDDEN:
+        distance = t[:, None] - (s0 + column)[None, :]
+        x = tl.where(visible(distance, window_left, HAS_WINDOW), x, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(x, 1))
+    if SOME_HIDDEN:
+        # A row that has seen no key yet: subtract 0, not -inf.
+        new_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    p = tl.exp2(x - new_peak[:, None])
+    fade = tl.exp2(peak - new_peak)
+    tile_mass = tl.sum(p, 1)
+    tile_reach = (t - s0).to(tl.float32) * tile_mass - tl.sum(p * column.to(tl.float32)[None, :], 1)
+    return new_peak, mass * fade + tile_mass, reach * fade + tile_reach
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def row_stats_kernel(
+    q, k, seqs, heads, sinks, lse_out, waad_out, span_out,
+    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
+    lse_b: tl.int64, lse_h: tl.int64, out_b: tl.int64, out_h: tl.int64,
+    tiles: tl.int32, groups: tl.int32, n_heads: tl.int32, group_heads: tl.int32, kv_group: tl.int32,
+    scale: tl.float32, softcap: tl.float32, window_left: tl.int32, out_scale: tl.float32,
+    window: tl.int32,
+    ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BAND_KEYS: tl.constexpr,
+):  # fmt: skip
+    row, start, end, response, tile, group = locate(seqs, tiles, groups)
+    # Later rows have more keys: they go first, so that no long program is left at the end.
+    first = response + (tiles - 1 - tile) * ROWS
+    if first >= end:
+        return
+    t = first + tl.arange(0, ROWS)
+    live = t < end
+    keys_from = start
+    if HAS_WINDOW:
+        keys_from = tl.maximum(start, first - window_left)
+    keys_to = tl.minimum(end, first + ROWS)
+    # The first tile with a key that some row does not see; a sliding window hides keys anywhere.
+    edge = keys_from + tl.maximum(first + 1 - keys_from, 0) // KEYS * KEYS
+    band_from = tl.maximum(keys_from, first - window + 1)
+    width = tl.cast(window, tl.float32)
+
+    q += row * q_b * ALIGN
+    k += row * k_b * ALIGN
+    lse_out += row * lse_b + t
+    waad_total = tl.zeros([ROWS], tl.float32)
+    span_total = tl.zeros([ROWS], tl.float32)
+    for i in range(group * group_heads, tl.minimum(n_heads, (group + 1) * group_heads)):
+        head = tl.load(heads + 2 * i)
+        q_head = q + tl.cast(head, tl.int64) * q_h * ALIGN
+        k_head = k + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
+        q_low, q_high = load_tokens(q_head, first, end, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
+        peak = tl.full([ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
+        reach = tl.zeros([ROWS], tl.float32)
+        for s0 in range(keys_from, edge, KEYS):
+            peak, mass, reach = absorb(
+                peak, mass, reach, q_low, q_high, k_head, k_t * ALIGN, t, s0, keys_to, scale, softcap, window_left,
+                D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, KEYS, HAS_WINDOW,
+            )  # fmt: skip
+        for s0 in range(edge, keys_to, KEYS):
+            peak, mass, reach = absorb(
+                peak, mass, reach, q_low, q_high, k_head, k_t * ALIGN, t, s0, keys_to, scale, softcap, window_left,
+                D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, KEYS, True,
+            )  # fmt: skip
+        # The band is met again with the final maximum: cheaper than a third sum carried through all the keys.
+        band = band_sum(
+            q_low, q_high, k_head, k_t * ALIGN, t, band_from, keys_to, peak, scale, softcap, window_left, window,
+            D, D0, D1, UPCAST, LOG2E, HAS_SOFTCAP, HAS_WINDOW, BAND_KEYS,
+        )  # fmt: skip
+
+        whole = mass
+        if sinks is not None:
+            sink = tl.load(sinks + head) * LOG2E
+            top = tl.maximum(peak, sink)
+            fade = tl.exp2(peak - top)
+            mass, reach, band, peak = mass * fade, reach * fade, band * fade, top
+            whole = mass + tl.exp2(sink - top)
+        waad_total += clamp_waad((width * mass - band) / whole, width)
+        span_total += reach / whole
+        tl.store(lse_out + tl.cast(i, tl.int64) * lse_h, (peak + tl.log2(whole)) * LN2, mask=live)
+    out = row * out_b + tl.cast(group, tl.int64) * out_h + t
+    tl.store(waad_out + out, waad_total * out_scale, mask=live)
+    tl.store(span_out + out, span_total * out_scale, mask=live)
+
+
+def row_stats(
+    q: Tensor, k: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float, softcap: float,
+    window_left: int, sinks: Tensor | None, window: int, per_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Log-sum-exp, WAAD (eq. 9) and span (the summand of eq. 7) of every response token.
+
+    Args:
+        q: `(B, T, H, D)`, k: `(B, T, H_kv, D)`; float32, bfloat16 or float16, last dimension contiguous.
+        seqs: `(S, 4)`, heads: `(Hs, 2)` int32 tables. window: W of eq. 9, in tokens.
+
+    Returns:
+        lse `(B, Hs, T)` float32, natural log, a sink included, -inf outside the responses; waad and span `(B, T)`
+        float32 in tokens, the mean over the heads, or `(B, Hs, T)` with `per_head`; 0 outside the responses.
+    """
+    problem = Problem("row_stats", q, k, None, seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
+    waad, span = problem.partial(per_head), problem.partial(per_head)
+    lse = q.new_full((problem.batch, problem.n_selected, problem.length), float("-inf"), dtype=torch.float32)
+    problem.launch(
+        row_stats_kernel, waad, per_head,
+        lse_out=lse, lse_b=lse.stride(0), lse_h=lse.stride(1), waad_out=waad, span_out=span,
+        window=min(window, problem.length), BAND_KEYS=min(32, problem.tile.keys),
+    )  # fmt: skip
+    return lse, problem.finish(waad, per_head), problem.finish(span, per_head)

@@ -1,0 +1,143 @@
+"""The score rule and the tile loads of every Triton pass.
+
+A new attention variant is one change here: :func:`logit` says what the model's softmax is taken of, :func:`visible`
+which keys a row sees, :func:`sink_mass` what a sink takes from it.
+
+Numerics: float32 throughout, products of 16-bit inputs accumulated in float32. Operands of float32 dots say
+``input_precision="ieee"``, since TF32 would lose the 1e-4 that the measures promise.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def locate(seqs, tiles, groups):
+    """Which work a program has: its sequence `(row, start, end, response_start)`, its tile and its group of heads.
+
+    Tiles vary fastest, so that neighbouring programs share keys in the cache. Everything sits on grid x: y and z
+    end at 65,535.
+    """
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    pid = pid // tiles
+    group = pid % groups
+    entry = seqs + (pid // groups).to(tl.int64) * 4
+    row = tl.load(entry).to(tl.int64)
+    return row, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tile, group
+
+
+@triton.jit
+def load_tokens(base, first, end, stride, BLOCK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
+                D1: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Tokens `first .. first + BLOCK` of one head, zero from `end` on, as two chunks `(BLOCK, D0)`, `(BLOCK, D1)`.
+
+    Two powers of two cover 80, 96 or 192 without padding; where one is enough (`D1 == 0`) it is returned twice.
+    Offsets are 64-bit: a packed batch seen through the strides of a fused projection passes 2^31 elements early.
+    """
+    local = tl.arange(0, BLOCK)
+    live = (first + local < end)[:, None]
+    rows = base + tl.cast(first, tl.int64) * stride + (local.to(tl.int64) * stride)[:, None]
+    d = tl.arange(0, D0)[None, :]
+    if D0 > D:
+        low = tl.load(rows + d, mask=live & (d < D), other=0.0)
+    else:
+        low = tl.load(rows + d, mask=live, other=0.0)
+    if UPCAST:
+        low = low.to(tl.float32)
+    if D1 > 0:
+        e = D0 + tl.arange(0, D1)[None, :]
+        if D0 + D1 > D:
+            high = tl.load(rows + e, mask=live & (e < D), other=0.0)
+        else:
+            high = tl.load(rows + e, mask=live, other=0.0)
+        if UPCAST:
+            high = high.to(tl.float32)
+    else:
+        high = low
+    return low, high
+
+
+@triton.jit
+def products(a_low, a_high, b_low, b_high, D1: tl.constexpr):
+    """`a . b` for every pair of tokens, `(rows of a, rows of b)` float32."""
+    acc = tl.dot(a_low, tl.trans(b_low), input_precision="ieee")
+    if D1 > 0:
+        acc = tl.dot(a_high, tl.trans(b_high), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def tanh(x):
+    """`tanh` to 1e-7 relative: a polynomial near 0, where `1 - exp(-2|x|)` cancels; no overflow anywhere."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    y = x * x
+    near = x * (1.0 + y * (-0.33333333 + y * (0.13333333 + y * (-0.053968254 + y * 0.021869488))))
+    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def logit(product, scale, softcap, UNIT: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """`x = scale q.k`, capped to `softcap tanh(x / softcap)`; in units of `1 / UNIT` nats (LOG2E: bits)."""
+    scale = tl.cast(scale, tl.float32)
+    if HAS_SOFTCAP:
+        softcap = tl.cast(softcap, tl.float32)
+        return (softcap * UNIT) * tanh(product * (scale / softcap))
+    return product * (scale * UNIT)
+
+
+@triton.jit
+def visible(distance, window_left, HAS_WINDOW: tl.constexpr):
+    """Whether row t sees key s, `distance = t - s`: causal, and at most `window_left` back."""
+    seen = distance >= 0
+    if HAS_WINDOW:
+        seen = seen & (distance <= window_left)
+    return seen
+
+
+@triton.jit
+def weight(x, lse, UNIT: tl.constexpr):
+    """`A = exp(x - lse)`, both in units of `1 / UNIT` nats.
+
+    A known lse comes in nats (`UNIT` 1), and the difference is taken there: scaling both to bits first would round
+    each at its size.
+    """
+    return tl.exp2((x - lse) * (LOG2E / UNIT))
+
+
+@triton.jit
+def band_sum(q_low, q_high, k_head, k_stride, t, keys_from, keys_to, lse, scale, softcap, window_left, window,
+             D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, UNIT: tl.constexpr,
+             HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+    """`sum over s visible, t - W < s <= t, of exp(x - lse) (W - (t - s))`: what WAAD lacks of `W rowsum`."""
+    band = tl.zeros_like(lse)
+    for s0 in range(keys_from, keys_to, KEYS):
+        k_low, k_high = load_tokens(k_head, s0, keys_to, k_stride, KEYS, D, D0, D1, UPCAST)
+        x = logit(products(q_low, q_high, k_low, k_high, D1), scale, softcap, UNIT, HAS_SOFTCAP)
+        distance = t[:, None] - (s0 + tl.arange(0, KEYS))[None, :]
+        near = visible(distance, window_left, HAS_WINDOW) & (distance < window)
+        a = tl.where(near, weight(x, lse[:, None], UNIT), 0.0)
+        band += tl.sum(a * (window - distance).to(tl.float32), 1)
+    return band
+
+
+@triton.jit
+def sink_mass(sinks, head, lse):
+    """What the sink of this head takes of a row: `exp(sink - lse)`, `lse` having the sink in it; 0 without sinks."""
+    if sinks is None:
+        return 0.0 * lse
+    else:
+        return tl.exp2((tl.load(sinks + head) - lse) * LOG2E)
+
+
+@triton.jit
+def clamp_waad(value, window):
+    """WAAD into [0, W] against rounding; NaN fails both comparisons and stays."""
+    value = tl.where(value < 0.0, 0.0, value)
+    return tl.where(value > window, window, value)
