@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .models import load
 from .puzzles import Countdown
 from .recipe import RecipeError, load_recipe
-from .train import CONFIG, MODEL, evaluate_both, load
+from .train import CONFIG, MODEL, evaluate_both
 
 EVALUATION = "evaluation.json"
 

@@ -1,0 +1,125 @@
+"""The reference loop: its formulas by hand, that it learns, and that the TRL subclass does the same."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
+from training.recipe import Rhythm, parse_recipe
+from training.reference_loop import Batch, group_advantages, learn, sample, surrogate, token_log_probs, train
+
+from ..integrations.toy import PROMPTS, RHYTHM, build_model, build_tokenizer, weights
+from ..integrations.toy import train as train_trl
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0])
+    found = group_advantages(rewards, 3)
+    deviation = math.sqrt(((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2) + 1e-4
+    expected = [2 / 3, -1 / 3, -1 / 3, -2 / 3, 1 / 3, 1 / 3]
+    assert found.tolist() == pytest.approx([x / deviation for x in expected])
+    assert group_advantages(torch.ones(4), 4).tolist() == [0.0] * 4
+
+
+def test_surrogate_by_hand():
+    """Two responses; a ratio of 2 is clipped where it would help, and counts in full where it hurts."""
+    log_probs = torch.tensor([[0.0, math.log(2.0)], [0.0, math.log(2.0)]])
+    old = torch.zeros(2, 2)
+    advantages = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    assert float(surrogate(log_probs, old, advantages, mask)) == pytest.approx(-(1 + 1.2 - 1 - 2) / 4)
+    mask[1] = False
+    assert float(surrogate(log_probs, old, advantages, mask)) == pytest.approx(-(1 + 1.2) / 2)
+
+
+def test_log_probs_ignore_padding():
+    model = build_model().eval()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    padded = torch.tensor([[0, 0, 3, 4, 5, 6]])
+    plain = token_log_probs(model, Batch(ids, torch.ones_like(ids), ids > 0))
+    left = token_log_probs(model, Batch(padded, (padded > 0).long(), padded > 0))
+    torch.testing.assert_close(left[:, 3:], plain[:, 1:], rtol=0, atol=1e-6)
+    assert plain[0, 0] == 0
+    alone = model(input_ids=ids).logits.log_softmax(-1)[0, 1, 5]
+    torch.testing.assert_close(plain[0, 2], alone)
+
+
+def test_responses_end_with_their_end_token():
+    torch.manual_seed(0)
+    batch = sample(build_model(), build_tokenizer(), PROMPTS, 4, 24, 1.0)
+    assert batch.input_ids.shape[0] == 16
+    lengths = set()
+    for ids, mask, live in zip(batch.input_ids, batch.response_mask, batch.attention_mask):
+        response = ids[mask].tolist()
+        assert 1 not in response[:-1]
+        assert response[-1] == 1 or len(response) == 24
+        assert live[mask].all()
+        assert (ids[~live.bool()] == 0).all() or response[-1] == 1
+        lengths.add(len(response))
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("mode", ["coupled", "local", "uniform"])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_the_trl_subclass_does_the_same(tmp_path, mode, iterations):
+    """The batches that TRL samples and scores, through this loop: the same weights after three steps."""
+    batches = []
+
+    class Recording(RhythmGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            response = torch.cat([torch.zeros_like(output["prompt_mask"]), output["completion_mask"]], dim=1).bool()
+            tokens = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+            live = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+            batches.append((Batch(tokens, live, response), output["advantages"]))
+            return output
+
+    changed = {"loss_type": "dapo", "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+    theirs = train_trl(
+        Recording,
+        RhythmGRPOConfig,
+        tmp_path,
+        rhythm_mode=mode,
+        num_iterations=iterations,
+        max_steps=3 * iterations,
+        **changed,
+        **RHYTHM,
+    )
+    model = build_model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    rhythm = Rhythm(mode=mode, window=RHYTHM["rhythm_window"], horizon=list(RHYTHM["rhythm_horizon"]))
+    assert len(batches) == 3
+    for batch, advantages in batches:
+        learn(model, optimizer, batch, advantages, theirs.rhythm_groups, rhythm, iterations=iterations)
+    ours = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(ours, weights(theirs), rtol=0, atol=5e-5)  # Adam magnifies rounding of small gradients
+    assert (ours - torch.cat([p.detach().flatten() for p in build_model().parameters()])).abs().max() > 1e-3
+
+
+def test_it_learns():
+    """Even words are rewarded: their share rises from about a half."""
+    recipe = parse_recipe(
+        {
+            "grpo": {
+                "max_steps": 12,
+                "num_generations": 8,
+                "per_device_train_batch_size": 32,
+                "max_completion_length": 16,
+                "learning_rate": 3e-2,
+            },
+            "rhythm": {"window": 4, "horizon": [2, 8]},
+        }
+    )
+
+    def reward(text: str) -> float:
+        words = [word for word in text.split() if word[0] == "w"]
+        return sum(int(word[1:]) % 2 == 0 for word in words) / max(1, len(words))
+
+    questions = [(prompt, reward) for prompt in PROMPTS]
+    reports = list(train(build_model(), build_tokenizer(), questions, recipe))
+    assert [report["step"] for report in reports] == list(range(1, 13))
+    assert sum(r["reward"] for r in reports[-3:]) / 3 > sum(r["reward"] for r in reports[:3]) / 3 + 0.2
+    assert all(1 < report["gamma"] < 1.5 for report in reports)

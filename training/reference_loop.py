@@ -1,0 +1,250 @@
+"""GRPO with rhythm credit in one file, to be read from top to bottom: torch and transformers, one process, no trainer.
+
+    python -m training.reference_loop training/recipes/countdown_tiny.yaml grpo.max_steps=10
+
+One step of the method (arXiv 2510.13554; equation numbers are the paper's):
+
+1. `sample` a group of responses to each prompt.
+2. Judge them; `group_advantages` compares each reward with its group's (eq. 6).
+3. Run the model once over prompts and responses, with a probe around it. That forward gives the log-probs to learn
+   from, and on its way WAAD and FAI of every response token (eqs. 9 and 10): no map, no second model, no extra pass.
+4. `rhythm_credit` turns the two into a factor a token (eqs. 13 to 18); it multiplies advantages that are not negative.
+5. `surrogate` is the clipped objective over these token advantages (eq. 12). One optimizer step.
+
+The TRL subclass in `rhythm_kernels/integrations/trl.py` is tested against this loop.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, rhythm_credit, shape_advantages
+
+from .recipe import Recipe, RecipeError, Rhythm, load_recipe
+
+
+@dataclass
+class Batch:
+    """Prompts and their responses side by side: prompts padded on the left, responses on the right.
+
+    Attributes:
+        input_ids: `(B, S)` int64.
+        attention_mask: `(B, S)` int64, 1 where there is a token.
+        response_mask: `(B, S)` bool, the tokens that the model wrote, its end token included.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+
+
+@torch.no_grad()
+def sample(
+    model: Any, tokenizer: Any, prompts: Sequence[str], group: int, max_new_tokens: int, temperature: float
+) -> Batch:
+    """`group` responses to each prompt, those to one prompt next to each other."""
+    repeated = [prompt for prompt in prompts for _ in range(group)]
+    inputs = tokenizer(repeated, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    model.eval()
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1.0
+    )
+    model.train()
+    start = inputs["input_ids"].shape[1]
+    response = output[:, start:]
+    ended = (response == tokenizer.eos_token_id).cumsum(dim=1)
+    live = (ended == 0) | ((ended == 1) & (response == tokenizer.eos_token_id))  # up to the first end token
+    return Batch(
+        input_ids=output,
+        attention_mask=torch.cat([inputs["attention_mask"], live.long()], dim=1),
+        response_mask=torch.cat([torch.zeros_like(inputs["input_ids"], dtype=torch.bool), live], dim=1),
+    )
+
+
+def group_advantages(rewards: Tensor, group: int) -> Tensor:
+    """Eq. 6: `(B,)` rewards, centred and scaled within each group of responses to one prompt."""
+    grouped = rewards.view(-1, group)
+    centred = grouped - grouped.mean(dim=1, keepdim=True)
+    return (centred / (grouped.std(dim=1, keepdim=True) + 1e-4)).flatten()
+
+
+def token_log_probs(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """`(B, S)` float32: log-prob of each token given those before it; 0 at the first place."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    log_probs = (logits[:, :-1].float() / temperature).log_softmax(dim=-1)
+    of_tokens = log_probs.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+    return nn.functional.pad(of_tokens, (1, 0))
+
+
+def surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
+    """Eq. 12 as a loss: the clipped objective, averaged over all response tokens of the batch.
+
+    Args:
+        log_probs, old_log_probs, advantages: `(B, S)`; old log-probs are those of the policy that sampled.
+        mask: `(B, S)` bool.
+        clip: how far the probability ratio may leave 1 before it stops to matter.
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    objective = torch.min(ratio * advantages, clipped * advantages)
+    return -(objective * mask).sum() / mask.sum().clamp(min=1)
+
+
+def calibrate(model: nn.Module, batch: Batch, rhythm: Rhythm) -> HeadGroups | None:
+    """Which heads are local and which are global, from one batch (eq. 7); None where the credit reads none."""
+    if rhythm.mode not in ("local", "global", "coupled"):
+        return None
+    return head_groups(model, [vars(batch)], rhythm.layers, rhythm.head_quantile)
+
+
+def learn(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    advantages: Tensor,
+    groups: HeadGroups | None,
+    rhythm: Rhythm,
+    *,
+    temperature: float = 1.0,
+    iterations: int = 1,
+    max_grad_norm: float = 1.0,
+) -> dict[str, float]:
+    """One batch: measure in the first forward, shape the advantages, and take `iterations` optimizer steps.
+
+    Args:
+        advantages: `(B,)`, one a response.
+        groups: of `calibrate`; None trains with gamma 1, which is plain GRPO.
+
+    Returns:
+        `loss` of the first step, and the mean of `gamma` over response tokens.
+    """
+    # The model is still the one that sampled: this forward is the behaviour policy's, and it is the one measured.
+    low, high = rhythm.horizon
+    probe = RhythmProbe(model, groups, rhythm.window, (low, high), batch.response_mask) if groups else None
+    with probe or nullcontext():
+        log_probs = token_log_probs(model, batch, temperature)
+    old_log_probs = log_probs.detach()
+    gamma = torch.ones_like(old_log_probs)
+    if probe is not None:
+        gamma = rhythm_credit(
+            probe.waad,
+            probe.fai,
+            batch.response_mask,
+            rhythm.mode,  # type: ignore[arg-type]
+            rhythm.gamma_amp,
+            rhythm.top,
+            rhythm.alpha,
+            rhythm.neighbors,
+        )
+    shaped = shape_advantages(advantages, gamma)
+    report: dict[str, float] = {}
+    for iteration in range(iterations):
+        if iteration > 0:
+            log_probs = token_log_probs(model, batch, temperature)
+        loss = surrogate(log_probs, old_log_probs, shaped, batch.response_mask)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+        report.setdefault("loss", float(loss.detach()))
+    return {**report, "gamma": float(gamma[batch.response_mask].mean())}
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[tuple[str, Callable[[str], float]]],
+    recipe: Recipe,
+) -> Iterator[dict[str, float]]:
+    """Train in place, yielding one report a step.
+
+    Args:
+        questions: prompts as text, each with the function that rewards a completion; drawn in random order.
+        recipe: of its `grpo` group, the entries named in this file are obeyed and no others.
+    """
+    grpo, rhythm = recipe.grpo, recipe.rhythm
+    if rhythm.mode in ("random", "entropy"):
+        raise RecipeError(
+            f"rhythm.mode is {rhythm.mode!r}: the reference loop knows local, global, coupled and uniform"
+        )
+    torch.manual_seed(grpo.seed)
+    order = torch.Generator().manual_seed(grpo.seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2), weight_decay=grpo.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, grpo.warmup_steps, grpo.max_steps))
+    groups: HeadGroups | None = None
+    for step in range(grpo.max_steps):
+        count = grpo.per_device_train_batch_size // grpo.num_generations
+        drawn = [questions[i] for i in torch.randperm(len(questions), generator=order)[:count].tolist()]
+        batch = sample(
+            model,
+            tokenizer,
+            [prompt for prompt, _ in drawn],
+            grpo.num_generations,
+            grpo.max_completion_length,
+            grpo.temperature,
+        )
+        texts = [
+            tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(batch.input_ids, batch.response_mask)
+        ]
+        judges = [judge for _, judge in drawn for _ in range(grpo.num_generations)]
+        rewards = torch.tensor([judge(text) for judge, text in zip(judges, texts)], device=model.device)
+        if groups is None:
+            groups = calibrate(model, batch, rhythm)
+        advantages = group_advantages(rewards, grpo.num_generations)
+        report = learn(
+            model,
+            optimizer,
+            batch,
+            advantages,
+            groups,
+            rhythm,
+            temperature=grpo.temperature,
+            max_grad_norm=grpo.max_grad_norm,
+        )
+        schedule.step()
+        tokens = float(batch.response_mask.sum() / len(texts))
+        yield {"step": step + 1, "reward": float(rewards.mean()), "tokens": tokens, **report}
+
+
+def _rate(step: int, warmup: int, total: int) -> float:
+    """Share of the learning rate: a linear rise, then a linear fall to 0."""
+    if step < warmup:
+        return step / warmup
+    return (total - step) / max(1, total - warmup)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train as a recipe says, and print a line a step."""
+    from .models import load
+    from .puzzles import Countdown, reward_functions
+
+    recipe = load_recipe(arguments[0], arguments[1:])
+    task = Countdown(recipe.task)
+    model, tokenizer = load(recipe)
+    judges = reward_functions(recipe.grpo.rewards)
+
+    def judge(numbers: list[int], target: int) -> Callable[[str], float]:
+        return lambda text: sum(reward([text], [numbers], [target])[0] for reward in judges)
+
+    questions = [(task.text(i, tokenizer), judge(**i)) for i in task.instances("train", recipe.task.train_size)]
+    for report in train(model, tokenizer, questions, recipe):
+        print("  ".join(f"{name} {value:.4g}" for name, value in report.items()), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m training.reference_loop RECIPE [group.key=value ...]")
+    try:
+        main(sys.argv[1:])
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
