@@ -106,13 +106,14 @@ def before_after(rows: Sequence[tuple[str, float, float, float, float]]) -> str:
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers from at most `low` to at least `high`, at least two."""
-    if not high > low:
-        high = low + (abs(low) or 1.0) * 0.1
+    magnitude = max(abs(low), abs(high), 1e-12)
+    if high - low < 1e-6 * magnitude:
+        high = low + 0.1 * magnitude
     rough = (high - low) / most
     power = 10 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, max(last, first + 1) + 1)]
 
 
 def running_mean(values: Sequence[float], reach: int = 2) -> list[float]:

@@ -62,6 +62,9 @@ def run(recipe: Recipe) -> Path:
         trainer = build_trainer(recipe, config, model, tokenizer, task, rewards, recorder)
         trainer.train()
     trained = time.perf_counter()
+    checkpoints = Path(config.output_dir)
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()  # transformers makes the folder whether or not anything is saved
     after = evaluate_both(model, tokenizer, task, held_out, recipe, "after")
 
     model.save_pretrained(folder / MODEL)

@@ -1,0 +1,49 @@
+"""Charts: well-formed SVG, ticks that bracket the data, no colour that a dark page could not change."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.charts import before_after, curve, curves, forest, nice_ticks, running_mean
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+def test_ticks_bracket_the_data(low, spread):
+    ticks = nice_ticks(low, low + spread)
+    assert 2 <= len(ticks) <= 9
+    assert all(b > a for a, b in itertools.pairwise(ticks))
+    slack = 1e-6 * max(1.0, abs(low), spread)
+    assert ticks[0] <= low + slack
+    assert ticks[-1] >= low + spread - slack
+
+
+def test_running_mean():
+    assert running_mean([1, 2, 3, 4, 5, 6]) == [2, 2.5, 3, 4, 4.5, 5]
+    assert running_mean([7]) == [7]
+
+
+@pytest.mark.parametrize(
+    "svg",
+    [
+        curve([1], [0.0], label="a < b & c"),
+        curve([1, 2, 3], [0.1, 0.4, 0.2], label="accuracy", show="{:.0%}".format, error=[0.1, 0.1, 0.1]),
+        curve([1, 50], [1.19, 1.19], label="gamma", floor=1.0),
+        curves([[(1, 0.2), (2, 0.3)], [(1, 0.1)], []], ["runs/a", "runs/<b>", "runs/c"], label="accuracy"),
+        before_after([("sampled", 0.2, 0.02, 0.3, 0.02), ("greedy", 0.0, 0.0, 1.0, 0.0)]),
+        forest([("runs/plain", 0.31, 0.02), ("runs/coupled", 0.35, 0.02)]),
+    ],
+)
+def test_svg_is_well_formed(svg):
+    root = ElementTree.fromstring(svg)
+    assert root.get("aria-label")
+    assert "nan" not in svg
+    assert "#" not in svg
+    for element in root.iter():
+        for name in ("x", "y", "cx", "cy", "x1", "x2", "y1", "y2"):
+            assert math.isfinite(float(element.get(name, 0)))

@@ -1,0 +1,186 @@
+"""The command line end to end, on a few thousand parameters: train, evaluate, compare, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+import yaml
+
+from rhythm_kernels import HeadGroups
+from training.__main__ import main
+from training.recipe import ROOT
+from training.warmstart.model import build_model, build_tokenizer
+
+TINY = str(ROOT / "training" / "recipes" / "countdown_tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Overrides that make the demo's recipe a matter of seconds, with an untrained model."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    build_model(tokenizer, hidden=32, layers=3, heads=2).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return [
+        f"model.path={path}",
+        "task.train_size=32",
+        "grpo.max_steps=2",
+        "grpo.per_device_train_batch_size=16",
+        "grpo.max_completion_length=24",
+        "eval.size=12",
+        "eval.split=validation",
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, settings):
+    """A run with credit and one without, from the same model."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, mode in (("coupled", "coupled"), ("plain", "uniform")):
+        assert main(["train", TINY, *settings, f"rhythm.mode={mode}", f"output.path={folder / name}"]) == 0
+    return folder
+
+
+def test_train_leaves_what_it_says(runs):
+    run = runs / "coupled"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["grpo"]["max_steps"] == 2
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert 1 <= line["gamma_mean"] < 1.5
+        assert 0 < line["rhythm_seconds"] < line["step_seconds"]
+        assert line["map_bytes"] == 16 * 3 * 2 * line["row_tokens"] ** 2 * 4
+        assert {"reward", "accuracy", "response_tokens", "entropy", "loss"} <= set(line)
+    result = json.loads((run / "result.json").read_text())
+    assert result["seed"] == 0
+    assert set(result["versions"]) >= {"torch", "transformers", "trl", "python", "rhythm-kernels"}
+    for when in ("before", "after"):
+        for kind in ("sampled", "greedy"):
+            found = result[when][kind]
+            assert found["instances"] == len(found["right"]) == 12
+            assert found["accuracy"] == found["right"].count("1") / 12
+            assert {"equations", "attempts", "arithmetic", "verdicts", "answered"} <= set(found)
+    for example in result["examples"]:
+        assert len(example["tokens"]) == len(example["waad"]) == len(example["fai"]) == len(example["gamma"])
+    assert (run / "model" / "model.safetensors").exists()
+    assert HeadGroups.load(run / "groups.json").local
+    assert not (run / "checkpoints").exists()
+
+
+def test_plain_grpo_measures_nothing_in_training(runs):
+    result = json.loads((runs / "plain" / "result.json").read_text())
+    assert result["cost"]["measuring_seconds"] == 0
+    assert not (runs / "plain" / "groups.json").exists()
+    assert result["examples"][0]["mode"] == "coupled"
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects what a page would fetch."""
+
+    EMPTY = frozenset({"meta", "input", "br", "rect", "line", "circle", "polyline", "polygon"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.headings = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.EMPTY:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def read_page(path):
+    text = path.read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    return text, page
+
+
+def test_report_is_self_contained(runs):
+    text, page = read_page(runs / "coupled" / "report.html")
+    assert page.links == []
+    assert not re.search(r"https?://|@import|url\(|<script", text)
+    assert "prefers-color-scheme:dark" in text
+    assert page.headings == [
+        "Before and after",
+        "Learning",
+        "What the gain is made of",
+        "Inside a response",
+        "What was measured, and what it cost",
+        "Settings",
+    ]
+    assert "nan" not in re.sub(r"<style>.*</style>", "", text)
+
+
+def test_training_repeats(runs, settings, tmp_path):
+    assert main(["train", TINY, *settings, f"output.path={tmp_path / 'again'}"]) == 0
+    again, first = (json.loads((p / "result.json").read_text()) for p in (tmp_path / "again", runs / "coupled"))
+    for when in ("before", "after"):
+        for kind in ("sampled", "greedy"):
+            one, two = ({k: v for k, v in r[when][kind].items() if k != "seconds"} for r in (again, first))
+            assert one == two
+    weights = [p / "model" / "model.safetensors" for p in (tmp_path / "again", runs / "coupled")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_evaluate(runs, capsys):
+    assert main(["evaluate", str(runs / "coupled"), "eval.size=12"]) == 0
+    found = json.loads((runs / "coupled" / "evaluation.json").read_text())
+    result = json.loads((runs / "coupled" / "result.json").read_text())
+    assert found["split"] == "validation"
+    assert found["greedy"]["right"] == result["after"]["greedy"]["right"]
+    assert found["sampled"]["right"] == result["after"]["sampled"]["right"]
+    assert "12 validation instances" in capsys.readouterr().out
+
+
+def test_compare(runs, tmp_path, capsys):
+    output = tmp_path / "pages" / "compare.html"
+    assert main(["compare", str(runs / "plain"), str(runs / "coupled"), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "uniform" in printed
+    assert "coupled" in printed
+    text, page = read_page(output)
+    assert page.links == []
+    assert "2 runs compared" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "nothing.yaml"], "nothing.yaml: No such file"),
+        (["train", TINY, "grpo.max_step=1"], "did you mean max_steps"),
+        (["train", TINY, "rhythm.mode=couple"], "rhythm_mode is 'couple'"),
+        (["train", TINY, "task.prompt=short"], "task.prompt is 'short': it must be one of tiny, base, chat"),
+        (["train", TINY, "grpo.optimizer=lion"], "grpo.optimizer is 'lion'"),
+        (["train", TINY, "grpo.rewards=[luck]"], "grpo.rewards holds 'luck'"),
+        (["train", TINY, "grpo.per_device_train_batch_size=3"], "grpo, rhythm: "),
+        (["train", TINY, "eval.split=dev"], "name must be 'train', 'validation' or 'test'"),
+        (["train", TINY, "model.dtype=float13"], "model.dtype is 'float13'"),
+        (["train", TINY, "model.path=/nowhere/at/all"], "cannot be loaded"),
+        (["evaluate", "/nowhere"], "/nowhere: no finished run"),
+        (["compare", "/nowhere"], "/nowhere: no finished run"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, message, capsys, tmp_path):
+    words = [*words, f"output.path={tmp_path}"] if words[0] == "train" else words
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,80 @@
+"""Recipes: what the files hold, overrides, and errors that help."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from training.recipe import ROOT, RecipeError, load_recipe, parse_recipe
+
+TINY = ROOT / "training" / "recipes" / "countdown_tiny.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_reads_and_survives_a_round_trip(path):
+    recipe = load_recipe(path)
+    assert parse_recipe(recipe.to_dict()) == recipe
+    assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_makes_a_trainer_configuration(path, tmp_path):
+    from training.grpo import trainer_config
+
+    recipe = load_recipe(path, [f"output.path={tmp_path}"])
+    config = trainer_config(recipe)
+    assert config.max_steps == recipe.grpo.max_steps
+    assert config.rhythm_gamma_amp == recipe.rhythm.gamma_amp
+    assert config.reward_weights == [1.0] * len(recipe.grpo.rewards) + [0.0]
+
+
+def test_overrides():
+    changed = ["grpo.max_steps=2", "grpo.learning_rate=1e-3", "rhythm.horizon=[4, 20]", "rhythm.layers=all"]
+    recipe = load_recipe(TINY, [*changed, "grpo.gradient_checkpointing=true", "rhythm.groups=null"])
+    assert recipe.grpo.max_steps == 2
+    assert recipe.grpo.learning_rate == 1e-3
+    assert recipe.rhythm.horizon == [4, 20]
+    assert recipe.rhythm.layers == "all"
+    assert recipe.rhythm.groups is None
+    assert recipe.grpo.more["gradient_checkpointing"] is True
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grpo.max_step=2", "'max_step' is no key of grpo; did you mean max_steps"),
+        ("rythm.mode=local", "'rythm' is no group; did you mean rhythm?"),
+        ("rhythm.mod=local", "did you mean mode?"),
+        ("eval.zzz=1", "'zzz' is no key of eval; known: batch_size, seed, size"),
+        ("grpo.output_dir=x", "'output_dir' is no key of grpo"),
+        ("max_steps=2", "an override is typed group.key=value"),
+        ("grpo.max_steps", "an override is typed group.key=value"),
+        ("grpo.max_steps=two", "grpo.max_steps is 'two': it must be a whole number"),
+        ("grpo.max_steps=true", "grpo.max_steps is True"),
+        ("grpo.learning_rate=fast", "grpo.learning_rate is 'fast': it must be a number"),
+        ("rhythm.mode=3", "rhythm.mode is 3: it must be a word"),
+        ("task.numbers=3", "task.numbers is 3"),
+        ("task.numbers=[", "is not YAML"),
+    ],
+)
+def test_wrong_overrides_are_explained(override, message):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(TINY, [override])
+    assert message in str(caught.value)
+
+
+def test_wrong_files_are_explained(tmp_path):
+    with pytest.raises(RecipeError, match=r"recipes here: .*countdown_tiny\.yaml"):
+        load_recipe(tmp_path / "none.yaml")
+    path = tmp_path / "list.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(RecipeError, match="must hold groups of settings"):
+        load_recipe(path)
+    path.write_text("grpo: [\n")
+    with pytest.raises(RecipeError, match="not YAML"):
+        load_recipe(path)
+    path.write_text("grpo: 3\n")
+    with pytest.raises(RecipeError, match="grpo: must hold settings"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="grpo: must hold settings"):
+        load_recipe(path, ["grpo.max_steps=3"])
