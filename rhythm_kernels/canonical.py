@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def canonical(
     )
 
 
-def check_int(name: str, value: object, low: int) -> int:
+def check_int(name: str, value: Any, low: int) -> int:
     """An integer argument of at least `low`, else an error that names it."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")

@@ -33,7 +33,7 @@ __all__ = [
 class ColumnMoments(NamedTuple):
     """Count, mean, population variance, skewness and kurtosis (``m4 / m2**2``) of the attention a token receives."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls on moments
     mean: Tensor
     variance: Tensor
     skewness: Tensor
@@ -438,12 +438,12 @@ def rhythm_credit(
     for row in range(waad.shape[0]):
         tokens = [t for t in range(waad.shape[1]) if response_mask[row, t]]
         n, m = len(tokens), math.ceil(top * len(tokens) - 1e-9)
-        w, f = _widen(waad[row, tokens]), _widen(fai[row, tokens])
-        e = _widen(entropy[row, tokens]) if entropy is not None and mode == "entropy" else torch.zeros(n)
-        if n == 0 or not (w.isfinite().all() and f.isfinite().all() and e.isfinite().all()):
+        measures = [waad, fai] if entropy is None or mode != "entropy" else [waad, fai, entropy]
+        widened = [_widen(x[row, tokens]) for x in measures]
+        if n == 0 or not all(x.isfinite().all() for x in widened):
             continue
-        delta = [*(w[:-1] - w[1:]).abs().tolist(), 0.0]  # eq. 13
-        w, f, e = w.tolist(), f.tolist(), e.tolist()
+        delta = [*(widened[0][:-1] - widened[0][1:]).abs().tolist(), 0.0]  # eq. 13
+        w, f, *rest = (x.tolist() for x in widened)
         everyone = range(n)
         heard = [t for t in everyone if f[t] > 0]
         t_loc = _top(delta, everyone, m, lowest=bottom and mode == "local")
@@ -455,7 +455,7 @@ def rhythm_credit(
         elif mode == "global":  # eq. 16
             bonus = [float(t in t_glob) for t in everyone]
         elif mode == "entropy":
-            bonus = [float(t in _top(e, everyone, m, lowest=bottom)) for t in everyone]
+            bonus = [float(t in _top(rest[0], everyone, m, lowest=bottom)) for t in everyone]
         elif mode == "random":
             assert draw is not None
             bonus = [float(t in _top(draw[row, :n].tolist(), everyone, m, lowest=False)) for t in everyone]

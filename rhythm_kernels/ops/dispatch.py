@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,8 @@ BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
 
 # The rule: the first usable backend of the device's list.
 _PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
+
+_MODULES = {"cpu": "native", "triton": "triton", "torch": "fallback"}
 
 # Passes that a backend does not have, and why. What is not named here is there.
 _LACKS = {
@@ -58,13 +61,8 @@ def run(pass_name: str, backend: str | None, *args: Any) -> Any:
 
 
 def _module(backend: str) -> ModuleType:
-    if backend == "cpu":
-        from .. import native as module
-    elif backend == "triton":
-        from .. import triton as module
-    else:
-        from .. import fallback as module
-    return module
+    """The module of a backend's passes, imported when it is first needed."""
+    return importlib.import_module(f"..{_MODULES[backend]}", __package__)
 
 
 def backends() -> dict[str, str]:
