@@ -27,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--quick", action="store_const", dest="profile", const="quick", help="one small shape a suite")
     parser.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--length", type=int, action="append", help="only shapes of so many tokens; may be repeated")
+    parser.add_argument("--without", action="append", default=[], metavar="RIVAL", help="leave a rival out")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, help="time for the rounds of one shape")
     parser.add_argument(
@@ -54,9 +55,7 @@ def _run(arguments: list[str]) -> int:
     earlier = load([path]) if path is not None and path.exists() else []
     rows: list[Row] = []
     for suite in options.suite or [name for name in SUITES if name != "native_targets" or device.type == "cpu"]:
-        for found in run_suite(
-            suite, options.profile, device, budget, lambda shape: not options.length or shape.length in options.length
-        ):
+        for found in run_suite(suite, options.profile, device, budget, options.length or (), options.without):
             rows += found
             print(report.table(found), flush=True)
             if path is not None:  # after every shape: what is cut short keeps what it has

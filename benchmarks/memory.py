@@ -7,7 +7,6 @@ CUDA: torch's allocator. CPU under Linux: the high-water mark of the process's r
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,6 @@ def _resident(name: str) -> int:
 
 def peak(call: Callable[[], object], device: torch.device) -> tuple[int | None, str]:
     """Bytes, and the way they were measured; None where this system tells nothing."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

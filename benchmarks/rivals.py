@@ -33,6 +33,7 @@ class Rival:
         devices: device types it competes on.
         unavailable: from a device to "" or the reason it cannot run there.
         memory: from a shape and a device type to the bytes it needs beside its inputs; None: little.
+        longest: device type -> tokens beyond which it is not asked: one call would take many seconds.
         work: where it must do something else than the suite's pass: its own count, from a shape and a device type.
         slack: dtype -> factor on the gate's tolerance. Rivals that compute in 16 bits err as 16 bits do; ours are
             held to 1 everywhere.
@@ -45,6 +46,7 @@ class Rival:
     devices: tuple[str, ...] = DEVICES
     unavailable: Callable[[torch.device], str] = _nothing
     memory: Callable[[Shape, str], int] | None = None
+    longest: dict[str, int] = field(default_factory=dict)
     work: Callable[[Any, str], Work] | None = None
     slack: dict[str, float] = field(default_factory=dict)
     ceiling: str = ""
@@ -55,6 +57,9 @@ class Rival:
 # bits, as much again.
 _HALF = {"bfloat16": 2000.0, "float16": 250.0}
 _ROUNDED = {"bfloat16": 10.0, "float16": 10.0}  # float32 inside, the result alone in 16 bits
+_SDPA_LONGEST = {"cpu": 8192, "cuda": 131_072}
+_FLEX_LONGEST = {"cpu": 4096, "cuda": 8192}  # on a GPU each shape is compiled anew
+_LONGEST = {"cpu": 8192, "cuda": 32_768}
 _CUDA = ("cuda",)
 _CPU = ("cpu",)
 
@@ -68,7 +73,8 @@ def _ours(pass_name: str, make: Callable[[str], Any]) -> tuple[Rival, ...]:
             make(backend),
             devices.get(backend, DEVICES),
             ours.unavailable(pass_name, backend),
-            graph=True,
+            longest=_LONGEST if backend == "torch" else {},
+            graph=backend != "torch",  # it launches a kernel or ten for each tile
         )
         for backend in ("cuda", "triton", "cpu", "torch")
     )
@@ -80,11 +86,11 @@ def _eager(make: Any) -> Rival:
 
 
 def _chunked(make: Any) -> Rival:
-    return Rival("chunked torch", make, slack=_HALF)
+    return Rival("chunked torch", make, longest=_LONGEST, slack=_HALF)
 
 
 def _flex(make: Any) -> Rival:
-    return Rival("FlexAttention", make, memory=flex.memory)
+    return Rival("FlexAttention", make, memory=flex.memory, longest=_FLEX_LONGEST)
 
 
 def _forward_work(shape: Any, device: str) -> Work:
@@ -92,13 +98,21 @@ def _forward_work(shape: Any, device: str) -> Work:
 
 
 _SDPA = (
-    Rival("SDPA forward", peers.sdpa, work=_forward_work, graph=True),
-    Rival("SDPA FlashAttention", peers.sdpa_flash, _CUDA, work=_forward_work, graph=True),
+    Rival("SDPA forward", peers.sdpa, longest=_SDPA_LONGEST, work=_forward_work, graph=True),
+    Rival(
+        "SDPA FlashAttention",
+        peers.sdpa_flash,
+        _CUDA,
+        longest=_SDPA_LONGEST,
+        work=_forward_work,
+        graph=True,
+    ),
     Rival(
         "flash-attn 2",
         peers.flash_attn,
         _CUDA,
         peers.installed("flash_attn"),
+        longest=_SDPA_LONGEST,
         work=_forward_work,
         graph=True,
     ),
@@ -124,7 +138,14 @@ def _ceilings(work: Callable[..., Work]) -> tuple[Rival, ...]:
     return (_READ, _copy(work), _GEMM)
 
 
-_COLREDUCE = Rival("flash-colreduce", peers.flash_colreduce, _CUDA, peers.installed("flash_colreduce"), slack=_ROUNDED)
+_COLREDUCE = Rival(
+    "flash-colreduce",
+    peers.flash_colreduce,
+    _CUDA,
+    peers.installed("flash_colreduce"),
+    longest=_SDPA_LONGEST,
+    slack=_ROUNDED,
+)
 
 
 def _targets() -> tuple[Rival, ...]:

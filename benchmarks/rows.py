@@ -18,8 +18,8 @@ class Row:
     """One rival at one shape. Times in seconds, memory and traffic in bytes.
 
     Attributes:
-        status: "ok"; "unavailable", "does not fit", "wrong" (a red gate) or "failed", and then `reason` says why and
-            there is no timing.
+        status: "ok"; "unavailable", "does not fit", "too slow", "wrong" (a red gate) or "failed", and then `reason`
+            says why and there is no timing.
         gives: names of the results it returned, each of which passed the gate.
         error: the largest error in units of the gate's tolerance; `slack` is the factor this rival was allowed.
         median, p20, p80: of `samples` calls in interleaved rounds; `cpu`: median CPU time of all threads.

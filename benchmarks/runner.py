@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,20 +32,33 @@ class _Contender:
 
 
 def run_suite(
-    suite: str, profile: str, device: torch.device, budget: Budget, only: Callable[[Shape], bool] | None = None
+    suite: str,
+    profile: str,
+    device: torch.device,
+    budget: Budget,
+    lengths: Collection[int] = (),
+    without: Collection[str] = (),
 ) -> Iterator[list[Row]]:
-    """The rows of each shape of a suite, in the registry's order, one list a shape."""
+    """The rows of each shape of a suite, in the registry's order, one list a shape.
+
+    Of all its shapes, or those of certain `lengths`; of all its rivals but those named in `without`.
+    """
     about = environment(device)
     for shape in shapes(suite, device.type, profile):
-        if only is None or only(shape):
-            yield compete(suite, shape, device, budget, about)[0]
-            gc.collect()
+        if not lengths or shape.length in lengths:
+            yield compete(suite, shape, device, budget, about, without)[0]
+            gc.collect()  # the timed calls hold the tensors of the shape, some in cycles
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
 def compete(
-    suite: str, shape: Shape, device: torch.device, budget: Budget, about: dict[str, Any] | None = None
+    suite: str,
+    shape: Shape,
+    device: torch.device,
+    budget: Budget,
+    about: dict[str, Any] | None = None,
+    without: Collection[str] = (),
 ) -> tuple[list[Row], dict[str, Samples]]:
     """One row a rival that competes on this device, and the samples of those that were timed, by name."""
     about = environment(device) if about is None else about
@@ -54,7 +67,7 @@ def compete(
     gate = definition.gate(problem)
     rows, contenders = [], []
     for rival in RIVALS[suite]:
-        if device.type not in rival.devices:
+        if device.type not in rival.devices or rival.name in without:
             continue
         work = rival.work(shape, device.type) if rival.work else definition.work(shape)
         row = Row(suite, rival.name, shape.name, shape.dtype, shape.as_dict(), environment=about)
@@ -78,6 +91,10 @@ def _admit(rival: Rival, row: Row, shape: Shape, problem: Any, gate: Gate, devic
         row.reason = f"interpreted Triton is not run beyond {_INTERPRETED_TOKENS} tokens"
     if row.reason:
         row.status = "unavailable"
+        return None
+    longest = rival.longest.get(device.type, shape.length)
+    if shape.length > longest:
+        row.status, row.reason = "too slow", f"not run beyond {longest:,} tokens"
         return None
     needs = rival.memory(shape, device.type) if rival.memory else 0
     free = memory.free(device)

@@ -91,7 +91,10 @@ class CreditShape:
 Shape = AttentionShape | ModelShape | CreditShape
 
 _TINY = AttentionShape(64, batch=2, heads=2, kv_heads=1, dim=16)
-_TINY_MODEL = ModelShape(80, layers=2, hidden=64, heads=4, kv_heads=2, dim=16, intermediate=96, batch=2)
+_TINY_OTHERS: dict[str, Shape] = {
+    "probe": ModelShape(80, layers=2, hidden=64, heads=4, kv_heads=2, dim=16, intermediate=96, batch=2),
+    "credit": CreditShape(4, 60),
+}
 
 
 def _cpu(*lengths: int) -> tuple[Shape, ...]:
@@ -164,7 +167,7 @@ SHAPES: dict[str, dict[tuple[str, str], tuple[Shape, ...]]] = {
 def shapes(suite: str, device: str, profile: str) -> tuple[Shape, ...]:
     """The shapes of a suite on a device type under a profile."""
     if profile == "tiny":
-        return ({"probe": _TINY_MODEL, "credit": CreditShape(4, 60)}.get(suite, _TINY),)
+        return (_TINY_OTHERS.get(suite, _TINY),)
     return SHAPES[suite][device, profile]
 
 

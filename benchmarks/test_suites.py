@@ -62,7 +62,7 @@ def test_rival(benchmark: Any, request: pytest.FixtureRequest, suite: str, shape
     """A red gate and a failure fail; what this machine cannot run is skipped with its reason."""
     rows, samples = _contest(suite, shape, request.config.getoption("--bench-profile"))
     row = rows[rival]
-    if row.status in ("unavailable", "does not fit"):
+    if row.status in ("unavailable", "does not fit", "too slow"):
         pytest.skip(row.reason)
     assert row.status == "ok", row.reason
     benchmark.group = f"{suite} {shape.name}"

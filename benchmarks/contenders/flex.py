@@ -20,15 +20,13 @@ from ..problem import AttentionProblem
 from ..shapes import Shape
 
 Call = Callable[[], Results]
-_CUDA_LENGTH = 32_768  # beyond it, building the block mask costs more memory than everything else
 
 
 def memory(shape: Shape, device: str) -> int:
     """Uncompiled it makes complete maps, several in float32; compiled nothing of that kind."""
-    size = shape.batch * shape.length**2
     if device == "cuda":
-        return 0 if shape.length <= _CUDA_LENGTH else 8 * size
-    return 5 * 4 * shape.heads * size  # type: ignore[union-attr]
+        return 0
+    return 5 * 4 * shape.batch * shape.heads * shape.length**2  # type: ignore[union-attr]
 
 
 @functools.cache
