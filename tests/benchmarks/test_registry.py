@@ -1,0 +1,57 @@
+"""Every entry of the registry runs on a tiny shape and passes its gate; every shape has its work counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.rivals import RIVALS
+from benchmarks.runner import compete
+from benchmarks.shapes import DEVICES, PROFILES, SHAPES, every_shape, shapes
+from benchmarks.suites import SUITES
+from benchmarks.timing import BUDGETS
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_rival_passes_its_gate(suite: str) -> None:
+    rows, samples = compete(suite, shapes(suite, "cpu", "tiny")[0], CPU, BUDGETS["tiny"])
+    assert [row.rival for row in rows] == [rival.name for rival in RIVALS[suite] if "cpu" in rival.devices]
+    for row in rows:
+        assert row.status in ("ok", "unavailable"), f"{row.rival}: {row.reason}"
+        if row.status == "unavailable":
+            assert row.rival.startswith("rhythm") and row.reason
+            continue
+        assert row.samples == len(samples[row.rival].wall) > 0
+        assert row.error is not None and row.error <= 1
+        assert row.median is not None and row.p20 is not None and row.p80 is not None
+        assert row.p20 <= row.median <= row.p80
+        assert row.ratio is not None and row.yardstick == SUITES[suite].yardstick["cpu"]
+    yardstick = next(row for row in rows if row.rival == SUITES[suite].yardstick["cpu"])
+    assert yardstick.ratio == 1
+    for row in rows:
+        ceiling = next(rival.ceiling for rival in RIVALS[suite] if rival.name == row.rival)
+        if ceiling:
+            assert 1 in (row.bandwidth_share, row.flops_share)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_registry_is_complete(suite: str) -> None:
+    names = [rival.name for rival in RIVALS[suite]]
+    assert len(set(names)) == len(names)
+    assert set(SHAPES[suite]) == {(device, profile) for device in DEVICES for profile in PROFILES[1:]}
+    for device in DEVICES:
+        assert SUITES[suite].yardstick[device] in names
+    for shape in every_shape(suite):
+        assert SUITES[suite].work(shape).bytes > 0
+        for rival in RIVALS[suite]:
+            for device in rival.devices:
+                assert rival.memory is None or rival.memory(shape, device) >= 0
+                assert rival.work is None or rival.work(shape, device).bytes + rival.work(shape, device).flops > 0
+
+
+def test_ours_has_no_slack() -> None:
+    ours = [rival for rivals in RIVALS.values() for rival in rivals if "rhythm" in rival.name]
+    assert ours and not any(rival.slack for rival in ours)
