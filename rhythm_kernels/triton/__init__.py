@@ -15,13 +15,14 @@ from .interpreted import INTERPRETED
 try:
     from .band_columns import band_columns
     from .band_rows import band_rows
+    from .column_stats import column_stats
     from .row_stats import row_stats
 except ImportError as error:
     _import_error = f"triton cannot be imported: {error}"
 else:
     _import_error = ""
 
-__all__ = ["available", "band_columns", "band_rows", "kernels", "row_stats"]
+__all__ = ["available", "band_columns", "band_rows", "column_stats", "kernels", "row_stats"]
 
 
 def available(device: torch.device) -> str:
@@ -41,10 +42,13 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Every kernel under the name its launch choices have, and the constants that make it that variant."""
     from .band_columns import band_columns_kernel
     from .band_rows import band_rows_kernel
+    from .column_stats import column_stats_kernel
     from .row_stats import row_stats_kernel
 
     return {
         "band_rows": (band_rows_kernel, {}),
         "band_columns": (band_columns_kernel, {}),
+        "column_stats": (column_stats_kernel, {"MOMENTS": False}),
+        "column_moments": (column_stats_kernel, {"MOMENTS": True}),
         "row_stats": (row_stats_kernel, {}),
     }

@@ -36,16 +36,22 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
     "sm_80": {
         "band_rows": _BAND_ROWS,
         "band_columns": _BAND_COLUMNS,
+        "column_stats": {(16, 128): Tile(64, 128, 8, 2), (16, 256): Tile(32, 128, 8, 2), **_FLOAT32},
+        "column_moments": {(16, 256): Tile(32, 64, 4, 2), **_FLOAT32},
         "row_stats": {(16, 128): Tile(128, 64, 8, 2), (16, 256): Tile(128, 32, 8, 2), **_FLOAT32},
     },
     "sm_90": {
         "band_rows": _BAND_ROWS,
         "band_columns": _BAND_COLUMNS,
+        "column_stats": {(16, 128): Tile(128, 128, 8, 2), (16, 256): Tile(64, 128, 8, 2), **_FLOAT32},
+        "column_moments": {(16, 256): Tile(64, 64, 4, 2), **_FLOAT32},
         "row_stats": {(16, 128): Tile(128, 128, 8, 2), (16, 256): Tile(128, 64, 8, 2), **_FLOAT32},
     },
     "sm_100": {
         "band_rows": {(16, 128): Tile(64, 32, 4, 2, 255), (16, 256): Tile(64, 32, 8, 2), **_FLOAT32},
         "band_columns": _BAND_COLUMNS,
+        "column_stats": {(16, 128): Tile(64, 128, 8, 2), (16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
+        "column_moments": {(16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
         "row_stats": {
             (16, 64): Tile(128, 64, 8, 2),
             (16, 128): Tile(128, 32, 8, 2),
@@ -56,12 +62,16 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
     "gfx942": {
         "band_rows": {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32_AMD},
         "band_columns": {(16, 256): Tile(32, 64, 4, 2), **_FLOAT32_AMD},
+        "column_stats": {(16, 256): Tile(64, 64, 4, 1), **_FLOAT32_AMD},
+        "column_moments": {(16, 256): Tile(64, 64, 4, 1), **_FLOAT32_AMD},
         "row_stats": {(16, 256): Tile(64, 64, 4, 1), **_FLOAT32_AMD},
     },
     # The interpreter pays by the operation, not by the element: few, small tiles that tests still cross often.
     "interpreter": {
         "band_rows": {(32, 256): Tile(32, 32, 1, 1)},
         "band_columns": {(32, 256): Tile(32, 32, 1, 1)},
+        "column_stats": {(32, 256): Tile(32, 32, 1, 1)},
+        "column_moments": {(32, 256): Tile(32, 32, 1, 1)},
         "row_stats": {(32, 256): Tile(32, 32, 1, 1)},
     },
 }

@@ -17,7 +17,7 @@ from .interpreted import INTERPRETED
 UNSPECIALIZED = (
     "q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "lse_b", "lse_h", "lse_t", "out_b", "out_h", "tiles", "groups",
     "n_heads", "group_heads", "kv_group", "scale", "softcap", "window_left", "out_scale", "window", "lo", "hi",
-    "min_distance",
+    "min_distance", "out_m",
 )  # fmt: skip
 
 

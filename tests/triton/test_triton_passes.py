@@ -93,6 +93,29 @@ def check_row_stats(case: Case, window: int = WINDOW) -> None:
         close(got[2], span if per_head else span.mean(1), 1e-4 * case.length)
 
 
+def check_column_stats(case: Case, min_distance: int) -> None:
+    dense = torch.stack([case.dense(moment) for moment in cases.moments(min_distance)])
+    for per_head, want in ((False, dense.mean(2)), (True, dense)):
+        arguments = {**case.given(case.lse()), "min_distance": min_distance, "per_head": per_head}
+        mean = rhythm_triton.column_stats(**arguments, moments=False)
+        assert mean.shape[0] == 1
+        close(mean[0], want[1], 1e-4)
+        got = rhythm_triton.column_stats(**arguments, moments=True)
+        close(got[:2], want[:2], 1e-4)
+        # Variance by itself, and the ratios where there is one that float32 attention weights can show.
+        torch.testing.assert_close(got[2].double(), want[2], rtol=1e-3, atol=1e-9)
+        spread = dense[2].amin(1) > 1e-9 if not per_head else dense[2] > 1e-9
+        for ratio, expected in zip(got[3:], want[3:], strict=True):
+            torch.testing.assert_close(ratio[spread].double(), expected[spread], rtol=1e-3, atol=1e-3)
+            assert bool(torch.isfinite(ratio).all())
+        assert bool((got[1:, want[0] == 0] == 0).all())
+
+
+@pytest.mark.parametrize("min_distance", [0, 4, 33])
+def test_column_stats(case: Case, min_distance: int) -> None:
+    check_column_stats(case, min_distance)
+
+
 def test_band_rows(case: Case) -> None:
     check_band_rows(case)
 
@@ -153,6 +176,7 @@ def check_all(case: Case, window: int, lo: int, width: int) -> None:
     check_band_rows(case, window)
     check_band_columns(case, lo, lo + width)
     check_row_stats(case, window)
+    check_column_stats(case, lo)
 
 
 WINDOWS, LOWS, WIDTHS = st.sampled_from([1, 5, 10, 40, 100]), st.integers(0, 40), st.integers(0, 60)
@@ -183,6 +207,9 @@ def test_no_sequences() -> None:
     case = Case(table=[])
     assert not rhythm_triton.band_rows(**case.given(case.lse()), window=3, per_head=False).any()
     assert not rhythm_triton.band_columns(**case.given(case.lse()), lo=1, hi=3, per_head=True).any()
+    for moments in (False, True):
+        arguments = {"min_distance": 4, "moments": moments, "per_head": False}
+        assert not rhythm_triton.column_stats(**case.given(case.lse()), **arguments).any()
     lse, waad, span = rhythm_triton.row_stats(**case.given(), window=3, per_head=False)
     assert bool((lse == float("-inf")).all())
     assert not waad.any()
@@ -219,6 +246,7 @@ def test_offsets_beyond_32_bits() -> None:
             *rhythm_triton.row_stats(**case.given() | replaced, window=WINDOW, per_head=True),
             rhythm_triton.band_rows(**case.given(lse) | replaced, window=WINDOW, per_head=True),
             rhythm_triton.band_columns(**case.given(lse) | replaced, lo=1, hi=3, per_head=True),
+            rhythm_triton.column_stats(**case.given(lse) | replaced, min_distance=1, moments=True, per_head=True),
         ]
 
     want = results()
