@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -101,11 +101,12 @@ def canonical(
 
 def check_int(name: str, value: Any, low: int) -> int:
     """An integer argument of at least `low`, else an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    integers = (int, torch.SymInt)  # a traced length is a SymInt
+    if isinstance(value, bool) or not isinstance(value, integers):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
-    return value
+    return cast(int, value)
 
 
 def check_values(host_tensor: Tensor) -> bool:
