@@ -174,7 +174,7 @@ def window_of_layer(sequences: Sequences, mask: Any, hints: list[int | None], na
             raise ValueError(
                 f"the batch looks packed, but {name!r} attention was given no mask and let every token see the other "
                 "sequences: with 'sdpa' or 'eager', pass packed position_ids, attention_mask=None and use_cache=False "
-                "(cu_seq_lens are read by flash attention alone)"
+                "(cu_seq_lens are read by flash attention alone); where the model ignores these, pad the batch instead"
             )
         if sequences.padded:
             raise ValueError(

@@ -76,24 +76,24 @@ def eager_function(module: nn.Module) -> AttentionFunction:
 
 def _wrapper(registry: Any, name: str) -> AttentionFunction:
     """One wrapper per name for the life of the process, so that compiled models find it by identity."""
-    key = (id(registry), name)
-    if key not in _wrappers:
-
+    place = (id(registry), name)
+    if place not in _wrappers:
+        # The parameters have transformers' names: some models pass them by keyword.
         def rhythm_attention(
-            module: nn.Module, query: Tensor, key_: Tensor, value: Tensor, mask: Any = None, **kwargs: Any
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
         ) -> Any:
-            entry = _installed.get(key)
+            entry = _installed.get(place)
             function = entry.original if entry is not None else None
             if function is None:
                 function = eager_function(module) if name == "eager" else type(registry)._global_mapping[name]
             tap = _taps.get(id(module))
             if tap is None:
-                return function(module, query, key_, value, mask, **kwargs)
-            return tap(function, name, module, query, key_, value, mask, kwargs)
+                return function(module, query, key, value, attention_mask, **kwargs)
+            return tap(function, name, module, query, key, value, attention_mask, kwargs)
 
         # Traced, it would be baked into the graph together with the tap of the moment.
-        _wrappers[key] = torch.compiler.disable(rhythm_attention)
-    return _wrappers[key]
+        _wrappers[place] = torch.compiler.disable(rhythm_attention)
+    return _wrappers[place]
 
 
 def install(taps: dict[int, Tap], modules: list[nn.Module]) -> list[tuple[Any, str]]:

@@ -11,6 +11,7 @@ from rhythm_kernels import HeadGroups, RhythmProbe
 
 # One head per kv head and layer kind at least; a head may be in both groups.
 GROUPS = HeadGroups(local=[(0, 0), (0, 3), (1, 1), (3, 2)], global_=[(1, 0), (1, 3), (2, 2), (3, 3)])
+IGNORE_PACKING = {"gpt_oss", "afmoe"}  # they give their masks no positions: packed sequences see each other
 EAGER_ONLY = {"gemma2", "gpt_oss"}  # softcap and sinks: transformers refuses or drops them under sdpa
 CASES = [
     (family, implementation)
@@ -28,8 +29,7 @@ def check(probe, expected, tolerance=1e-4):
     assert probe.fai.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("family", "implementation"), CASES)
-def test_padded(family, implementation):
+def check_padded(family, implementation):
     model = models.tiny_model(family, implementation)
     batch = models.padded_batch()
     maps = eager_maps(model, **batch)
@@ -41,7 +41,19 @@ def test_padded(family, implementation):
     check(probe, oracle(maps, GROUPS, padded_bounds(batch["attention_mask"])))
 
 
-@pytest.mark.parametrize(("family", "implementation"), [case for case in CASES if case[0] != "gpt_oss"])
+@pytest.mark.parametrize(("family", "implementation"), CASES)
+def test_padded(family, implementation):
+    check_padded(family, implementation)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", models.MORE_FAMILIES)
+def test_more_families_padded(family, implementation):
+    check_padded(family, implementation)
+
+
+@pytest.mark.parametrize(("family", "implementation"), [case for case in CASES if case[0] not in IGNORE_PACKING])
 def test_packed(family, implementation):
     model = models.tiny_model(family, implementation)
     batch, bounds = models.packed_batch()
@@ -54,9 +66,9 @@ def test_packed(family, implementation):
     check(probe, oracle(maps, GROUPS, bounds))
 
 
-def test_a_model_that_ignores_packing_is_refused():
-    """gpt-oss gives its masks no positions, so its packed sequences see each other."""
-    model = models.tiny_model("gpt_oss", "eager")
+@pytest.mark.parametrize(("family", "implementation"), [case for case in CASES if case[0] in IGNORE_PACKING])
+def test_models_that_ignore_packing_are_refused(family, implementation):
+    model = models.tiny_model(family, implementation)
     batch, _ = models.packed_batch()
-    with torch.no_grad(), RhythmProbe(model, GROUPS), pytest.raises(ValueError, match="ignores packed position_ids"):
+    with torch.no_grad(), RhythmProbe(model, GROUPS), pytest.raises(ValueError, match="the batch looks packed"):
         model(**batch, use_cache=False)
