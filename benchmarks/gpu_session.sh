@@ -53,6 +53,7 @@ step() {
   if [ $left -lt 5 ]; then
     results+=("{\"step\": \"$name\", \"rc\": null, \"seconds\": 0}")
     failed=1
+    summary
     return 0
   fi
   [ "$limit" -gt $left ] && limit=$left

@@ -11,7 +11,7 @@ from .rows import Row
 from .suites import SUITES
 from .targets import verdicts
 
-_CEILINGS = ("read bandwidth", "copy kernel", "matrix product")
+_CEILINGS = ("read loop", "sum of a buffer", "copy kernel", "multiply-add loop", "matrix product")
 # Ours first and dark; the rest by hue, told apart by markers as well.
 _COLORS = {"rhythm": ("#0b3c5d", "#1d70a2", "#5aa9d6", "#9fcbe8")}
 _OTHERS = ("#b03a2e", "#d68910", "#7d3c98", "#1e8449", "#616a6b", "#a04000", "#2e4053")

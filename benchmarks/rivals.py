@@ -37,7 +37,7 @@ class Rival:
         work: where it must do something else than the suite's pass: its own count, from a shape and a device type.
         slack: dtype -> factor on the gate's tolerance. Rivals that compute in 16 bits err as 16 bits do; ours are
             held to 1 everywhere.
-        ceiling: "bytes" or "flops" where it measures what the machine can do at most.
+        ceiling: "bytes" or "flops" where it measures what the machine can do at most; the highest of a kind counts.
         graph: on CUDA, time a captured graph of it (launches cost the same whatever the host does).
     """
 
@@ -117,12 +117,23 @@ _SDPA = (
         graph=True,
     ),
 )
-_READ = Rival(
-    "read bandwidth",
-    ceilings.read,
+
+
+def _read_work(shape: Any, device: str) -> Work:
+    return ceilings.read_work(device)
+
+
+_READ = (
+    Rival("read loop", ceilings.read_loop, _CPU, ceilings.uncompiled, work=_read_work, ceiling="bytes"),
+    Rival("sum of a buffer", ceilings.read_sum, _CPU, work=_read_work, ceiling="bytes"),
+)
+_FMA = Rival(
+    "multiply-add loop",
+    ceilings.fma_loop,
     _CPU,
-    work=lambda shape, device: ceilings.read_work(device),
-    ceiling="bytes",
+    ceilings.uncompiled,
+    work=lambda shape, device: ceilings.fma_work(device),
+    ceiling="flops",
 )
 _GEMM = Rival("matrix product", ceilings.gemm, work=lambda shape, device: ceilings.gemm_work(device), ceiling="flops")
 
@@ -135,7 +146,7 @@ def _copy(work: Callable[..., Work]) -> Rival:
 
 
 def _ceilings(work: Callable[..., Work]) -> tuple[Rival, ...]:
-    return (_READ, _copy(work), _GEMM)
+    return (*_READ, _copy(work), _FMA, _GEMM)
 
 
 _COLREDUCE = Rival(
@@ -160,7 +171,7 @@ def _targets() -> tuple[Rival, ...]:
 
     waad = (*_ours("band_rows", ours.band_rows), _eager(eager.band_rows))
     fai = (*_ours("band_columns", ours.band_columns), _eager(eager.band_columns))
-    return (*named("waad", waad, band_rows.work), *named("fai", fai, band_columns.work), *_SDPA, _READ, _GEMM)
+    return (*named("waad", waad, band_rows.work), *named("fai", fai, band_columns.work), *_SDPA, *_READ, _FMA, _GEMM)
 
 
 RIVALS: dict[str, tuple[Rival, ...]] = {
@@ -220,7 +231,7 @@ RIVALS: dict[str, tuple[Rival, ...]] = {
     "credit": (
         Rival("rhythm torch", credit.ours, graph=True),
         Rival("token loop", credit.loop, _CPU),
-        _READ,
+        *_READ,
         _copy(credit_suite.work),
     ),
     "native_targets": _targets(),

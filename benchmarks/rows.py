@@ -26,7 +26,7 @@ class Row:
         mode: "call", or "graph" (CUDA: replay of a captured graph).
         ratio: median over the yardstick's in the same rounds.
         bytes, flops: what must be done (see `benchmarks.work`); `bandwidth_share`, `flops_share`: of the machine's own
-            ceilings, measured in the same rounds.
+            ceilings at their fastest, measured in the same rounds.
     """
 
     suite: str

@@ -79,7 +79,7 @@ def compete(
     timed = contest({c.rival.name: c.call for c in contenders}, device, budget)
     for contender in contenders:
         _fill(contender.row, timed[contender.rival.name])
-    _compare(contenders, definition.yardstick[device.type])
+    _compare(contenders, timed, definition.yardstick[device.type])
     return rows, timed
 
 
@@ -137,21 +137,22 @@ def _fill(row: Row, samples: Samples) -> None:
     row.samples = len(samples.wall)
 
 
-def _compare(contenders: list[_Contender], yardstick: str) -> None:
-    """Ratios to the yardstick, and shares of the ceilings, all of the same rounds."""
+def _compare(contenders: list[_Contender], timed: dict[str, Samples], yardstick: str) -> None:
+    """Ratios to the yardstick, and shares of the ceilings at their fastest, all of the same rounds."""
     medians = {c.rival.name: c.row.median for c in contenders}
-    ceilings = {c.rival.ceiling: c.row for c in contenders if c.rival.ceiling}
+    rates: dict[str, float] = {}
+    for contender in contenders:
+        kind = contender.rival.ceiling
+        if kind:
+            rate = getattr(contender.row, kind) / min(timed[contender.rival.name].wall)
+            rates[kind] = max(rate, rates.get(kind, 0.0))
     for contender in contenders:
         row = contender.row
         assert row.median is not None
         row.yardstick = yardstick
         reference = medians.get(yardstick)
         row.ratio = row.median / reference if reference else None
-        for kind, amount in (("bytes", row.bytes), ("flops", row.flops)):
-            top = ceilings.get(kind)
-            if top is not None and top.median and amount:
-                share = (amount / row.median) / (getattr(top, kind) / top.median)
-                if kind == "bytes":
-                    row.bandwidth_share = share
-                else:
-                    row.flops_share = share
+        if "bytes" in rates and row.bytes:
+            row.bandwidth_share = row.bytes / row.median / rates["bytes"]
+        if "flops" in rates and row.flops:
+            row.flops_share = row.flops / row.median / rates["flops"]

@@ -12,6 +12,7 @@ from benchmarks.suites import SUITES
 from benchmarks.timing import BUDGETS
 
 CPU = torch.device("cpu")
+NEED_A_COMPILER = ("read loop", "multiply-add loop")
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
@@ -22,7 +23,7 @@ def test_every_rival_passes_its_gate(suite: str) -> None:
     for row in rows:
         assert row.status in ("ok", "unavailable"), f"{row.rival}: {row.reason}"
         if row.status == "unavailable":
-            assert row.rival.startswith("rhythm") and row.reason
+            assert ("rhythm" in row.rival or row.rival in NEED_A_COMPILER) and row.reason
             continue
         assert row.samples == len(samples[row.rival].wall) > 0
         assert row.error is not None and row.error <= 1
@@ -31,10 +32,10 @@ def test_every_rival_passes_its_gate(suite: str) -> None:
         assert row.ratio is not None and row.yardstick == SUITES[suite].yardstick["cpu"]
     yardstick = next(row for row in rows if row.rival == SUITES[suite].yardstick["cpu"])
     assert yardstick.ratio == 1
-    for row in rows:
-        ceiling = next(rival.ceiling for rival in RIVALS[suite] if rival.name == row.rival)
-        if ceiling:
-            assert 1 in (row.bandwidth_share, row.flops_share)
+    for kind in {rival.ceiling for rival in RIVALS[suite] if "cpu" in rival.devices} - {""}:
+        shares = [getattr(row, {"bytes": "bandwidth_share", "flops": "flops_share"}[kind]) for row in rows]
+        tops = {rival.name for rival in RIVALS[suite] if rival.ceiling == kind}
+        assert max(share for row, share in zip(rows, shares) if row.rival in tops and share) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("suite", SUITES)
