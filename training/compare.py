@@ -51,35 +51,47 @@ def _read(folder: Path) -> dict[str, Any]:
     return result
 
 
+_HEAD = ["run", "mode", "seed", "", "before", "after", "against the first", "tokens", "minutes"]
+
+
 def _rows(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Two lines a run: sampled and greedy."""
     rows = []
     for i, run in enumerate(runs):
-        row = [run["folder"], run["mode"], str(run["seed"])]
         for kind in ("sampled", "greedy"):
             before, after = run["before"][kind], run["after"][kind]
-            row += [f"{before['accuracy']:.1%}", f"{after['accuracy']:.1%} ± {after['standard_error']:.1%}"]
-            if i == 0:
-                row.append("-")
-            else:
-                change = against(runs[0], run, kind)
-                row.append(f"{change.difference * 100:+.1f} ({change.low * 100:+.1f} to {change.high * 100:+.1f})")
-        row.append(f"{run['after']['sampled']['tokens']:.0f}")
-        row.append(f"{run['seconds']['training'] / 60:.1f}")
-        rows.append(row)
+            change = against(runs[0], run, kind)
+            points = f"{change.difference * 100:+.1f} ({change.low * 100:+.1f} to {change.high * 100:+.1f})"
+            name = [run["folder"], run["mode"], str(run["seed"])] if kind == "sampled" else ["", "", ""]
+            rows.append(
+                [
+                    *name,
+                    kind,
+                    f"{before['accuracy']:.1%}",
+                    f"{after['accuracy']:.1%} ± {after['standard_error']:.1%}",
+                    points if i > 0 else "-",
+                    f"{after['tokens']:.0f}",
+                    f"{run['seconds']['training'] / 60:.1f}" if kind == "sampled" else "",
+                ]
+            )
     return rows
 
 
-_HEAD = [
-    "run", "mode", "seed", "sampled before", "after", "against the first", "greedy before", "after",
-    "against the first", "tokens", "minutes",
-]  # fmt: skip
+def _warning(runs: list[dict[str, Any]]) -> str:
+    """A sentence for runs that cannot be compared as methods."""
+    base = runs[0]["before"]["greedy"]["right"]
+    others = [run["folder"] for run in runs if run["before"]["greedy"]["right"] != base]
+    if not others:
+        return ""
+    return f"Not started from the model that {runs[0]['folder']} started from: {', '.join(others)}."
 
 
 def _text(runs: list[dict[str, Any]]) -> str:
     rows = [_HEAD, *_rows(runs)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    warning = _warning(runs)
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *([warning] if warning else [])])
 
 
 def _page(runs: list[dict[str, Any]]) -> str:
@@ -103,9 +115,12 @@ def _page(runs: list[dict[str, Any]]) -> str:
     key = "".join(f'<li class="s{i % 5}">{escape(name)}</li>' for i, name in enumerate(names))
     rows = [[escape(cell) for cell in row] for row in _rows(runs)]
     title = f"{len(runs)} runs compared"
+    warning = f'<p class="wrong">{escape(_warning(runs))}</p>' if _warning(runs) else ""
     body = (
         f"<header><p class='kicker'>rhythm-kernels</p><h1>{title}</h1></header>"
-        + section("Final models", f'<div class="figures">{bars}</div>{table(_HEAD, rows)}<p class="note">{note}</p>')
+        + section(
+            "Final models", f'<div class="figures">{bars}</div>{table(_HEAD, rows)}{warning}<p class="note">{note}</p>'
+        )
         + section("Learning", f'<ul class="key">{key}</ul><div class="figures">{drawn}</div>')
     )
     return page(title, body)

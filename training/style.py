@@ -22,7 +22,7 @@ section>p{max-width:58em}
 .tiles dd{margin:2px 0 0;font-size:22px;font-variant-numeric:tabular-nums;letter-spacing:-.01em}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:6px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:6px 0 6px 18px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:500;font-size:14px}
 th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal}
 tbody tr:last-child td{border-bottom:0}

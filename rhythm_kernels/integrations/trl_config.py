@@ -40,6 +40,8 @@ class RhythmGRPOConfig(GRPOConfig):
             raise type(error)(f"rhythm_{error}") from error
         if not 0 < self.rhythm_head_quantile <= 1:
             raise ValueError(f"rhythm_head_quantile is {self.rhythm_head_quantile}: it must be above 0 and at most 1")
+        if len(self.rhythm_horizon) != 2:
+            raise ValueError(f"rhythm_horizon is {self.rhythm_horizon!r}: it must be a pair (first, last)")
         if self.rhythm_regroup_steps < 0:
             raise ValueError(f"rhythm_regroup_steps is {self.rhythm_regroup_steps}: it must be at least 0")
 

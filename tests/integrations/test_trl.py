@@ -373,6 +373,7 @@ def build(tmp_path, **changed):
         ({"rhythm_head_quantile": 0.0}, "rhythm_head_quantile is 0.0"),
         ({"rhythm_regroup_steps": -1}, "rhythm_regroup_steps is -1"),
         ({"rhythm_window": 0}, "window: 0"),
+        ({"rhythm_horizon": (10,)}, r"rhythm_horizon is \(10,\): it must be a pair"),
         ({"rhythm_horizon": (10, 5)}, "horizon: "),
         ({"rhythm_layers": "middle"}, "layers: 'middle'"),
         ({"rhythm_layers": [7]}, "layer 7"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -155,9 +156,30 @@ def test_compare(runs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "uniform" in printed
     assert "coupled" in printed
+    assert "Not started from" not in printed
     text, page = read_page(output)
     assert page.links == []
     assert "2 runs compared" in text
+
+
+def test_compare_warns_of_different_starts(runs, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(runs / "coupled", other)
+    result = json.loads((other / "result.json").read_text())
+    result["before"]["greedy"]["right"] = "1" * 12
+    (other / "result.json").write_text(json.dumps(result))
+    assert main(["compare", str(runs / "plain"), str(other), "--output", str(tmp_path / "compare.html")]) == 0
+    assert f"Not started from the model that {runs / 'plain'} started from: {other}" in capsys.readouterr().out
+
+
+def test_compare_refuses_different_questions(runs, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(runs / "coupled", other)
+    result = json.loads((other / "result.json").read_text())
+    result["split"] = "test"
+    (other / "result.json").write_text(json.dumps(result))
+    assert main(["compare", str(runs / "plain"), str(other), "--output", str(tmp_path / "compare.html")]) == 2
+    assert "evaluated on test split" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
