@@ -21,7 +21,7 @@ from .functional import column_moments, span
 if TYPE_CHECKING:
     from .probe.capture import LayerCall
     from .probe.masks import ForwardInputs
-    from .probe.structure import Decoder
+    from .probe.structure import Decoder, HeadShards
 
 Head = tuple[int, int]
 
@@ -145,7 +145,7 @@ def head_groups(
         raise ValueError(f"by: {by!r}, must be 'span' or 'receiver'")
     decoder = find_decoder(model)
     sampled = attention_layers(decoder, layers)
-    tally = _Tally({layer: decoder.heads[layer] for layer in sampled}, receiver=by == "receiver")
+    tally = _Tally({layer: decoder.heads[layer] for layer in sampled}, by == "receiver", decoder.shards)
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -159,6 +159,7 @@ def head_groups(
             module.training = True
     if not tally.tokens:
         raise ValueError("batches: no response token in any of them, so no head has a span")
+    tally.gather()
     count = max(1, round(quantile * len(tally.heads)))
     spans = tally.mean_span()
     by_span = sorted(tally.heads, key=lambda head: (spans[head], head))
@@ -192,7 +193,7 @@ def _response_mask(inputs: dict[str, Any]) -> Tensor | None:
 class _Tally:
     """Sums over all response tokens of all batches, per head; a `Consumer` of the capture."""
 
-    def __init__(self, heads_of: dict[int, int], receiver: bool) -> None:
+    def __init__(self, heads_of: dict[int, int], receiver: bool, shards: HeadShards | None) -> None:
         self.heads: list[Head] = [(layer, head) for layer, n in heads_of.items() for head in range(n)]
         self.response_mask: Tensor | None = None
         self.tokens = 0
@@ -203,8 +204,11 @@ class _Tally:
         self._kurtosis = {layer: torch.zeros(n, dtype=torch.float64) for layer, n in heads_of.items()}
         self._responses = 0
         self._receiver = receiver
+        self._shards = shards
+        self._device = torch.device("cpu")
 
     def begin(self, inputs: ForwardInputs) -> Tensor | None:
+        self._device = inputs.device
         shape = (inputs.batch, inputs.length)
         if self.response_mask is None:
             return None
@@ -213,21 +217,22 @@ class _Tally:
         return self.response_mask.to(inputs.device, torch.bool)
 
     def layer(self, call: LayerCall) -> None:
-        heads = range(self._heads_of[call.layer])
+        heads = call.present(range(self._heads_of[call.layer]))
+        here = slice(call.first_head, call.first_head + len(heads))
         spans = call.measure(span, heads, per_head=True)  # (B, H, T), 0 outside R
-        self._span[call.layer] += spans.double().sum(dim=(0, 2)).cpu()
+        self._span[call.layer][here] += spans.double().sum(dim=(0, 2)).cpu()
         if self._receiver:
-            self._add_kurtosis(call, heads)
+            self._add_kurtosis(call, heads, here)
         if call.layer == self._first:
             self.tokens += int(call.sequences.response.sum())
             self.sequences += call.sequences.bounds.shape[0]
 
-    def _add_kurtosis(self, call: LayerCall, heads: Sequence[int]) -> None:
+    def _add_kurtosis(self, call: LayerCall, heads: list[int], here: slice) -> None:
         moments = column_moments(
             call.q,
             call.k,
             call.lse,
-            heads=list(heads),
+            heads=heads,
             per_head=True,
             **call.score,
             **call.sequences.arguments,
@@ -241,7 +246,7 @@ class _Tally:
             centred = received - received.mean(dim=1, keepdim=True)
             variance = centred.square().mean(dim=1)
             kurtosis = torch.where(variance > 0, centred.pow(4).mean(dim=1) / variance.square(), 0.0)
-            self._kurtosis[call.layer] += kurtosis.cpu()
+            self._kurtosis[call.layer][here] += kurtosis.cpu()
             self._responses += call.layer == self._first
 
     def end(self) -> None:
@@ -251,6 +256,12 @@ class _Tally:
         """A batch that was not measured must not silently miss from the calibration."""
         if "exception" not in reason:
             raise ValueError(f"batches: a batch was not measured, because {reason}")
+
+    def gather(self) -> None:
+        """Bring the heads of all tensor-parallel ranks together, on every rank."""
+        if self._shards is not None:
+            for sums in (*self._span.values(), *self._kurtosis.values()):
+                sums.copy_(self._shards.sum(sums.to(self._device)))
 
     def mean_span(self) -> dict[Head, float]:
         """Eq. 7, in tokens."""

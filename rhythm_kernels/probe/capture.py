@@ -34,6 +34,7 @@ class LayerCall:
         q, k: `(B, T, H, D)` and `(B, T, H_kv, D)`, or `(B * T, ...)` for packed batches; views of the model's own.
         lse: `(B, H, T)` / `(H, B * T)` float32 as the model's attention operator computed it, or None.
         source: where lse comes from, in words.
+        first_head: which of the layer's query heads q begins with: above 0 on later ranks of a tensor-parallel model.
         score: the score rule, and `sequences` the live ranges, both as keyword arguments of the public functions.
     """
 
@@ -44,9 +45,15 @@ class LayerCall:
     source: str
     score: dict[str, Any]
     sequences: Sequences
+    first_head: int = 0
+
+    def present(self, heads: Sequence[int]) -> list[int]:
+        """Those of `heads` that q holds, counted within q."""
+        count = self.q.shape[-2]
+        return [head - self.first_head for head in heads if 0 <= head - self.first_head < count]
 
     def measure(self, function: Callable[..., Tensor], heads: Sequence[int], **options: Any) -> Tensor:
-        """Call one of the public functions on this layer: `(B, T)` float32, or `(B, Hs, T)` with `per_head=True`."""
+        """Call one of the public functions on heads of q: `(B, T)` float32, or `(B, Hs, T)` with `per_head=True`."""
         result = function(
             self.q, self.k, self.lse, heads=list(heads), **self.score, **self.sequences.arguments, **options
         )
@@ -81,6 +88,7 @@ class Capture:
         self._decoder = decoder
         self._layers = sorted(set(layers))
         self._consumer = consumer
+        self._layer_of = decoder.layer_of
         self._modules = [decoder.attentions[layer] for layer in self._layers]
         self._taps: dict[int, registry.Tap] = {id(module): self._tap for module in self._modules}
         self._undo: list[Callable[[], None]] = []
@@ -159,7 +167,7 @@ class Capture:
         mask: Any,
         kwargs: dict[str, Any],
     ) -> Any:
-        layer = self._decoder.layer_of[id(module)]
+        layer = self._layer_of[id(module)]
         flash = "flash" in name
         _refuse_unsupported(self._decoder, layer, name, query, key, kwargs)
         if name == "sdpa" or flash:
@@ -184,7 +192,10 @@ class Capture:
             if self._sequences is None:
                 self._sequences = sequences_of(self._inputs, self._response_mask, flash)
             left = _left_window(self._sequences, module, name, mask, kwargs, flash)
-            self._consumer.layer(_layer_call(layer, query, key, seen, self._sequences, left, kwargs))
+            call = _layer_call(layer, query, key, seen, self._sequences, left, kwargs)
+            if query.shape[1] < self._decoder.heads[layer] and self._decoder.shards is not None:
+                call.first_head = self._decoder.shards.rank * query.shape[1]
+            self._consumer.layer(call)
         return out
 
 
@@ -219,10 +230,11 @@ def _refuse_unsupported(
 ) -> None:
     """Raise for attention that is not the softmax this package measures, naming what it is."""
     heads = decoder.heads[layer]
-    if query.shape[1] != heads:
+    sharded = decoder.shards is not None and query.shape[1] * decoder.shards.size == heads
+    if query.shape[1] != heads and not sharded:
         raise ValueError(
-            f"layer {layer} attends with {query.shape[1]} query heads of the model's {heads}: heads sharded over ranks "
-            "(tensor parallel, Ulysses) are not supported by the probe"
+            f"layer {layer} attends with {query.shape[1]} query heads of the model's {heads}: of heads sharded over "
+            "ranks, only transformers' own tensor parallelism (tp_plan) is supported by the probe"
         )
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"layer {layer} adds a position bias to its scores, which the probe does not support")

@@ -29,7 +29,7 @@ class RhythmProbe:
 
     Args:
         model: a transformers causal language model, also wrapped (DDP, FSDP, PEFT, `torch.compile` without
-            `fullgraph`).
+            `fullgraph`) or tensor-parallel by its `tp_plan` (every rank gets the same results).
         groups: which heads are local (WAAD) and global (FAI). Groups that `head_groups` saved for another
             architecture are refused; groups built by hand are accepted where their indices fit.
         window: W of eq. 9, in tokens.
@@ -47,7 +47,7 @@ class RhythmProbe:
     Raises:
         TypeError, ValueError: at construction, for groups that do not fit the model, numbers out of range, and models
             without softmax attention that goes through transformers' registry; in the forward, for masks and layouts
-            that cannot be measured (custom or chunked masks, sharded heads or sequences, sinks under sdpa, ...).
+            that cannot be measured (custom or chunked masks, sharded sequences, sinks under sdpa, ...).
         RuntimeError: for two probes on one model at the same time, and for entering one twice.
     """
 
@@ -73,6 +73,7 @@ class RhythmProbe:
         self.lse_source: dict[int, str] = {}
         self._local = _by_layer(groups.local)
         self._global = _by_layer(groups.global_)
+        self._shards = decoder.shards
         self._capture = Capture(decoder, [*self._local, *self._global], self)
         self._entered = False
         self._sums: tuple[Tensor, Tensor] | None = None
@@ -130,7 +131,8 @@ class RhythmProbe:
         assert self._sums is not None
         self.lse_source[call.layer] = call.source
         waad_sum, fai_sum = self._sums
-        local, global_ = self._local.get(call.layer), self._global.get(call.layer)
+        local = call.present(self._local.get(call.layer, []))
+        global_ = call.present(self._global.get(call.layer, []))
         if local:
             mean = call.measure(waad, local, window=self.window)
             waad_sum.add_(mean.to(waad_sum.device), alpha=len(local))
@@ -139,9 +141,11 @@ class RhythmProbe:
             fai_sum.add_(mean.to(fai_sum.device), alpha=len(global_))
 
     def end(self) -> None:
-        """Turn the sums into means over each group's heads."""
+        """Turn the sums, over all ranks that share the heads, into means over each group's heads."""
         assert self._sums is not None
         waad_sum, fai_sum = self._sums
+        if self._shards is not None:
+            waad_sum, fai_sum = self._shards.sum(torch.stack(self._sums))
         self._results = waad_sum / len(self.groups.local), fai_sum / len(self.groups.global_)
         self._sums = None
 

@@ -7,10 +7,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[bool], None]
+
+
+@dataclass(frozen=True)
+class HeadShards:
+    """Tensor parallelism: each of `size` ranks of `group` attends with its own block of the query heads."""
+
+    group: Any
+    rank: int
+    size: int
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, in place."""
+        import torch.distributed as dist
+
+        dist.all_reduce(x, group=self.group)
+        return x
 
 
 @dataclass
@@ -23,6 +39,7 @@ class Decoder:
         attentions: layer -> the module of its softmax self-attention; layers of other kinds are absent.
         heads: layer -> number of query heads.
         num_layers: all layers, of whatever kind.
+        shards: how the query heads are spread over ranks; None: every rank has them all.
     """
 
     module: nn.Module
@@ -30,6 +47,7 @@ class Decoder:
     attentions: dict[int, nn.Module]
     heads: dict[int, int]
     num_layers: int
+    shards: HeadShards | None = None
 
     @property
     def config(self) -> Any:
@@ -107,7 +125,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     config = module.config.get_text_config(decoder=True)
     num_layers = getattr(config, "num_hidden_layers", None) or max(attentions) + 1
     heads = {layer: _query_heads(attention, config) for layer, attention in attentions.items()}
-    return Decoder(module, _watched(model, module), attentions, heads, int(num_layers))
+    return Decoder(module, _watched(model, module), attentions, heads, int(num_layers), _shards(outer))
 
 
 def bind_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -178,6 +196,15 @@ def _query_heads(attention: nn.Module, config: Any) -> int:
             if isinstance(value, int):
                 return value
     raise ValueError(f"model: the number of query heads of {type(attention).__name__} is not known")
+
+
+def _shards(model: nn.Module) -> HeadShards | None:
+    """The tensor-parallel ranks of a model that transformers has sharded by its `tp_plan`."""
+    mesh: Any = getattr(model, "_device_mesh", None)
+    if mesh is None or "tp" not in (mesh.mesh_dim_names or ()):
+        return None
+    ranks = mesh["tp"]
+    return HeadShards(ranks.get_group(), ranks.get_local_rank(), ranks.size()) if ranks.size() > 1 else None
 
 
 def _watched(model: nn.Module, decoder: nn.Module) -> nn.Module:

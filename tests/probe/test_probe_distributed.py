@@ -1,8 +1,11 @@
-"""Sharded and wrapped models: FSDP2 over two processes, and models that accelerate has prepared."""
+"""Sharded and wrapped models: FSDP2 and tensor parallelism over two processes, and accelerate."""
 
 from __future__ import annotations
 
+import os
+
 import probe_models as models
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -44,6 +47,33 @@ def _fsdp2_rank(rank: int, store: str) -> None:
 
 def test_fsdp2(tmp_path):
     mp.spawn(_fsdp2_rank, (str(tmp_path / "store"),), nprocs=2)
+
+
+def _tensor_parallel_rank(rank: int, folder: str) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        batch = models.padded_batch()
+        whole = models.tiny_model("llama")
+        expected, groups = measured(whole, batch), head_groups(whole, [batch], layers="all", by="receiver")
+        plan = {"distributed_config": DistributedConfig(tp_plan="auto")}
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **plan).eval()
+        for mine, want in zip(measured(model, batch), expected):
+            torch.testing.assert_close(mine, want, atol=1e-4, rtol=0)
+        assert head_groups(model, [batch], layers="all", by="receiver") == groups
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.long
+def test_tensor_parallel(tmp_path):
+    """Each of two processes has two of the four heads; one all-reduce gives both of them the whole."""
+    models.tiny_model("llama").save_pretrained(tmp_path)
+    mp.spawn(_tensor_parallel_rank, (str(tmp_path),), nprocs=2)
 
 
 def test_accelerate():

@@ -307,8 +307,8 @@ def test_unknown_implementations_are_refused_by_name(model):
 
 
 def test_sharded_heads_and_sequences_are_refused(model):
-    model.config.num_attention_heads = 8  # what a tensor-parallel rank meets: half of the heads that the model has
-    with RhythmProbe(model, GROUPS), pytest.raises(ValueError, match="tensor parallel"):
+    model.config.num_attention_heads = 8  # what a rank meets under Ulysses: half of the heads that the model has
+    with RhythmProbe(model, GROUPS), pytest.raises(ValueError, match="tensor parallelism"):
         forward(model)
     model.config.num_attention_heads = 4
     halve = model.model.layers[0].register_forward_pre_hook(

@@ -172,7 +172,13 @@ COMPILERS = {
 
 @pytest.mark.parametrize(
     ("how", "warm"),
-    [("around", True), ("around", False), ("in place", True), ("decoder in place", True), ("each layer", True)],
+    [
+        ("around", True),
+        ("decoder in place", True),
+        pytest.param("around", False, marks=pytest.mark.long),
+        pytest.param("in place", True, marks=pytest.mark.long),
+        pytest.param("each layer", True, marks=pytest.mark.long),
+    ],
 )
 def test_compiled_models(how, warm):
     torch._dynamo.reset()
