@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -431,3 +436,28 @@ def test_configuration_from_the_command_line(tmp_path):
 def test_last_token():
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]])
     assert last_token(mask).tolist() == [4, 0, 1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_two_processes_agree(tmp_path, iterations):
+    """Each process calibrates on its own half of the batch: all must use the groups of the first."""
+    root = Path(__file__).parents[2]
+    words = ["--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    script = ["tests/integrations/two_processes.py", str(tmp_path), str(iterations)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words, *script],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first["local"] == second["local"]
+    assert first["global"] == second["global"]
+    assert first["weights"] == second["weights"]
+    assert first["gamma"]
+    assert all(1 < gamma < 1.5 for gamma in first["gamma"])
