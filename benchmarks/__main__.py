@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -54,17 +55,22 @@ def _run(arguments: list[str]) -> int:
         path = Path(options.save) if options.save else default_path(device_name(device))
     earlier = load([path]) if path is not None and path.exists() else []
     rows: list[Row] = []
+    broken = False
     for suite in options.suite or [name for name in SUITES if name != "native_targets" or device.type == "cpu"]:
-        for found in run_suite(suite, options.profile, device, budget, options.length or (), options.without):
-            rows += found
-            print(report.table(found), flush=True)
-            if path is not None:  # after every shape: what is cut short keeps what it has
-                save([*earlier, *rows], path)
+        try:
+            for found in run_suite(suite, options.profile, device, budget, options.length or (), options.without):
+                rows += found
+                print(report.table(found), flush=True)
+                if path is not None:  # after every shape: what is cut short keeps what it has
+                    save([*earlier, *rows], path)
+        except Exception:  # the other suites are still wanted
+            traceback.print_exc()
+            broken = True
     for line in verdicts(rows):
         print(line)
     if path is not None:
         print(f"{len(rows)} rows added to {path}")
-    return 1 if any(row.status in ("wrong", "failed") for row in rows) else 0
+    return 1 if broken or any(row.status in ("wrong", "failed") for row in rows) else 0
 
 
 def _report(arguments: list[str]) -> int:

@@ -7,6 +7,9 @@
 # to $OUT, or to benchmarks/results/session where OUT is unset: session.json, session.log, rows.json, junit.xml.
 # Where .git does not travel, set RHYTHM_COMMIT to the commit that rows shall name.
 #
+# What does not fit one call goes into two, on a machine that keeps its files between them:
+#   --steps about,build,test,quick and --steps sanitize,bands,streams,probe,report
+#
 # --steps     which, in their order; default all: about build test quick sanitize bands streams probe report
 # --seconds   for everything (570); each step gets its own limit, or what is left
 # --rehearse  every step on the CPU with tiny shapes, Triton interpreted: checks this script, measures nothing

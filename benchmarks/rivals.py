@@ -166,7 +166,7 @@ def _targets() -> tuple[Rival, ...]:
         return tuple(
             replace(rival, name=f"{prefix}: {rival.name}", work=lambda shape, device: work(shape))
             for rival in rivals
-            if rival.name in ("rhythm cpu", "rhythm torch", "eager maps")
+            if rival.name in ("rhythm cpu", "eager maps")
         )
 
     waad = (*_ours("band_rows", ours.band_rows), _eager(eager.band_rows))

@@ -20,7 +20,7 @@ from ..work import Work
 
 Call = Callable[[], Results]
 _READ_FLOATS = 2**26  # 256 MiB: no cache holds it
-_FMA_ITERATIONS = 2**17
+_FMA_ITERATIONS = 2**21  # some milliseconds
 _SIDE = {"cpu": 1024, "cuda": 8192}
 
 

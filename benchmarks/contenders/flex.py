@@ -31,6 +31,8 @@ def memory(shape: Shape, device: str) -> int:
 
 @functools.cache
 def _compiled() -> Any:
+    # Every score and every shape is one compilation of the same function; at the limit torch runs it uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=False)
 
 
