@@ -143,7 +143,7 @@ void band_rows(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor
   STD_TORCH_CHECK(window >= 1, "window must be at least 1");
   call.p.window = window;
   call.p.out = output(out, call.p, per_head, 1, 0.0f);
-  call.run(&Passes::band_rows, kRowTile, band_rows_scratch(call.p), false);
+  call.run(&Passes::band_rows, kBandTile, band_rows_scratch(call.p), false);
 }
 
 void band_columns(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& seqs, const Tensor& heads,

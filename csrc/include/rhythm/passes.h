@@ -14,30 +14,37 @@ struct Passes {
   TileTask band_rows, band_columns, row_stats, column_stats;
 };
 
-// Scratch of a task in floats, the same for every capability. Two row vectors more than a tile: the unaligned ends.
-inline int64_t band_width(const Problem& p) { return p.window < kBandChunk ? p.window : kBandChunk; }
+// Scratch of a task in floats, the same for every capability; one vector more than a tile where loads are unaligned.
+// (static: see padded.)
 
-inline int64_t band_rows_scratch(const Problem& p) {
-  const int64_t keys = padded(kRowTile + band_width(p) + kMaxLanes);
-  return p.head_dim * (kMaxGroup * padded(kRowTile) + keys) + (2 * kMaxGroup + 2) * kRowTile;
+// Rows that band_rows takes through all heads at a time: a strip reads strip + W - 1 keys, so a wide band wants wide ones.
+static inline int64_t band_rows_strip(const Problem& p) {
+  const int64_t wanted = (p.window - 1 + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
+  return wanted < kMaxLanes ? kMaxLanes : wanted > kMaxStrip ? kMaxStrip : wanted;
+}
+static inline int64_t band_rows_key_columns(const Problem& p) {
+  return padded(band_rows_strip(p) + (p.window < kBandChunk ? p.window : kBandChunk) + kMaxLanes);
+}
+static inline int64_t band_rows_scratch(const Problem& p) {
+  return p.head_dim * (kMaxGroup * kMaxLanes + band_rows_key_columns(p)) + (2 * kMaxGroup + 1) * kMaxStrip;
 }
 
-inline int64_t band_columns_positions(const Problem& p) {
+static inline int64_t band_columns_positions(const Problem& p) {
   const int64_t all = kColumnTile + (p.hi - p.lo);
   return all < 2 * kBandChunk ? all : 2 * kBandChunk;
 }
 
-inline int64_t band_columns_scratch(const Problem& p) {
+static inline int64_t band_columns_scratch(const Problem& p) {
   const int64_t positions = padded(band_columns_positions(p) + kMaxLanes);
   return p.head_dim * (padded(kColumnTile) + positions) + positions + 2 * kColumnTile;
 }
 
-inline int64_t row_stats_scratch(const Problem& p) {
+static inline int64_t row_stats_scratch(const Problem& p) {
   return p.head_dim * (kMaxGroup * padded(kRowTile) + kChunk) + kChunk * kRowTile +
          (4 * kMaxGroup + 2) * kRowTile;
 }
 
-inline int64_t column_stats_scratch(const Problem& p) {
+static inline int64_t column_stats_scratch(const Problem& p) {
   return p.head_dim * (padded(kStatsTile) + kChunk) + kChunk * kStatsTile + kChunk + 10 * kStatsTile;
 }
 

@@ -13,11 +13,13 @@ enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
 // Token tiles. Each is owned by one task, which computes all heads of its tokens, in the order of the head groups:
 // results depend neither on the number of threads nor on which thread took the tile.
-constexpr int64_t kRowTile = 64;     // rows of band_rows and row_stats
-constexpr int64_t kColumnTile = 128; // keys of band_columns
+constexpr int64_t kBandTile = 128;   // rows of band_rows
+constexpr int64_t kRowTile = 64;     // rows of row_stats
+constexpr int64_t kColumnTile = 64;  // keys of band_columns
 constexpr int64_t kStatsTile = 64;   // keys of column_stats
 constexpr int64_t kChunk = 48;       // keys (rows) that row_stats (column_stats) streams at a time
 constexpr int64_t kBandChunk = 128;  // distances (positions) of a wide band handled at a time
+constexpr int64_t kMaxStrip = 64;    // rows that band_rows takes through all heads at a time
 constexpr int64_t kMaxLanes = 16;    // the widest vector of any capability
 constexpr int kMaxGroup = 4;         // query heads that share one reading of a kv head
 
@@ -82,9 +84,9 @@ struct Tile {
   int64_t first, last; // [first, last)
 };
 
-// Scratch floats that one task of a pass needs.
-inline int64_t padded(int64_t columns) {
-  // An odd number of cache lines a row of a transposed tile: an even one maps a column onto few cache sets.
+// The row length of a transposed tile: an odd number of cache lines, as an even one maps a column onto few cache sets.
+// (static: these headers are compiled for several instruction sets, whose copies must not be merged.)
+static inline int64_t padded(int64_t columns) {
   const int64_t lines = (columns + kMaxLanes - 1) / kMaxLanes;
   return (lines | 1) * kMaxLanes;
 }

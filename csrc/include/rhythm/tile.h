@@ -7,6 +7,53 @@
 namespace rhythm {
 namespace RHYTHM_CAPABILITY {
 
+// Dimensions that transpose_block turns at a time.
+constexpr int kBlockDims = kLanes == 4 ? 4 : kLanes / 2;
+
+// out[d * ld + i] = source[i * stride + d] for d < kBlockDims, i < kLanes.
+template <typename T>
+RHYTHM_INLINE void transpose_block(const T* source, int64_t stride, float* out, int64_t ld) {
+  typedef typename Count<kLanes>::type All;
+  // Row i holds token i, and behind it token kBlockDims + i.
+  Vec rows[kBlockDims];
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlockDims; ++i) {
+    if constexpr (kLanes == 4)
+      rows[i] = widen(source + i * stride);
+    else
+      rows[i] = widen_halves(source + i * stride, source + (kBlockDims + i) * stride);
+  }
+  // 4 x 4 blocks inside every quarter.
+#pragma GCC unroll 2
+  for (int i = 0; i < kBlockDims; i += 4) {
+    const Vec a = interleave<1, 0>(rows[i], rows[i + 1], All()), b = interleave<1, 1>(rows[i], rows[i + 1], All());
+    const Vec c = interleave<1, 0>(rows[i + 2], rows[i + 3], All());
+    const Vec d = interleave<1, 1>(rows[i + 2], rows[i + 3], All());
+    rows[i] = interleave<2, 0>(a, c, All()), rows[i + 1] = interleave<2, 1>(a, c, All());
+    rows[i + 2] = interleave<2, 0>(b, d, All()), rows[i + 3] = interleave<2, 1>(b, d, All());
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    if constexpr (kLanes == 16) {
+      // Quarters of rows[j]: dimension j of tokens 0 .. 3, dimension 4 + j of the same, both again for tokens 8 .. 11.
+      store(out + j * ld, paired_quarters<0>(rows[j], rows[4 + j], All()));
+      store(out + (4 + j) * ld, paired_quarters<1>(rows[j], rows[4 + j], All()));
+    } else {
+      store(out + j * ld, rows[j]);
+    }
+  }
+}
+
+// The same at an edge: only the tokens begin <= i < end and the first `width` dimensions are there.
+template <typename T>
+__attribute__((noinline)) static void transpose_edge(const T* source, int64_t stride, int64_t begin, int64_t end,
+                                                     int64_t width, float* out, int64_t ld) {
+  for (int i = 0; i < kLanes; ++i) {
+    const Vec row = i >= begin && i < end ? widen_tail(source + i * stride, width) : Vec{};
+    for (int d = 0; d < width; ++d) out[d * ld + i] = row[d];
+  }
+}
+
 // out[d * ld + c] = source[(first + c) * stride + d] for c < columns, 0 where first + c is outside [begin, end).
 // `source` is token 0 of the head; columns is rounded up to whole vectors, which `out` must have room for.
 template <typename T>
@@ -14,27 +61,13 @@ static void load_transposed(const T* source, int64_t stride, int64_t dim, int64_
                             int64_t begin, int64_t end, float* out, int64_t ld) {
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int64_t token = first + c;
-    const bool inside = token >= begin && token + kLanes <= end;
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const int64_t width = dim - d < kLanes ? dim - d : kLanes;
-      Vec block[kLanes];
-      if (inside && width == kLanes) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = widen(source + (token + i) * stride + d);
-      } else {
-        for (int i = 0; i < kLanes; ++i) {
-          const bool valid = token + i >= begin && token + i < end;
-          block[i] = valid ? widen_tail(source + (token + i) * stride + d, width) : Vec{};
-        }
-      }
-      transpose(block);
-      if (width == kLanes) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(out + (d + i) * ld + c, block[i]);
-      } else {
-        for (int i = 0; i < width; ++i) store(out + (d + i) * ld + c, block[i]);
-      }
-    }
+    const T* const rows = source + token * stride;
+    int64_t d = 0;
+    if (token >= begin && token + kLanes <= end)
+      for (; d + kBlockDims <= dim; d += kBlockDims) transpose_block(rows + d, stride, out + d * ld + c, ld);
+    for (; d < dim; d += kLanes)
+      transpose_edge(rows + d, stride, begin - token, end - token, dim - d < kLanes ? dim - d : kLanes,
+                     out + d * ld + c, ld);
   }
 }
 

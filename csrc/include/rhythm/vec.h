@@ -7,7 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -52,6 +52,13 @@ RHYTHM_INLINE Vec select(Int mask, Vec yes, Vec no) { return mask ? yes : no; }
 RHYTHM_INLINE Vec keep(Int mask, Vec v) { return from_bits(mask & bits(v)); } // v, or +0 where masked out
 RHYTHM_INLINE Vec max_or_nan(Vec a, Vec b) { return a > b ? a : b; }          // b's NaN wins
 
+RHYTHM_INLINE Int lane_index() {
+  Int v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+RHYTHM_INLINE Vec lane_number() { return __builtin_convertvector(lane_index(), Vec); }
+
 template <int... I>
 struct Lanes {};
 template <int N, int... I>
@@ -61,41 +68,25 @@ struct Count<0, I...> {
   typedef Lanes<I...> type;
 };
 
-RHYTHM_INLINE Int lane_index() {
-  Int v;
-  for (int i = 0; i < kLanes; ++i) v[i] = i;
-  return v;
-}
-RHYTHM_INLINE Vec lane_number() { return __builtin_convertvector(lane_index(), Vec); }
-
 #if defined(__clang__)
 #define RHYTHM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define RHYTHM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int{__VA_ARGS__})
 #endif
 
-// Swap the off-diagonal S x S blocks of the rows a (above) and b (below).
-template <int S, int... I>
-RHYTHM_INLINE void swap_blocks(Vec& a, Vec& b, Lanes<I...>) {
-  const Vec above = RHYTHM_SHUFFLE(a, b, ((I & S) ? kLanes + I - S : I)...);
-  const Vec below = RHYTHM_SHUFFLE(a, b, ((I & S) ? kLanes + I : I + S)...);
-  a = above;
-  b = below;
+// Interleaving inside each quarter of four lanes: one instruction on x86, without an index register.
+template <int Width, int High, int... I>
+RHYTHM_INLINE Vec interleave(Vec a, Vec b, Lanes<I...>) {
+  return RHYTHM_SHUFFLE(a, b, ((I & ~3) + (High ? 2 : 0) + (I & (Width - 1)) +
+                               (Width == 1 ? (I & 3) / 2 : 0) + ((I / Width) & 1) * kLanes)...);
+}
+// The quarters 0, 2 (Odd: 1, 3) of a, each followed by the same quarter of b.
+template <int Odd, int... I>
+RHYTHM_INLINE Vec paired_quarters(Vec a, Vec b, Lanes<I...>) {
+  return RHYTHM_SHUFFLE(a, b, ((I & 4 ? kLanes + I - 4 : I) + 4 * Odd)...);
 }
 
-template <int S>
-RHYTHM_INLINE void transpose_stage(Vec (&rows)[kLanes]) {
-  if constexpr (S > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      if (!(i & S)) swap_blocks<S>(rows[i], rows[i + S], typename Count<kLanes>::type());
-    transpose_stage<S / 2>(rows);
-  }
-}
-
-RHYTHM_INLINE void transpose(Vec (&rows)[kLanes]) { transpose_stage<kLanes / 2>(rows); }
-
-// exp(x), relative error below 2e-7; 0 below -87.3 (no denormals), inf above 88, NaN for NaN.
+// exp(x), relative error below 1e-7; 0 below -87.3 (no denormals), inf above 88, NaN for NaN.
 RHYTHM_INLINE Vec exp(Vec x) {
   const float kMagic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
   const Vec shifted = x * 1.44269504f + kMagic;
@@ -109,10 +100,10 @@ RHYTHM_INLINE Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const Int exponent = (bits(shifted) << 23) + (127 << 23); // the magic number's own bits are shifted out
-  const Vec result = p * from_bits(exponent);
-  const Vec bounded = select(x > splat(88.0f), splat(__builtin_inff()), result);
-  return keep(~(x < splat(-87.3f)), bounded);
+  const UInt exponent = ((UInt)shifted << 23) + (127u << 23); // the magic number's own bits are shifted out
+  const Vec result = p * (Vec)exponent;
+  const Vec finite = select(x > splat(88.0f), splat(__builtin_inff()), result);
+  return keep(~(x < splat(-87.3f)), finite);
 }
 
 // tanh(x): absolute error below 2e-7, which a softcap of 50 turns into 1e-5 of a logit.
@@ -151,7 +142,7 @@ RHYTHM_INLINE Vec widen(const Float16* p) {
 #endif
 }
 
-// The last `n` < kLanes numbers of a row, zeros behind them; reads nothing past the row.
+// The first `n` <= kLanes numbers of a row, zeros behind them; reads nothing past them.
 template <typename T>
 RHYTHM_INLINE Vec widen_tail(const T* p, int64_t n) {
   T padded_row[kLanes];
@@ -159,6 +150,26 @@ RHYTHM_INLINE Vec widen_tail(const T* p, int64_t n) {
   __builtin_memcpy(padded_row, p, n * sizeof(T));
   return widen(padded_row);
 }
+
+// kLanes / 2 consecutive numbers from `low`, then as many from `high`: what a transpose wants to start from, since
+// joining two loads is cheaper than exchanging halves of registers later.
+template <typename T>
+RHYTHM_INLINE Vec widen_halves(const T* low, const T* high) {
+  T both[kLanes];
+  __builtin_memcpy(both, low, sizeof(both) / 2);
+  __builtin_memcpy(both + kLanes / 2, high, sizeof(both) / 2);
+  return widen(both);
+}
+#if defined(__AVX512F__) && RHYTHM_LANES == 16
+RHYTHM_INLINE Vec widen_halves(const float* low, const float* high) {
+  const __m512d first = _mm512_castpd256_pd512(_mm256_loadu_pd((const double*)low));
+  return (Vec)_mm512_maskz_insertf64x4(0xff, first, _mm256_loadu_pd((const double*)high), 1);
+}
+#elif defined(__AVX__) && RHYTHM_LANES == 8
+RHYTHM_INLINE Vec widen_halves(const float* low, const float* high) {
+  return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+}
+#endif
 
 } // namespace RHYTHM_CAPABILITY
 } // namespace rhythm
