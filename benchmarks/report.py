@@ -136,11 +136,11 @@ def plots(rows: list[Row], folder: Path) -> list[Path]:
             _panel(axes[0][column], members, styles, "median")
             _panel(axes[1][column], members, styles, "peak_bytes")
             axes[0][column].set_title(family, fontsize=10)
-        axes[0][0].set_ylabel("seconds (median, p20 to p80)")
-        axes[1][0].set_ylabel("peak memory beyond the inputs, bytes")
+        axes[0][0].set_ylabel("time (median, p20 to p80)")
+        axes[1][0].set_ylabel("peak memory beyond the inputs")
         handles = [plt.Line2D([], [], label=name, **style) for name, style in styles.items()]
-        figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
-        figure.suptitle(f"{SUITES[suite].title}, {device}", fontsize=12)
+        figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+        figure.suptitle(f"{SUITES[suite].title}, {device}", fontsize=12, x=0.01, horizontalalignment="left")
         path = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{suite}.png"
         figure.savefig(path, dpi=130)
         plt.close(figure)
@@ -149,6 +149,8 @@ def plots(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def _panel(axis: Any, rows: list[Row], styles: dict[str, dict[str, Any]], quantity: str) -> None:
+    from matplotlib.ticker import LogLocator
+
     lengths = sorted({row.dimensions["length"] for row in rows})
     for name, style in styles.items():
         line = sorted((row for row in rows if row.rival == name), key=lambda row: row.dimensions["length"])
@@ -158,10 +160,18 @@ def _panel(axis: Any, rows: list[Row], styles: dict[str, dict[str, Any]], quanti
         xs = [x for x, _, _ in points]
         axis.plot(xs, [y for _, y, _ in points], markersize=5, **style)
         if quantity == "median":
-            low, high = [row.p20 for _, _, row in points], [row.p80 for _, _, row in points]
-            axis.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            early, late = [row.p20 for _, _, row in points], [row.p80 for _, _, row in points]
+            axis.fill_between(xs, early, late, color=style["color"], alpha=0.15, linewidth=0)
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    if quantity == "median":
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=20))
+        axis.yaxis.set_major_formatter(lambda y, _: seconds(y))
+    else:
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_locator(LogLocator(base=2, numticks=10))
+        axis.yaxis.set_major_formatter(lambda y, _: size(round(y)))
     axis.set_xticks(lengths, [f"{x:,}" for x in lengths])
     axis.minorticks_off()
     axis.set_xlabel("tokens")

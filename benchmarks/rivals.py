@@ -57,6 +57,7 @@ class Rival:
 # bits, as much again.
 _HALF = {"bfloat16": 2000.0, "float16": 250.0}
 _ROUNDED = {"bfloat16": 10.0, "float16": 10.0}  # float32 inside, the result alone in 16 bits
+_EAGER_LONGEST = {"cpu": 4096}
 _SDPA_LONGEST = {"cpu": 8192, "cuda": 131_072}
 _FLEX_LONGEST = {"cpu": 4096, "cuda": 8192}  # on a GPU each shape is compiled anew
 _LONGEST = {"cpu": 8192, "cuda": 32_768}
@@ -82,7 +83,7 @@ def _ours(pass_name: str, make: Callable[[str], Any]) -> tuple[Rival, ...]:
 
 def _eager(make: Any) -> Rival:
     memory = eager.moments_memory if make is eager.column_moments else eager.memory
-    return Rival("eager maps", make, memory=lambda shape, device: memory(shape), slack=_HALF)
+    return Rival("eager maps", make, memory=lambda shape, device: memory(shape), longest=_EAGER_LONGEST, slack=_HALF)
 
 
 def _chunked(make: Any) -> Rival:

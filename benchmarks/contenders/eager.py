@@ -15,9 +15,9 @@ Call = Callable[[], Results]
 
 
 def memory(shape: Shape) -> int:
-    """Bytes at its peak: logits, softmax in float32 and the map in the input's dtype."""
+    """Bytes at its peak: two of logits and map in the input's dtype, and in 16 bits the softmax in float32 beside."""
     size = shape.batch * shape.heads * shape.length**2  # type: ignore[union-attr]
-    return size * (2 * 4 + 2 * shape.itemsize)  # type: ignore[union-attr]
+    return size * 8  # (measured: 2.03 GiB at 16 heads of 4,096 tokens in float32)
 
 
 def moments_memory(shape: Shape) -> int:
