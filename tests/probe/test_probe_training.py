@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import probe_models as models
 import pytest
 import torch
@@ -139,7 +140,6 @@ def test_inference_mode(batch):
 
 
 def test_lora(batch):
-    peft = pytest.importorskip("peft")
     base = models.tiny_model("qwen3")
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False))
     model.eval()
@@ -155,7 +155,6 @@ def test_lora(batch):
 
 
 def test_prompt_tuning_is_refused():
-    peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
     model = peft.get_peft_model(models.tiny_model("llama"), config)
     with pytest.raises(ValueError, match="prompt learning"):
