@@ -17,7 +17,7 @@ from .recipe import Rhythm
 from .tasks.countdown import Instance
 
 SHOWN = 3  # responses
-SHORTEST, LONGEST = 30, 160  # tokens: long enough for a horizon of 10 to say something, short enough to be read
+SHORTEST, LONGEST = 45, 160  # tokens: long enough for a horizon of 10 to say something, short enough to be read
 
 
 def examples(

@@ -67,6 +67,7 @@ def credit_name(mode: str) -> str:
 
 def _lead(result: dict[str, Any], config: dict[str, Any]) -> str:
     change, before, after = (result[key]["sampled"] for key in ("difference", "before", "after"))
+    greedy = result["difference"]["greedy"]
     verb = "rose" if change["low"] > 0 else "fell" if change["high"] < 0 else "did not change measurably"
     moved = "" if verb.startswith("did") else f" {verb}"
     spent = result["cost"]
@@ -83,7 +84,8 @@ def _lead(result: dict[str, Any], config: dict[str, Any]) -> str:
     sentence = (
         f"Sampled accuracy on {before['instances']} held-out instances{moved or ' ' + verb}: "
         f"{change['difference'] * 100:+.1f} points (95% interval {change['low'] * 100:+.1f} to "
-        f"{change['high'] * 100:+.1f}); {change['gained']} became right, {change['lost']} became wrong."
+        f"{change['high'] * 100:+.1f}); {change['gained']} became right, {change['lost']} became wrong. "
+        f"Greedy: {greedy['difference'] * 100:+.1f} points ({greedy['low'] * 100:+.1f} to {greedy['high'] * 100:+.1f})."
     )
     return (
         f"<header><p class='kicker'>rhythm-kernels · {escape(result['name'])}</p>"
