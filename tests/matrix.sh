@@ -25,7 +25,7 @@ environment() {
 row() {
   case $1 in
     trl-oldest)
-      environment "$1" "trl==1.0.0" "transformers==5.5.4" &&
+      environment "$1" "trl==1.0.0" "transformers==5.5.4" requests &&
         ".venv-$1/bin/python" -m pytest -q -n auto tests/integrations tests/probe
       ;;
     triton-3.6) # its interpreter needs an older numpy
