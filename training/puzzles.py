@@ -19,10 +19,12 @@ _PROMPTS: dict[str, Callable[..., Prompt]] = {
     "base": countdown.base_prompt,
     "chat": countdown.chat_prompt,
 }
-_LEVELS_OF_REWARD: dict[str, Callable[[float], float]] = {
-    "score": lambda score: score,
-    "correctness": lambda score: float(score == 1.0),
-    "format": lambda score: float(score > 0),
+_REWARDS: dict[str, Callable[[str, list[int], int], float]] = {
+    "score": countdown.score,
+    "correctness": lambda *case: float(countdown.score(*case) == 1.0),
+    "format": lambda *case: float(countdown.score(*case) > 0),
+    # Small beside a right answer. An explicit `answer none` earns it, a search that hit the length limit does not.
+    "answered": lambda *case: 0.2 * analyse(*case).answered,
 }
 
 
@@ -87,17 +89,17 @@ def reward_functions(names: Sequence[str]) -> list[Reward]:
         RecipeError: for a name that is none.
     """
     for name in names:
-        if name not in _LEVELS_OF_REWARD:
-            raise RecipeError(f"grpo.rewards holds {name!r}: known are {', '.join(_LEVELS_OF_REWARD)}")
+        if name not in _REWARDS:
+            raise RecipeError(f"grpo.rewards holds {name!r}: known are {', '.join(_REWARDS)}")
     return [_reward(name) for name in names]
 
 
 def _reward(name: str) -> Reward:
-    level = _LEVELS_OF_REWARD[name]
+    judge = _REWARDS[name]
 
     def reward(completions: list[Any], numbers: list[list[int]], target: list[int], **_: Any) -> list[float]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        return [level(countdown.score(*case)) for case in zip(texts, numbers, target)]
+        return [judge(*case) for case in zip(texts, numbers, target)]
 
     reward.__name__ = name
     return reward
