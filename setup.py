@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 PASSES = ("band_rows", "band_columns", "row_stats", "column_stats")
@@ -83,7 +84,8 @@ def native() -> dict:
                 defines = [f"-DRHYTHM_CAPABILITY={capability}", f"-DRHYTHM_LANES={lanes}"]
                 flags = ["-std=c++17", *FLAGS, *machine, *defines, *shlex.split(os.environ.get("CXXFLAGS", ""))]
                 source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
-                subprocess.run([*compiler(), *flags, "-c", str(source), "-o", str(target)], check=True)
+                if subprocess.run([*compiler(), *flags, "-c", str(source), "-o", str(target)]).returncode:
+                    raise CompileError(f"csrc/cpu/{name}.cpp does not compile for {capability}")
                 return str(target)
 
             jobs = [(name, capability) for name in PASSES for capability in CAPABILITIES]
