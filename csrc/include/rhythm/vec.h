@@ -109,9 +109,6 @@ RHYTHM_INLINE Vec exp(Vec x) {
 // tanh(x): absolute error below 2e-7, which a softcap of 50 turns into 1e-5 of a logit.
 RHYTHM_INLINE Vec tanh(Vec x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }
 
-// Loads of kLanes consecutive numbers, widened to float32.
-RHYTHM_INLINE Vec widen(const float* p) { return load(p); }
-
 struct BFloat16 {
   uint16_t bits;
 };
@@ -119,20 +116,14 @@ struct Float16 {
   uint16_t bits;
 };
 
-RHYTHM_INLINE Vec widen(const BFloat16* p) {
-  Half h;
-  __builtin_memcpy(&h, p, sizeof(h));
-  return (Vec)(__builtin_convertvector(h, UInt) << 16);
-}
+RHYTHM_INLINE Vec widened(Half h, BFloat16) { return (Vec)(__builtin_convertvector(h, UInt) << 16); }
 
-RHYTHM_INLINE Vec widen(const Float16* p) {
+RHYTHM_INLINE Vec widened(Half h, Float16) {
 #if defined(__AVX512F__) && RHYTHM_LANES == 16
-  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
 #elif defined(__F16C__) && RHYTHM_LANES == 8
-  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  return (Vec)_mm256_cvtph_ps((__m128i)h);
 #else
-  Half h;
-  __builtin_memcpy(&h, p, sizeof(h));
   const UInt wide = __builtin_convertvector(h, UInt);
   const UInt magnitude = (wide & 0x7fffu) << 13;
   const Vec finite = (Vec)magnitude * 0x1p112f; // moves the exponent's bias, normal or not
@@ -140,6 +131,15 @@ RHYTHM_INLINE Vec widen(const Float16* p) {
   const Vec value = ((Int)(wide & 0x7c00u) == 0x7c00) ? special : finite;
   return (Vec)((UInt)value | ((wide & 0x8000u) << 16));
 #endif
+}
+
+// kLanes consecutive numbers as float32.
+RHYTHM_INLINE Vec widen(const float* p) { return load(p); }
+template <typename T>
+RHYTHM_INLINE Vec widen(const T* p) {
+  Half h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return widened(h, T());
 }
 
 // The first `n` <= kLanes numbers of a row, zeros behind them; reads nothing past them.
@@ -152,24 +152,41 @@ RHYTHM_INLINE Vec widen_tail(const T* p, int64_t n) {
 }
 
 // kLanes / 2 consecutive numbers from `low`, then as many from `high`: what a transpose wants to start from, since
-// joining two loads is cheaper than exchanging halves of registers later.
-template <typename T>
-RHYTHM_INLINE Vec widen_halves(const T* low, const T* high) {
-  T both[kLanes];
-  __builtin_memcpy(both, low, sizeof(both) / 2);
-  __builtin_memcpy(both + kLanes / 2, high, sizeof(both) / 2);
-  return widen(both);
-}
+// joining two loads is cheaper than exchanging halves of registers later. Through memory it would be a stall instead.
 #if defined(__AVX512F__) && RHYTHM_LANES == 16
 RHYTHM_INLINE Vec widen_halves(const float* low, const float* high) {
   const __m512d first = _mm512_castpd256_pd512(_mm256_loadu_pd((const double*)low));
   return (Vec)_mm512_maskz_insertf64x4(0xff, first, _mm256_loadu_pd((const double*)high), 1);
 }
-#elif defined(__AVX__) && RHYTHM_LANES == 8
+RHYTHM_INLINE Half joined(const void* low, const void* high) {
+  return (Half)_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)low)),
+                                       _mm_loadu_si128((const __m128i*)high), 1);
+}
+#elif defined(__AVX2__) && RHYTHM_LANES == 8
 RHYTHM_INLINE Vec widen_halves(const float* low, const float* high) {
   return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
 }
+RHYTHM_INLINE Half joined(const void* low, const void* high) {
+  return (Half)_mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)low), _mm_loadl_epi64((const __m128i*)high));
+}
+#else
+RHYTHM_INLINE Vec widen_halves(const float* low, const float* high) {
+  Vec v;
+  __builtin_memcpy(&v, low, sizeof(v) / 2);
+  __builtin_memcpy((char*)&v + sizeof(v) / 2, high, sizeof(v) / 2);
+  return v;
+}
+RHYTHM_INLINE Half joined(const void* low, const void* high) {
+  Half h;
+  __builtin_memcpy(&h, low, sizeof(h) / 2);
+  __builtin_memcpy((char*)&h + sizeof(h) / 2, high, sizeof(h) / 2);
+  return h;
+}
 #endif
+template <typename T>
+RHYTHM_INLINE Vec widen_halves(const T* low, const T* high) {
+  return widened(joined(low, high), T());
+}
 
 } // namespace RHYTHM_CAPABILITY
 } // namespace rhythm
