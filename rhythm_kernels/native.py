@@ -156,5 +156,7 @@ def column_stats(
     The five are count, mean, population variance, skewness and kurtosis (`m4 / m2**2`).
     """
     out = _per_token(q, heads, per_head, 5 if moments else 1)
-    _ops().column_stats(q, k, lse, seqs, heads, scale, softcap, window_left, sinks, min_distance, moments, per_head, out)
+    _ops().column_stats(
+        q, k, lse, seqs, heads, scale, softcap, window_left, sinks, min_distance, moments, per_head, out
+    )
     return out
