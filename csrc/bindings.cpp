@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -126,8 +127,8 @@ struct Call {
     if (workers == 0) return;
     const int64_t line = 16; // floats of a cache line
     const int64_t share = (scratch + line - 1) / line * line;
-    std::vector<float> pool(workers * share + line);
-    float* const aligned = pool.data() + (line - reinterpret_cast<uintptr_t>(pool.data()) / 4 % line) % line;
+    const std::unique_ptr<float[]> pool(new float[workers * share + line]); // not cleared: tasks write what they read
+    float* const aligned = pool.get() + (line - reinterpret_cast<uintptr_t>(pool.get()) / 4 % line) % line;
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) {
       float* const own = aligned + begin * share;

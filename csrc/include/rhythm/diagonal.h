@@ -25,7 +25,8 @@ static void diagonal_block(const float* fixed, int64_t step, int64_t ld_fixed, c
     for (int f = 0; f < Fixed; ++f) left[f] = load(fixed + f * step);
 #pragma GCC unroll 16
     for (int m = 0; m < Moved; ++m) {
-      const Vec right = load(moving + m);
+      Vec right = load(moving + m);
+      keep_in_register(right);
 #pragma GCC unroll 16
       for (int f = 0; f < Fixed; ++f) sum[f][m] = sum[f][m] + left[f] * right;
     }

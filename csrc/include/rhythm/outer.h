@@ -26,7 +26,8 @@ static void outer_block(const float* columns, int64_t ld, const float* rows, int
     for (int v = 0; v < Vecs; ++v) column[v] = load(columns + v * kLanes);
 #pragma GCC unroll 16
     for (int n = 0; n < kOuterRows; ++n) {
-      const Vec row = splat(rows[n * dim + d]);
+      Vec row = splat(rows[n * dim + d]);
+      keep_in_register(row);
 #pragma GCC unroll 16
       for (int v = 0; v < Vecs; ++v) sum[n][v] = sum[n][v] + column[v] * row;
     }
