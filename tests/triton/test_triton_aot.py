@@ -1,4 +1,4 @@
-"""Every kernel compiles ahead of time for every target: no spills, shared memory that fits, tensor cores where 16-bit."""
+"""Every kernel compiles ahead of time for every target: no spills, shared memory that fits, tensor cores in use."""
 
 from __future__ import annotations
 
