@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -264,9 +264,11 @@ def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, device: torc
             index = heads.clamp(0, n_heads - 1).int()
             return torch.stack([index, index], dim=1)
         heads = heads.tolist()
+    if not isinstance(heads, Iterable):
+        raise TypeError(f"heads must be a list or an int tensor of query-head indices, got {type(heads).__name__}")
     index_list = list(heads)
     for h in index_list:
-        if isinstance(h, bool) or not hasattr(h, "__index__"):
+        if isinstance(h, bool) or not (isinstance(h, (int, torch.SymInt)) or hasattr(h, "__index__")):
             raise TypeError(f"heads must hold integers, got {h!r}")
         if not 0 <= h < n_heads:
             raise ValueError(f"heads must be query-head indices in 0..{n_heads - 1}, got {h}")

@@ -37,6 +37,7 @@ WRONG = [
     ({"heads": [0, 4]}, ValueError, r"heads must be query-head indices in 0\.\.3, got 4"),
     ({"heads": [-1]}, ValueError, "got -1"),
     ({"heads": [1, 1]}, ValueError, "heads must not repeat a head"),
+    ({"heads": 2}, TypeError, "heads must be a list or an int tensor of query-head indices, got int"),
     ({"heads": [0.5]}, TypeError, "heads must hold integers, got 0.5"),
     ({"heads": torch.tensor([5])}, ValueError, "got 5"),
     ({"heads": torch.tensor([1.0])}, TypeError, "heads must hold integers"),

@@ -125,3 +125,21 @@ def test_attention_with_rhythm(case: Case, backend: str | None) -> None:
     torch.testing.assert_close(lse.double(), lse64, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(stats.waad.double(), stats64.waad, atol=1e-4, rtol=0)
     torch.testing.assert_close(stats.span.double(), stats64.span, atol=1e-4 * q.shape[-3], rtol=0)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("window", [70, 10**6, 2**40])
+def test_a_window_beyond_the_length_is_the_span(backend: str | None, window: int) -> None:
+    q, k, _ = Case("plain").inputs()
+    span = reference.span(q.double(), k.double())
+    for lse in (None, rk.attention_lse(q, k)):
+        waad = rk.waad(q, k, lse, window=window, backend=backend)
+        torch.testing.assert_close(waad.double(), span, atol=1e-3, rtol=0)
+
+
+def test_the_second_derivative_is_refused() -> None:
+    q, k, _ = Case("plain", length=12).inputs()
+    out, _, _ = rk.attention_with_rhythm(q.requires_grad_(), k, k)
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -72,6 +72,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(lse, waad, span)
 
 
+@torch.autograd.function.once_differentiable  # the recomputing backward has no derivative of its own
 def _backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, seqs, sinks = ctx.saved_tensors
     grads = attention_backward(grad_out, q, k, v, out, lse, seqs, *ctx.rule, sinks, ctx.backend)
