@@ -274,7 +274,7 @@ def _check_options(
         if isinstance(value, bool) or not isinstance(value, int | float):
             what = "a number or None" if optional else "a number"
             raise TypeError(f"{name} is {value!r}: it must be {what}")
-        if math.isnan(value):
+        if value != value:  # not math.isnan, which a compiler cannot trace for a changing float
             raise ValueError(f"{name} is nan: it must be a number")
     if not 0 < gamma_amp < math.inf:
         raise ValueError(f"gamma_amp is {gamma_amp}: it must be above 0 and finite")

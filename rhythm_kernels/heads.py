@@ -151,6 +151,11 @@ def head_groups(
     try:
         with Capture(decoder, sampled, tally), torch.no_grad():
             for batch in batches:
+                if not isinstance(batch, Mapping):
+                    raise TypeError(
+                        "batches must be a list of dicts of model inputs, as in [{'input_ids': ids}], "
+                        f"got {type(batches).__name__} of {type(batch).__name__}"
+                    )
                 inputs = dict(batch)
                 tally.response_mask = _response_mask(inputs)
                 model(**inputs, use_cache=False)

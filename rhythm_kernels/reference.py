@@ -95,7 +95,8 @@ def _logits(
     n, heads, dim = q.shape
     scale = dim**-0.5 if softmax_scale is None else softmax_scale
     keys = _widen(k).repeat_interleave(heads // k.shape[1], dim=1)
-    x = torch.einsum("thd,shd->hts", _widen(q), keys) * scale
+    with torch.autocast(q.device.type, enabled=False):
+        x = torch.einsum("thd,shd->hts", _widen(q), keys) * scale
     if softcap > 0:
         x = softcap * torch.tanh(x / softcap)
     distance = _distance(n, q.device)
@@ -382,7 +383,8 @@ def attention_with_rhythm(
                 maps = attention_maps(q4[row, live], k4[row, live], **score)
                 values = _widen(v4[row, live]).repeat_interleave(n_heads // v4.shape[2], dim=1)
                 pieces.append(values.new_zeros(seq.start - position, n_heads, v4.shape[3]))
-                pieces.append(torch.einsum("hts,shd->thd", maps, values))
+                with torch.autocast(q.device.type, enabled=False):
+                    pieces.append(torch.einsum("hts,shd->thd", maps, values))
                 position = seq.end
         pieces.append(_widen(q4).new_zeros(length - position, n_heads, v4.shape[3]))
         rows.append(torch.cat(pieces))

@@ -259,3 +259,12 @@ def test_wrong_arguments_are_named(changed, error, message):
 def test_wrong_advantages_are_named(advantages, gamma, error, message):
     with pytest.raises(error, match=message):
         shape_advantages(advantages, gamma)
+
+
+def test_a_changing_factor_compiles_without_a_graph_break() -> None:
+    torch._dynamo.reset()
+    measures = torch.rand(2, 9), torch.rand(2, 9), torch.ones(2, 9)
+    compiled = torch.compile(rhythm_credit, fullgraph=True, backend="aot_eager", dynamic=True)
+    for gamma_amp in (1.5, 1.6, 1.75):
+        got = compiled(*measures, gamma_amp=gamma_amp)
+        torch.testing.assert_close(got, rhythm_credit(*measures, gamma_amp=gamma_amp))

@@ -111,3 +111,11 @@ def test_precision_is_that_of_the_inputs_and_at_least_float32(dtype: torch.dtype
     want = torch.float64 if dtype == torch.float64 else torch.float32
     assert reference.waad(q, q).dtype == want
     assert reference.attention_lse(q, q).dtype == want
+
+
+def test_autocast_changes_no_definition() -> None:
+    q, v = torch.randn(1, 20, 2, 8), torch.randn(1, 20, 2, 8)
+    plain = reference.waad(q, q), reference.attention_with_rhythm(q, q, v)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = reference.waad(q, q), reference.attention_with_rhythm(q, q, v)[0]
+    assert all(torch.equal(a, b) for a, b in zip(plain, lowered))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,13 @@ class RhythmGRPOConfig(GRPOConfig):
             raise ValueError(f"rhythm_head_quantile is {self.rhythm_head_quantile}: it must be above 0 and at most 1")
         if len(self.rhythm_horizon) != 2:
             raise ValueError(f"rhythm_horizon is {self.rhythm_horizon!r}: it must be a pair (first, last)")
+        low, high = self.rhythm_horizon
+        if low < 0 or not (high is None or high >= low):
+            raise ValueError(f"rhythm_horizon is {self.rhythm_horizon!r}: it must be 0 <= first <= last")
+        if self.rhythm_window < 1:
+            raise ValueError(f"rhythm_window is {self.rhythm_window}: it must be at least 1")
+        if self.rhythm_groups is not None and not os.path.exists(self.rhythm_groups):
+            raise ValueError(f"rhythm_groups is {self.rhythm_groups!r}: there is no such file")
         if self.rhythm_regroup_steps < 0:
             raise ValueError(f"rhythm_regroup_steps is {self.rhythm_regroup_steps}: it must be at least 0")
 

@@ -177,6 +177,9 @@ def test_errors():
         head_groups(model, [])
     with pytest.raises(ValueError, match="no response token"):
         head_groups(model, [{**batch, "response_mask": torch.zeros(2, 30)}])
+    for slip in (batch, [batch["input_ids"]]):
+        with pytest.raises(TypeError, match="batches must be a list of dicts of model inputs"):
+            head_groups(model, slip)
     with pytest.raises(ValueError, match="quantile"):
         head_groups(model, [batch], quantile=0)
     with pytest.raises(ValueError, match="layers"):
