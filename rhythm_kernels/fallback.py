@@ -37,6 +37,7 @@ def band_rows(
 ) -> Tensor:
     """WAAD (eq. 9) given `lse`, by the identity `W rowsum - sum over the last W keys of A (W - (t - s))`."""
     batch, length = q.shape[:2]
+    window = min(window, length)  # no distance exceeds the length, and `W - (W - d)` cancels where W is large
     tokens = token_table(seqs, batch, length)
     query_heads, lse_rows = heads.long().unbind(1)
     out = q.new_empty((batch, len(heads), length), dtype=torch.float32)

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, reference
 from .canonical import Canonical, canonical, check_int
 from .reference import AttentionStats, ColumnMoments
 
@@ -62,8 +62,6 @@ def _with_lse(form: Canonical, backend: str | None) -> Canonical:
 
 def _dense(name: str, *tensors: Tensor | None, **arguments: Any) -> Any:
     """The dense definition in float64, for `backend="reference"`; a float32 result like every backend's."""
-    from . import reference
-
     q = tensors[0]
     assert q is not None
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -124,9 +122,6 @@ def waad(
         "response_start": response_start,
     }
     form = _canonical("row_stats" if lse is None else "band_rows", backend, q, k, lse, **arguments)
-    if not torch.compiler.is_compiling():
-        # No distance exceeds the length: a larger window changes nothing but the cancellation in `W - (W - d)`.
-        window = min(window, form.q.shape[1])
     if backend == "reference":
         return _dense("waad", q, k, lse, window=window, per_head=per_head, **arguments)
     head = (form.seqs, form.heads, form.max_seqlen, *form.score)
@@ -367,8 +362,6 @@ def attention_with_rhythm(
     form = _canonical("attention", backend, q, k, None, **arguments)
     _check_v(v, q, k)
     if backend == "reference":
-        from . import reference
-
         out, lse, stats = reference.attention_with_rhythm(q, k, v, window=window, per_head=per_head, **arguments)
         return out, lse.detach(), stats
     # The tensors that carry gradients; `form` holds their detached copies.

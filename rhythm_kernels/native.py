@@ -75,6 +75,11 @@ def _per_token(q: Tensor, heads: Tensor, per_head: bool, *planes: int) -> Tensor
     return torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
+def _within(window: int, q: Tensor) -> int:
+    """The same measure by a window no larger than the length: `W - (W - d)` cancels where W is large."""
+    return min(window, q.shape[1])
+
+
 def band_rows(
     q: Tensor,
     k: Tensor,
@@ -90,6 +95,7 @@ def band_rows(
     per_head: bool,
 ) -> Tensor:
     """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
+    window = _within(window, q)
     out = _per_token(q, heads, per_head)
     _ops().band_rows(q, k, lse, seqs, heads, scale, softcap, window_left, sinks, window, per_head, out)
     return out
@@ -130,6 +136,7 @@ def row_stats(
     per_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp `(B, Hs, T)`, WAAD and span `(B, [Hs,] T)` of each row, in one pass over its keys."""
+    window = _within(window, q)
     lse = _per_token(q, heads, True)
     waad, span = _per_token(q, heads, per_head), _per_token(q, heads, per_head)
     _ops().row_stats(q, k, seqs, heads, scale, softcap, window_left, sinks, window, per_head, lse, waad, span)

@@ -84,6 +84,19 @@ def test_a_new_length_compiles_nothing_new() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_beyond_the_length_does_not_cancel_when_compiled(backend: str) -> None:
+    torch._dynamo.reset()
+    q = torch.randn(1, 40, 2, 8)
+    lse = rk.attention_lse(q, q)
+    compiled = torch.compile(
+        lambda q, lse: rk.waad(q, q, lse, window=10**6, backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    want = rk.reference.span(q.double(), q.double())
+    for given in (lse, None):
+        torch.testing.assert_close(compiled(q, given).double(), want, atol=1e-3, rtol=0)
+
+
 def test_ops_run_on_meta_tensors() -> None:
     q, k = torch.randn(2, 1000, 4, 64, device="meta"), torch.randn(2, 1000, 2, 64, device="meta")
     assert rk.waad(q, k, backend="torch").shape == (2, 1000)
