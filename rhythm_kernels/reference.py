@@ -154,24 +154,27 @@ def _measure(
     per_head: bool,
     score: dict,
     ranges: dict,
-    fill: float = 0.0,
+    *planes: int,
 ) -> Tensor:
-    """Apply `rule(A (Hs, n, n), sequence) -> (Hs, n)` to every sequence and lay the results out like the inputs."""
+    """Apply `rule(A (Hs, n, n), sequence) -> (*planes, Hs, n)` to every sequence; results are laid out like the inputs.
+
+    `(*planes, B, [Hs,] T)`, without `B` where the batch is packed; 0 where nothing was measured.
+    """
     packed = ranges["cu_seqlens"] is not None
     if packed:
         q, k, lse = q[None], k[None], None if lse is None else lse[None]
     batch, length, n_heads, _ = q.shape
     index = _heads(heads, n_heads, q.device)
-    out = torch.full((batch, len(index), length), fill, dtype=_widen(q).dtype, device=q.device)
+    out = torch.zeros((*planes, batch, len(index), length), dtype=_widen(q).dtype, device=q.device)
     for seq in _sequences(batch, length, **ranges):
         live = slice(seq.start, seq.end)
         if seq.end > seq.start:
             row_lse = None if lse is None else lse[seq.row, :, live]
             maps = attention_maps(q[seq.row, live], k[seq.row, live], row_lse, **score)[index]
             scored = slice(seq.response_start, seq.end)
-            out[seq.row, :, scored] = rule(maps, seq)[:, seq.response_start - seq.start :]
-    out = out if per_head else out.mean(dim=1)
-    return out[0] if packed else out
+            out[..., seq.row, :, scored] = rule(maps, seq)[..., seq.response_start - seq.start :]
+    out = out if per_head else out.mean(dim=-2)
+    return out.select(len(planes), 0) if packed else out
 
 
 def _response_rows(n: int, seq: _Sequence, device: torch.device) -> Tensor:
@@ -295,27 +298,22 @@ def column_moments(
     score = _score(softmax_scale, window_size, softcap, sinks)
     ranges = _ranges(cu_seqlens, seq_start, seq_end, response_start)
 
-    def moment(name: str) -> Tensor:
-        def rule(maps: Tensor, seq: _Sequence) -> Tensor:
-            n = maps.shape[-1]
-            rows = (_distance(n, maps.device) >= min_distance) & _response_rows(n, seq, maps.device)
-            count = rows.sum(dim=0).to(maps.dtype).expand(maps.shape[0], n)
-            mean = torch.where(rows, maps, 0.0).sum(dim=1) / count.clamp(min=1)
-            central = torch.where(rows, maps - mean[:, None, :], 0.0)
-            m2, m3, m4 = ((central**p).sum(dim=1) / count.clamp(min=1) for p in (2, 3, 4))
-            spread = (m2 > 0) & (count >= 2)
-            safe = torch.where(spread, m2, 1.0)
-            return {
-                "count": count,
-                "mean": mean,
-                "variance": torch.where(count >= 2, m2, 0.0),
-                "skewness": torch.where(spread, m3 / safe**1.5, 0.0),
-                "kurtosis": torch.where(spread, m4 / safe**2, 0.0),
-            }[name]
+    def rule(maps: Tensor, seq: _Sequence) -> Tensor:
+        n = maps.shape[-1]
+        rows = (_distance(n, maps.device) >= min_distance) & _response_rows(n, seq, maps.device)
+        count = rows.sum(dim=0).to(maps.dtype).expand(maps.shape[0], n)
+        mean = torch.where(rows, maps, 0.0).sum(dim=1) / count.clamp(min=1)
+        central = torch.where(rows, maps - mean[:, None, :], 0.0)
+        m2, m3, m4 = ((central**p).sum(dim=1) / count.clamp(min=1) for p in (2, 3, 4))
+        spread = (m2 > 0) & (count >= 2)
+        safe = torch.where(spread, m2, 1.0)
+        variance = torch.where(count >= 2, m2, 0.0)
+        skewness = torch.where(spread, m3 / safe**1.5, 0.0)
+        kurtosis = torch.where(spread, m4 / safe**2, 0.0)
+        return torch.stack(ColumnMoments(count, mean, variance, skewness, kurtosis))
 
-        return _measure(rule, q, k, lse, heads, per_head, score, ranges)
-
-    return ColumnMoments(*(moment(name) for name in ColumnMoments._fields))
+    moments = _measure(rule, q, k, lse, heads, per_head, score, ranges, len(ColumnMoments._fields))
+    return ColumnMoments(*moments.unbind(0))
 
 
 def attention_lse(
