@@ -36,7 +36,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test $(VENV)/.bench
+bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks
 
 sanitize: $(VENV)/.test
@@ -64,10 +64,6 @@ $(VENV)/.train: $(VENV)/.package
 $(VENV)/.test: $(VENV)/.package
 	$(PIP) "rhythm-kernels[train,test]"
 	touch $@ $(VENV)/.train
-
-$(VENV)/.bench: $(VENV)/.package
-	$(PIP) "rhythm-kernels[bench]"
-	touch $@
 
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP) "rhythm-kernels[dev]"
