@@ -160,7 +160,7 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
         for key, value in given.items():
             _known(key, [*types_of, *extra], f"key of {group}")
             if key in types_of:
-                values[key] = _coerce(f"{group}.{key}", value, types_of[key])
+                values[key] = _allowed(f"{group}.{key}", _coerce(f"{group}.{key}", value, types_of[key]))
             else:
                 values.setdefault("more", {})[key] = value
         sections[group] = kind(**values)
@@ -187,6 +187,19 @@ _GROUPS: dict[str, Any] = {
     "eval": Eval,
     "output": Output,
 }
+
+
+# Values that nothing would refuse before the model is loaded, or only after a run. TRL checks its own fields.
+_AT_LEAST = {"task.train_size": 1, "eval.size": 1, "eval.batch_size": 1, "eval.temperature": 0}
+_ONE_OF = {"grpo.optimizer": ("adamw", "sgd"), "eval.split": ("train", "validation", "test")}
+
+
+def _allowed(name: str, value: Any) -> Any:
+    if name in _AT_LEAST and not value >= _AT_LEAST[name]:
+        raise RecipeError(f"{name} is {value!r}: it must be at least {_AT_LEAST[name]}")
+    if name in _ONE_OF and value not in _ONE_OF[name]:
+        raise RecipeError(f"{name} is {value!r}: it must be one of {', '.join(_ONE_OF[name])}")
+    return value
 
 
 def _known(name: str, names: Any, what: str) -> None:

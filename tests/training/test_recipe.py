@@ -55,6 +55,10 @@ def test_overrides():
         ("rhythm.mode=3", "rhythm.mode is 3: it must be a word"),
         ("task.numbers=3", "task.numbers is 3"),
         ("task.numbers=[", "is not YAML"),
+        ("eval.size=0", "eval.size is 0: it must be at least 1"),
+        ("eval.temperature=-1", "eval.temperature is -1.0: it must be at least 0"),
+        ("eval.split=tset", "eval.split is 'tset': it must be one of train, validation, test"),
+        ("grpo.optimizer=lion", "grpo.optimizer is 'lion': it must be one of adamw, sgd"),
     ],
 )
 def test_wrong_overrides_are_explained(override, message):
