@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import UNSPECIALIZED, Problem
-from .score import load_tokens, locate, logit, products, visible, weight
+from .score import load_lse, load_tokens, locate, logit, products, weight
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -30,10 +30,13 @@ def band_columns_kernel(
     if first >= end:
         return
     s = first + tl.arange(0, KEYS)
-    # Rows after s are rows of the response, because s is in it.
-    rows_to = tl.minimum(end, first + KEYS + hi)
+    # The distances that are read: those a window hides are counted all the same, with A = 0.
+    farthest = hi
     if HAS_WINDOW:
-        rows_to = tl.minimum(rows_to, first + KEYS + window_left)
+        farthest = tl.minimum(hi, window_left)
+    n_distances = tl.cast(tl.maximum(farthest - lo + 1, 0), tl.uint32)
+    # Rows after s are rows of the response, because s is in it.
+    rows_to = tl.minimum(end, first + KEYS + farthest)
 
     q += row * q_b * ALIGN
     k += row * k_b * ALIGN
@@ -46,13 +49,12 @@ def band_columns_kernel(
         lse_head = lse + tl.load(heads + 2 * i + 1).to(tl.int64) * lse_h
         k_low, k_high = load_tokens(k_head, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
         for t0 in range(first + lo, rows_to, ROWS):
-            t = t0 + tl.arange(0, ROWS)
             q_low, q_high = load_tokens(q_head, t0, rows_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
-            row_lse = tl.load(lse_head + t.to(tl.int64) * lse_t, mask=t < rows_to, other=0.0)
+            row_lse = load_lse(lse_head, t0, rows_to, lse_t, ROWS)
             x = logit(products(k_low, k_high, q_low, q_high, D1), scale, softcap, 1.0, HAS_SOFTCAP)
-            distance = t[None, :] - s[:, None]
-            inside = (distance >= lo) & (distance <= hi) & (t < rows_to)[None, :]
-            inside = inside & visible(distance, window_left, HAS_WINDOW)
+            # One unsigned comparison for both ends. Rows past `rows_to` read an infinite lse.
+            beyond_lo = (t0 - lo + tl.arange(0, ROWS))[None, :] - s[:, None]
+            inside = beyond_lo.to(tl.uint32) < n_distances
             total += tl.sum(tl.where(inside, weight(x, row_lse[None, :], 1.0), 0.0), 1)
 
     count = tl.minimum(end - 1, s + hi) - (s + lo) + 1

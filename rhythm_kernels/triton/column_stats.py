@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import UNSPECIALIZED, Problem
-from .score import load_tokens, locate, logit, products, visible, weight
+from .score import load_lse, load_tokens, locate, logit, products, visible, weight
 
 # Moments are those of 2^20 A: the fourth power of A = 1e-10 would leave float32.
 UNITS = tl.constexpr(2.0**20)
@@ -32,7 +32,7 @@ def received(
     """
     t = t0 + tl.arange(0, ROWS)
     q_low, q_high = load_tokens(q_head, t0, rows_to, q_stride, ROWS, D, D0, D1, UPCAST)
-    row_lse = tl.load(lse_head + t.to(tl.int64) * lse_stride, mask=t < rows_to, other=float("inf"))
+    row_lse = load_lse(lse_head, t0, rows_to, lse_stride, ROWS)
     x = logit(products(k_low, k_high, q_low, q_high, D1), scale, softcap, 1.0, HAS_SOFTCAP)
     a = weight(x, row_lse[None, :], 1.0)
     counted = (t < rows_to)[None, :]

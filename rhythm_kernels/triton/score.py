@@ -64,6 +64,17 @@ def load_tokens(base, first, end, stride, BLOCK: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
+def load_lse(base, first, end, stride, BLOCK: tl.constexpr):
+    """The log-sum-exp of rows `first .. first + BLOCK` of one head; infinite from `end` on, where A is then 0.
+
+    The offsets within the tile are the same for every tile: outside of a loop over tiles but for one scalar.
+    """
+    local = tl.arange(0, BLOCK)
+    rows = base + tl.cast(first, tl.int64) * stride + local.to(tl.int64) * stride
+    return tl.load(rows, mask=first + local < end, other=float("inf"))
+
+
+@triton.jit
 def products(a_low, a_high, b_low, b_high, D1: tl.constexpr):
     """`a . b` for every pair of tokens, `(rows of a, rows of b)` float32."""
     acc = tl.dot(a_low, tl.trans(b_low), input_precision="ieee")
@@ -117,13 +128,20 @@ def band_sum(q_low, q_high, k_head, k_stride, t, keys_from, keys_to, lse, scale,
              HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
     """`sum over s visible, t - W < s <= t, of exp(x - lse) (W - (t - s))`: what WAAD lacks of `W rowsum`."""
     band = tl.zeros_like(lse)
+    width = window
+    if HAS_WINDOW:
+        width = tl.minimum(window, window_left + 1)
+    width = tl.cast(width, tl.uint32)
     for s0 in range(keys_from, keys_to, KEYS):
         k_low, k_high = load_tokens(k_head, s0, keys_to, k_stride, KEYS, D, D0, D1, UPCAST)
         x = logit(products(q_low, q_high, k_low, k_high, D1), scale, softcap, UNIT, HAS_SOFTCAP)
-        distance = t[:, None] - (s0 + tl.arange(0, KEYS))[None, :]
-        near = visible(distance, window_left, HAS_WINDOW) & (distance < window)
+        # W - (t - s) as a row's part and a column's: exact, as both are below 2^24.
+        column = tl.arange(0, KEYS)
+        from_s0 = t - s0
+        # One unsigned comparison for both ends: a negative distance is a large one.
+        near = (from_s0[:, None] - column[None, :]).to(tl.uint32) < width
         a = tl.where(near, weight(x, lse[:, None], UNIT), 0.0)
-        band += tl.sum(a * (window - distance).to(tl.float32), 1)
+        band += tl.sum(a * ((window - from_s0).to(tl.float32)[:, None] + column.to(tl.float32)[None, :]), 1)
     return band
 
 
