@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The tests under other versions, each in an environment of its own (.venv-NAME, kept for the next time).
 #   bash tests/matrix.sh [PYTHON [NAME ...]]
-# Names: trl-oldest triton-3.6 triton-3.9. Prints one line a row at the end and fails if one failed.
+# Names: trl-oldest triton-3.6 triton-3.9 peers (CONTRIBUTING.md says what each is for). Prints one line a row at the
+# end and fails if one failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${1:-python3}
 shift || true
 names=("$@")
-[ ${#names[@]} -gt 0 ] || names=(trl-oldest triton-3.6 triton-3.9)
+[ ${#names[@]} -gt 0 ] || names=(trl-oldest triton-3.6 triton-3.9 peers)
 torch=${TORCH:-torch==2.13.0}
 export OMP_NUM_THREADS=1
 
@@ -33,6 +34,12 @@ row() {
       ;;
     triton-3.9)
       environment "$1" "triton==3.9.0" && ".venv-$1/bin/python" -m pytest -q -n auto tests/triton
+      ;;
+    peers) # flash-attn without its CUDA kernels: its Triton backend is interpreted
+      environment "$1" "triton==3.8.0" "flash-colreduce==0.2.2" einops &&
+        FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE ".venv-$1/bin/python" -m pip install \
+          --quiet --disable-pip-version-check --no-build-isolation --no-deps "flash-attn==2.8.3" &&
+        PEERS=required ".venv-$1/bin/python" -m pytest -q -n auto tests/peers tests/probe/test_probe_flash_package.py
       ;;
     *)
       echo "unknown row: $1" >&2

@@ -1,32 +1,17 @@
-"""flash_attention_2 with the flash-attn package itself: on a CPU its Triton backend, interpreted.
-
-Collected where `flash_attn` is installed (see conftest.py). The Triton backend's sliding windows and bfloat16 are wrong
-in flash-attn 2.8.3 itself and it drops softcap, so these run in float32 and without either.
-"""
+"""flash_attention_2 with the flash-attn package itself, interpreted: in the peer environment (tests/peers)."""
 
 from __future__ import annotations
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("FLASH_ATTENTION_TRITON_AMD_ENABLE", "TRUE")  # read when flash_attn is imported
-
-import flash_attn
-import flash_attn.flash_attn_interface as interface
 import flash_standin
 import probe_models as models
 import pytest
+import torch
 from probe_oracle import eager_maps, oracle, padded_bounds
 
 from rhythm_kernels import HeadGroups, RhythmProbe
+from tests.peers.packages import flash_attn
 
-if not torch.cuda.is_available():
-    for name in ("forward", "backward", "varlen_forward", "varlen_backward"):
-        operator = getattr(interface, f"_flash_attn_{name}")
-        operator.register_kernel("cpu")(operator._init_fn)  # the package registers them for CUDA alone
-
+package = flash_attn()
 GROUPS = HeadGroups(local=[(0, 0), (1, 1)], global_=[(0, 2), (1, 3)])
 
 
@@ -41,7 +26,7 @@ def test_against_eager_maps(family, layout):
         if layout == "unpadded":
             batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
         bounds = padded_bounds(batch["attention_mask"])
-    functions = flash_attn.flash_attn_func, flash_attn.flash_attn_varlen_func
+    functions = package.flash_attn_func, package.flash_attn_varlen_func
     with flash_standin.installed(model, *functions), torch.no_grad():
         plain = model(**batch, use_cache=False).logits
         with RhythmProbe(model, GROUPS) as probe:
