@@ -1,0 +1,85 @@
+// Kernels that try the emulation itself: right ones, and each kind of wrong one.
+#include "launch.h"
+
+using namespace rhythm;
+
+// out[block] = sum over the block's threads of in, by shuffles and one exchange through shared memory.
+__global__ void block_sum(const int* in, int* out) {
+  __shared__ int partial[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int value = in[blockIdx.x * blockDim.x + threadIdx.x];
+  for (int step = 16; step; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  if (lane == 0) partial[warp] = value;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int sum = 0;
+    for (int i = 0; i < int(blockDim.x / 32); ++i) sum += partial[i];
+    out[blockIdx.x] = sum;
+  }
+}
+
+// out[i] = in[the other end], with or without the barrier that this needs.
+template <bool kBarrier>
+__global__ void reversed(const int* in, int* out) {
+  int* const held = static_cast<int*>(dynamic_shared());
+  held[threadIdx.x] = in[threadIdx.x];
+  if (kBarrier) __syncthreads();
+  out[threadIdx.x] = held[blockDim.x - 1 - threadIdx.x];
+}
+
+__global__ void early_exit(int n) {
+  if (int(threadIdx.x) >= n) return;
+  __syncthreads();
+}
+
+__global__ void two_barriers(int n) {
+  if (int(threadIdx.x) < n)
+    __syncthreads();
+  else
+    __syncthreads();
+}
+
+__global__ void shuffle_without_lanes(int n, int* out) {
+  if (int(threadIdx.x) < n) out[threadIdx.x] = __shfl_down_sync(0xffffffffu, int(threadIdx.x), 1);
+}
+
+__global__ void shuffle_from_outside_the_mask(int* out) {
+  if (threadIdx.x < 8) out[threadIdx.x] = __shfl_sync(0xffu, int(threadIdx.x), 8);
+}
+
+__global__ void warp_against_block(int* out) {
+  if (threadIdx.x < 16) __syncwarp();
+  __syncthreads();
+  out[threadIdx.x] = 1;
+}
+
+__global__ void past_the_end(int* out, int n) {
+  for (int i = threadIdx.x; i <= n; i += blockDim.x) out[i] = i;
+}
+
+__global__ void past_shared(int* out) {
+  int* const held = static_cast<int*>(dynamic_shared());
+  held[threadIdx.x + 1] = 1;
+  out[threadIdx.x] = held[threadIdx.x];
+}
+
+extern "C" {
+int probe_block_sum(const int* in, int* out, int blocks, int block) {
+  return launch(block_sum, blocks, block, 0, nullptr, in, out);
+}
+int probe_reversed(const int* in, int* out, int n) {
+  return launch(reversed<true>, 1, n, n * sizeof(int), nullptr, in, out);
+}
+int probe_reversed_without_barrier(const int* in, int* out, int n) {
+  return launch(reversed<false>, 1, n, n * sizeof(int), nullptr, in, out);
+}
+int probe_early_exit(int n) { return launch(early_exit, 1, 64, 0, nullptr, n); }
+int probe_two_barriers(int n) { return launch(two_barriers, 1, 64, 0, nullptr, n); }
+int probe_shuffle_without_lanes(int n, int* out) { return launch(shuffle_without_lanes, 1, 32, 0, nullptr, n, out); }
+int probe_shuffle_from_outside_the_mask(int* out) {
+  return launch(shuffle_from_outside_the_mask, 1, 32, 0, nullptr, out);
+}
+int probe_warp_against_block(int* out) { return launch(warp_against_block, 1, 32, 0, nullptr, out); }
+int probe_past_the_end(int* out, int n) { return launch(past_the_end, 1, 32, 0, nullptr, out, n); }
+int probe_past_shared(int* out, int n) { return launch(past_shared, 1, n, n * sizeof(int), nullptr, out); }
+}
