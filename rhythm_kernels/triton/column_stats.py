@@ -61,6 +61,17 @@ def merge(n, mean, m2, m3, m4, n_b, mean_b, m2_b, m3_b, m4_b):
     )  # fmt: skip
 
 
+@triton.jit
+def merge_tile(n, mean, m2, m3, m4, a, counted, n_rows):
+    """A tile `(keys, rows)` of A, of which `n_rows` of each key count, joined to count, mean and sums of powers."""
+    a *= UNITS
+    n_b = tl.maximum(n_rows, 0).to(tl.float32)
+    mean_b = tl.sum(a, 1) / tl.maximum(n_b, 1.0)
+    c = tl.where(counted, a - mean_b[:, None], 0.0)
+    c2 = c * c
+    return merge(n, mean, m2, m3, m4, n_b, mean_b, tl.sum(c2, 1), tl.sum(c2 * c, 1), tl.sum(c2 * c2, 1))
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def column_stats_kernel(
     q, k, lse, seqs, heads, sinks, out,
@@ -99,19 +110,20 @@ def column_stats_kernel(
         k_low, k_high = load_tokens(k_head, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
         if MOMENTS:
             n, mean, m2, m3, m4 = zero, zero, zero, zero, zero
-            for t0 in range(rows_from, rows_to, ROWS):
+            for t0 in range(rows_from, tl.minimum(inner, rows_to), ROWS):
                 a, counted = received(
                     k_low, k_high, q_head, q_t * ALIGN, lse_head, lse_t, s, t0, rows_to, min_distance,
                     scale, softcap, window_left, D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, ROWS, True,
                 )  # fmt: skip
-                a *= UNITS
-                n_b = tl.sum(counted.to(tl.float32), 1)
-                mean_b = tl.sum(a, 1) / tl.maximum(n_b, 1.0)
-                c = tl.where(counted, a - mean_b[:, None], 0.0)
-                c2 = c * c
-                n, mean, m2, m3, m4 = merge(
-                    n, mean, m2, m3, m4, n_b, mean_b, tl.sum(c2, 1), tl.sum(c2 * c, 1), tl.sum(c2 * c2, 1)
-                )
+                n_rows = tl.minimum(t0 + ROWS, rows_to) - tl.maximum(t0, s + min_distance)
+                n, mean, m2, m3, m4 = merge_tile(n, mean, m2, m3, m4, a, counted, n_rows)
+            for t0 in range(inner, rows_to, ROWS):
+                a, counted = received(
+                    k_low, k_high, q_head, q_t * ALIGN, lse_head, lse_t, s, t0, rows_to, min_distance,
+                    scale, softcap, window_left, D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, ROWS, HAS_WINDOW,
+                )  # fmt: skip
+                n_rows = zero.to(tl.int32) + (tl.minimum(t0 + ROWS, rows_to) - t0)
+                n, mean, m2, m3, m4 = merge_tile(n, mean, m2, m3, m4, a, counted, n_rows)
             hidden = tl.maximum(end - tl.maximum(rows_to, s + min_distance), 0).to(tl.float32)
             n, mean, m2, m3, m4 = merge(n, mean, m2, m3, m4, hidden, zero, zero, zero, zero)
             m2, m3, m4 = m2 / tl.maximum(n, 1.0), m3 / tl.maximum(n, 1.0), m4 / tl.maximum(n, 1.0)
