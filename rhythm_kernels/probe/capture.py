@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import registry
+from . import attention, registry
 from .lse import LseObserver, as_batched
 from .masks import ForwardInputs, Sequences, sequences_of, window_of_layer
 from .structure import Decoder, bind_forward
@@ -85,6 +85,7 @@ class Capture:
     """Watch `layers` of a decoder for `consumer`, inside a `with` block."""
 
     def __init__(self, decoder: Decoder, layers: Sequence[int], consumer: Consumer) -> None:
+        attention.register()
         self._decoder = decoder
         self._layers = sorted(set(layers))
         self._consumer = consumer
@@ -170,7 +171,7 @@ class Capture:
         layer = self._layer_of[id(module)]
         flash = "flash" in name
         _refuse_unsupported(self._decoder, layer, name, query, key, kwargs)
-        if name == "sdpa" or flash:
+        if name in ("sdpa", attention.NAME) or flash:
             with LseObserver() as seen:
                 out = function(module, query, key, value, mask, **kwargs)
         else:  # eager computes none, and flex_attention's is rounded to the values' dtype
@@ -244,10 +245,10 @@ def _refuse_unsupported(
         raise ValueError(
             f"layer {layer} has attention sinks, which {name!r} silently leaves out: use attn_implementation='eager'"
         )
-    if name not in ("sdpa", "eager", "flex_attention") and "flash" not in name:
+    if name not in ("sdpa", "eager", "flex_attention", attention.NAME) and "flash" not in name:
         raise NotImplementedError(
-            f"attention implementation {name!r} is not known to the probe; use 'sdpa', 'eager', 'flex_attention' or a "
-            "flash attention"
+            f"attention implementation {name!r} is not known to the probe; use 'sdpa', 'eager', 'flex_attention', "
+            f"{attention.NAME!r} or a flash attention"
         )
 
 
@@ -274,7 +275,7 @@ def _layer_call(
 ) -> LayerCall:
     sinks = kwargs.get("s_aux")
     lse = None
-    if seen is not None and seen.lse is not None and sinks is None:
+    if seen is not None and seen.lse is not None and (sinks is None or seen.has_sinks):
         lse = as_batched(seen.lse, query.shape[0], query.shape[1], query.shape[2], sequences.live)
     # The measures must be of the q and k that gave the lse: autocast lowers them inside of the attention function.
     dtype = seen.dtype if lse is not None and seen is not None else torch.promote_types(query.dtype, key.dtype)

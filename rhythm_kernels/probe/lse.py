@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _EFFICIENT = "aten::_scaled_dot_product_efficient_attention"
 _CUDNN = "aten::_scaled_dot_product_cudnn_attention"
+_RHYTHM = "rhythm_kernels::attention"
 _COMPUTE_LSE = 4  # position of `compute_log_sumexp` in the schemas of the two operators above
 
 # operator -> name of the source reported to the user; the second output of each is the natural log-sum-exp, float32.
@@ -26,6 +27,7 @@ _ATEN_SOURCES = {
     "aten::_scaled_dot_product_flash_attention": "sdpa: CUDA flash attention",
     _EFFICIENT: "sdpa: CUDA efficient attention",
     _CUDNN: "sdpa: cuDNN attention",
+    _RHYTHM: "rhythm attention",
 }
 # flash-attn registers these under its own namespace, and the kernels hub under one per build: matched without it.
 _FLASH_SOURCES = {
@@ -41,6 +43,7 @@ class LseObserver(TorchDispatchMode):
         lse: float32, in the operator's own layout (`(B, H, T)`, `(H, total)` for variable lengths), or None.
         source: the operator in words, or None.
         dtype: the dtype in which the operator read q, which autocast may have lowered; None if none was seen.
+        has_sinks: whether the operator knows of attention sinks, so that `lse` holds them where there are any.
     """
 
     def __init__(self) -> None:
@@ -48,6 +51,7 @@ class LseObserver(TorchDispatchMode):
         self.lse: Tensor | None = None
         self.source: str | None = None
         self.dtype: torch.dtype | None = None
+        self.has_sinks = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -67,6 +71,7 @@ class LseObserver(TorchDispatchMode):
         result = func(*args, **kwargs)
         if name != _CUDNN or args[_COMPUTE_LSE]:
             self.lse, self.source, self.dtype = result[1], source, args[0].dtype
+            self.has_sinks = name == _RHYTHM
         return result
 
 
@@ -79,6 +84,8 @@ def as_batched(lse: Tensor, batch: int, heads: int, length: int, live: Tensor | 
     """
     if lse.dim() == 4 and lse.shape[-1] == 1:  # cuDNN keeps the reduced dimension
         lse = lse.squeeze(-1)
+    if lse.shape == (1, heads, batch * length):
+        return lse.unflatten(2, (batch, length))[0].transpose(0, 1)  # ours, over several packed rows
     if lse.dim() == 3 and lse.shape[:2] == (batch, heads) and lse.shape[2] >= length:
         return lse[..., :length]  # the efficient kernel pads T to its alignment
     if length == 1 and lse.numel() == batch * heads:  # a single query is attended with its heads packed as rows

@@ -55,7 +55,7 @@ class Sequences:
     checked: dict[tuple[int, int], tuple[Any, bool]] = field(default_factory=dict)
 
 
-def _ends(mask: Tensor) -> tuple[Tensor, Tensor]:
+def ends(mask: Tensor) -> tuple[Tensor, Tensor]:
     """`(B, T)` bool -> first True and last True + 1 of each row; (0, 0) where there is none."""
     position = torch.arange(mask.shape[1], device=mask.device)
     first = torch.where(mask, position, mask.shape[1]).amin(1)
@@ -105,7 +105,7 @@ def _packed_starts(inputs: ForwardInputs) -> Tensor | None:
 def _padded(inputs: ForwardInputs, mask: Tensor | None, response_mask: Tensor | None) -> Sequences:
     shape = (inputs.batch, inputs.length)
     live = torch.ones(shape, dtype=torch.bool, device=inputs.device) if mask is None else mask
-    start, end = _ends(live)
+    start, end = ends(live)
     if mask is not None and not bool((live.sum(1) == end - start).all()):
         raise ValueError(
             "attention_mask: masked tokens between live ones; a row's live tokens must be one range "
@@ -114,7 +114,7 @@ def _padded(inputs: ForwardInputs, mask: Tensor | None, response_mask: Tensor | 
     arguments: dict[str, Any] = {}
     response_start, response_end = start, end
     if response_mask is not None:
-        response_start, response_end = _ends(response_mask & live)
+        response_start, response_end = ends(response_mask & live)
         none = response_end == 0
         response_end = torch.where(none, end, response_end)
         response_start = torch.where(none, end, response_start)
@@ -187,7 +187,8 @@ def window_of_layer(sequences: Sequences, mask: Any, hints: list[int | None], na
         left = -1 if hint is None or hint >= sequences.length else hint - 1
         key = (id(mask), left)
         if key not in sequences.checked:  # the mask is kept with its verdict, so that its id stays its own
-            sequences.checked[key] = mask, _agrees(_visible_rows(mask, sequences), sequences, left)
+            agreed = agrees(_visible_rows(mask, sequences), sequences.bounds, sequences.length, left)
+            sequences.checked[key] = mask, agreed
         if sequences.checked[key][1]:
             return left
     if sequences.packed:
@@ -202,18 +203,21 @@ def window_of_layer(sequences: Sequences, mask: Any, hints: list[int | None], na
     )
 
 
-def _probe_rows(sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, start, t) of the first, middle and last query of the first few sequences, `(n,)` each."""
-    row, start, end = sequences.bounds[:_CHECKED_SEQUENCES].unbind(1)
+def rows_to_check(bounds: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, start, t) of the first, middle and last query of the first few sequences, `(n,)` each.
+
+    `bounds` is `(S, 3)` (row, start, end), `length` the tokens of a row.
+    """
+    row, start, end = bounds[:_CHECKED_SEQUENCES].unbind(1)
     last = (end - 1).clamp(min=0)
-    t = torch.stack([start.clamp(max=sequences.length - 1), (start + last) // 2, last])
+    t = torch.stack([start.clamp(max=length - 1), (start + last) // 2, last])
     alive = (end > start).expand(3, -1)
     return row.expand(3, -1)[alive], start.expand(3, -1)[alive], t[alive]
 
 
 def _visible_rows(mask: Any, sequences: Sequences) -> Tensor:
     """`(n, T)` bool: the keys that the checked queries see according to `mask`."""
-    row, _, t = _probe_rows(sequences)
+    row, _, t = rows_to_check(sequences.bounds, sequences.length)
     mask_mod: Callable[..., Tensor] | None = getattr(mask, "mask_mod", None)
     if mask_mod is not None:
         keys = torch.arange(sequences.length, device=t.device)
@@ -237,9 +241,10 @@ def _visible_rows(mask: Any, sequences: Sequences) -> Tensor:
     return visible
 
 
-def _agrees(rows: Tensor, sequences: Sequences, left: int) -> bool:
-    _, start, t = _probe_rows(sequences)
-    key = torch.arange(sequences.length, device=t.device)
+def agrees(rows: Tensor, bounds: Tensor, length: int, left: int) -> bool:
+    """Whether `rows` `(n, T)` bool, the keys that the checked queries see, are ranges with this left window."""
+    _, start, t = rows_to_check(bounds, length)
+    key = torch.arange(length, device=t.device)
     expected = (key >= start[:, None]) & (key <= t[:, None])
     if left >= 0:
         expected &= t[:, None] - key <= left

@@ -8,7 +8,9 @@ import torch
 from probe_oracle import eager_maps, oracle, padded_bounds
 
 from rhythm_kernels import HeadGroups, RhythmProbe
+from rhythm_kernels.integrations.transformers import register
 
+register()
 # One head per kv head and layer kind at least; a head may be in both groups.
 GROUPS = HeadGroups(local=[(0, 0), (0, 3), (1, 1), (3, 2)], global_=[(1, 0), (1, 3), (2, 2), (3, 3)])
 IGNORE_PACKING = {"gpt_oss", "afmoe"}  # they give their masks no positions: packed sequences see each other
@@ -16,8 +18,8 @@ EAGER_ONLY = {"gemma2", "gpt_oss"}  # softcap and sinks: transformers refuses or
 CASES = [
     (family, implementation)
     for family in models.FAMILIES
-    for implementation in ("eager", "sdpa")
-    if implementation == "eager" or family not in EAGER_ONLY
+    for implementation in ("eager", "sdpa", "rhythm")
+    if implementation != "sdpa" or family not in EAGER_ONLY
 ]
 
 
@@ -39,6 +41,7 @@ def check_padded(family, implementation):
             logits = model(**batch).logits
     assert torch.equal(logits, plain)
     check(probe, oracle(maps, GROUPS, padded_bounds(batch["attention_mask"])))
+    assert implementation != "rhythm" or set(probe.lse_source.values()) == {"rhythm attention"}
 
 
 @pytest.mark.parametrize(("family", "implementation"), CASES)
@@ -47,7 +50,7 @@ def test_padded(family, implementation):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "rhythm"])
 @pytest.mark.parametrize("family", models.MORE_FAMILIES)
 def test_more_families_padded(family, implementation):
     check_padded(family, implementation)
@@ -64,6 +67,7 @@ def test_packed(family, implementation):
             logits = model(**batch, use_cache=False).logits
     assert torch.equal(logits, plain)
     check(probe, oracle(maps, GROUPS, bounds))
+    assert implementation != "rhythm" or set(probe.lse_source.values()) == {"rhythm attention"}
 
 
 @pytest.mark.parametrize(("family", "implementation"), [case for case in CASES if case[0] in IGNORE_PACKING])

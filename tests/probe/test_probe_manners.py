@@ -11,6 +11,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
+from rhythm_kernels.integrations.transformers import register
 
 GROUPS = HeadGroups(local=[(0, 0), (2, 1)], global_=[(1, 0), (3, 3)])
 
@@ -22,6 +23,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def registry_is_restored():
+    register()  # as the first probe of a process does
     before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping), dict(ALL_ATTENTION_FUNCTIONS._global_mapping)
     yield
     assert (dict(ALL_ATTENTION_FUNCTIONS._local_mapping), dict(ALL_ATTENTION_FUNCTIONS._global_mapping)) == before

@@ -1,0 +1,159 @@
+"""`"rhythm"`: an attention implementation of transformers on `attention_with_rhythm`.
+
+It computes causal self-attention for training and prefill: grouped heads, sliding windows, softcap, sinks, left and
+right padding, packed positions. Decoding with a KV cache, dropout, biases and masks of other shapes go to transformers'
+own `sdpa` function, or to the model's eager function where `sdpa` does not know softcap or sinks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..canonical import DTYPES, MAX_HEAD_SIZE
+from ..functional import attention_with_rhythm
+from .ranges import RangeMask, rhythm_mask
+from .registry import eager_function
+
+NAME = "rhythm"
+
+# Arguments by which sparse attention names the keys it kept, for kernels that read them.
+_SPARSE = ("indices", "topk_indices", "block_indices")
+
+
+def register() -> None:
+    """Make `attn_implementation="rhythm"` known to transformers; calling it again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if NAME not in AttentionInterface._global_mapping:
+        AttentionInterface.register(NAME, rhythm_attention)
+        AttentionMaskInterface.register(NAME, rhythm_mask)
+
+
+def rhythm_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: RangeMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: `query (B, H, T, D)`, `key`, `value (B, H_kv, S, ...)`.
+
+    Returns `(B, T, H, D_v)` and None. Gradients reach query, key, value and the sinks.
+
+    Raises:
+        NotImplementedError: the model attends to chosen keys only (sparse attention).
+    """
+    if any(kwargs.get(name) is not None for name in _SPARSE):
+        raise NotImplementedError(
+            f"{type(module).__name__} chooses keys (sparse attention), which attn_implementation={NAME!r} does not "
+            "support: use 'sdpa' or 'eager'"
+        )
+    query, key, value = _lowered(query, key, value)
+    if dropout or not _is_self_attention(module, query, key, value, attention_mask, kwargs):
+        return _by_others(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
+    batch, _, length, _ = query.shape
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if attention_mask is None:
+        # Without a response no statistics are taken; the probe reads what it wants with the log-sum-exp.
+        ranges = {"response_start": torch.full((batch,), length, dtype=torch.int32, device=q.device)}
+        left, packed = -1, False
+    else:
+        assert isinstance(attention_mask, RangeMask)
+        mask = attention_mask if attention_mask.first.device == q.device else attention_mask.to(q.device)
+        ranges = {**mask.arguments, "response_start": mask.no_response}
+        left, packed = mask.left, mask.packed
+    if packed:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    sinks = kwargs.get("s_aux")
+    out, lse, _ = attention_with_rhythm(
+        q,
+        k,
+        v,
+        softmax_scale=scaling,
+        window_size=(left, 0),
+        softcap=float(kwargs.get("softcap") or 0.0),
+        sinks=sinks,
+        heads=[0],
+        **ranges,
+    )
+    if sinks is not None and sinks.requires_grad and torch.is_grad_enabled():
+        out = _SinkGradient.apply(out, sinks, lse)
+    return out.view(batch, length, *out.shape[-2:]), None
+
+
+def _lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, what `scaled_dot_product_attention` would compute in."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
+
+
+def _is_self_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> bool:
+    """Whether this call is one that `attention_with_rhythm` computes."""
+    causal = kwargs.get("is_causal")
+    return (
+        (getattr(module, "is_causal", True) if causal is None else causal)
+        and (mask is None or isinstance(mask, RangeMask))
+        and query.shape[2] == key.shape[2]
+        and query.dtype in DTYPES
+        and max(query.shape[3], value.shape[3]) <= MAX_HEAD_SIZE
+        and kwargs.get("position_bias") is None
+        and kwargs.get("cache") is None
+    )
+
+
+def _by_others(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    mask = mask.to(query.device).dense() if isinstance(mask, RangeMask) else mask
+    arguments = {"dropout": dropout, "scaling": scaling, **kwargs}
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **arguments)[0]
+    length, keys = query.shape[2], key.shape[2]
+    if mask is None and length > 1:
+        # Where sdpa's mask function leaves the mask out, the queries are the first of the keys.
+        mask = torch.ones(1, 1, length, keys, dtype=torch.bool, device=query.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        low = torch.finfo(query.dtype).min
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, low)
+    return eager_function(module)(module, query, key, value, mask, **arguments)[0]
+
+
+class _SinkGradient(torch.autograd.Function):
+    """The identity on `out`, with the gradient of the sinks that attention itself does not give.
+
+    A sink takes the share `p = exp(sink - lse)` of each row and no value: `d out / d sink = -p out`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, sinks: Tensor, lse: Tensor) -> Tensor:
+        ctx.save_for_backward(out, sinks, lse)
+        return out.view_as(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        out, sinks, lse = ctx.saved_tensors
+        inner = (grad_out.float() * out.float()).sum(-1).movedim(-1, -2)  # (B, H, T) or (H, total)
+        share = torch.exp(sinks.float()[:, None] - lse)
+        dead = torch.isneginf(lse)  # padding: no row, hence no share
+        weighted = torch.where(dead, 0.0, share * inner)
+        return grad_out, -weighted.transpose(0, -2).flatten(1).sum(1).to(sinks.dtype), None

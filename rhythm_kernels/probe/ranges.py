@@ -1,0 +1,194 @@
+"""The mask that "rhythm" attention is given: which range of keys each token sees, in O(B T) memory.
+
+transformers describes a mask by a function of (row, head, query, key) and lets each attention implementation make of it
+what it needs. Causal attention within padded rows, packed sequences, sliding windows and chunks is one range of keys a
+token, and is told by O(B T) evaluations of that function. Whatever is not of this form, and every call with a KV cache,
+gets the boolean `(B, 1, Tq, Tk)` mask that `sdpa` would get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .masks import agrees, ends, rows_to_check
+
+MaskFunction = Callable[[Any, Any, Tensor, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class RangeMask:
+    """Token t of row b sees the keys `first[b, t] <= s <= t`, of these the last `left + 1` (-1: all).
+
+    Attributes:
+        first: `(B, T)` int64, the first token of t's sequence; T for tokens that are in none (padding).
+        left: keys to the left of its own that a token sees, as in `window_size=(left, 0)`.
+        packed: whether some row holds several sequences; q, k and v are then flattened to `(B * T, H, D)`.
+        arguments: what tells the public functions of these sequences (`cu_seqlens` or `seq_start`, `seq_end`).
+        no_response: `response_start` at which no token is measured, one entry a sequence.
+    """
+
+    first: Tensor
+    left: int
+    packed: bool
+    arguments: dict[str, Any]
+    no_response: Tensor
+
+    def mask_mod(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether `query` of `row` sees `key`; the tensors are broadcast."""
+        first = self.first.to(query.device)
+        seen = (key >= first[row, query]) & (key <= query)
+        return seen & (query - key <= self.left) if self.left >= 0 else seen
+
+    def dense(self) -> Tensor:
+        """The same as a `(B, 1, T, T)` bool mask."""
+        batch, length = self.first.shape
+        token = torch.arange(length, device=self.first.device)
+        row = torch.arange(batch, device=self.first.device)[:, None, None, None]
+        return self.mask_mod(row, row, token[:, None], token)
+
+    def to(self, device: Any, *_: Any, **__: Any) -> RangeMask:
+        """The same on another device, where a model's layers are spread over several."""
+        arguments = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.arguments.items()}
+        return RangeMask(self.first.to(device), self.left, self.packed, arguments, self.no_response.to(device))
+
+    # `generate` makes masks ahead for static caches: it asks them to be contiguous, and the model sees them again.
+    ndim = 4
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """That of the `dense` mask."""
+        batch, length = self.first.shape
+        return batch, 1, length, length
+
+    def contiguous(self) -> RangeMask:
+        return self
+
+    def __getitem__(self, index: Any) -> Tensor:
+        raise NotImplementedError(
+            "this model computes with its attention mask (as sparse attention does), which attn_implementation="
+            "'rhythm' does not support: use 'sdpa' or 'eager'"
+        )
+
+
+def rhythm_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    mask_function: MaskFunction | None = None,
+    attention_mask: Tensor | RangeMask | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> RangeMask | Tensor | None:
+    """transformers' mask function for "rhythm": None for plain causal attention, a `RangeMask`, or sdpa's mask."""
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    if isinstance(attention_mask, RangeMask):
+        return attention_mask
+    mask_function = mask_function or causal_mask_function
+    # User-made functions (use_vmap) need not be made of tensor operations; a cache has keys without queries.
+    if q_length == kv_length and not use_vmap and _is_zero(q_offset) and _is_zero(kv_offset):
+        no_padding = attention_mask is None or (attention_mask.shape[1] == q_length and bool(attention_mask.all()))
+        if allow_is_causal_skip and no_padding and (local_size is None or local_size >= kv_length):
+            return None
+        if attention_mask is None or attention_mask.shape[1] == q_length:
+            ranges = ranges_of(mask_function, batch_size, q_length, None if no_padding else attention_mask, device)
+            if ranges is not None:
+                return ranges
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap,
+        device=device,
+        **kwargs,
+    )
+
+
+def _is_zero(offset: Any) -> bool:
+    return isinstance(offset, int) and offset == 0  # static caches give a tensor
+
+
+def ranges_of(
+    mask_function: MaskFunction, batch: int, length: int, attention_mask: Tensor | None, device: torch.device | str
+) -> RangeMask | None:
+    """The ranges that a mask function describes, or None where it describes something else.
+
+    Args:
+        mask_function: as transformers composes it, without padding.
+        attention_mask: `(B, T)` bool, False for padding; None: no padding.
+    """
+    token = torch.arange(length, device=device)
+    row = torch.arange(batch, device=device)[:, None]
+    head = torch.zeros((), dtype=torch.int64, device=device)
+
+    def sees(query: Tensor, key: Tensor) -> Tensor:
+        return torch.as_tensor(mask_function(row, head, query, key), device=device).expand(batch, query.numel())
+
+    live = torch.ones(batch, length, dtype=torch.bool, device=device) if attention_mask is None else attention_mask
+    begins = live.clone()
+    begins[:, 1:] &= ~sees(token[1:], token[:-1]) | ~live[:, :-1]
+    looks_ahead = (sees(token[:-1], token[1:]) & live[:, 1:] & live[:, :-1]).any()
+    start, end = ends(live)
+    holes = (live.sum(1) != end - start).any()  # what follows a hole sees what is before it
+    one_each = (begins.sum(1) == live.any(1)).all()
+    looks_ahead, holes, one_each = torch.stack([looks_ahead, holes, one_each]).tolist()
+    if looks_ahead or holes:
+        return None
+    first = torch.where(live, torch.where(begins, token, -1).cummax(dim=1).values, length)
+    if one_each:
+        bounds = torch.stack([row[:, 0], start, end], dim=1)
+        arguments: dict[str, Any] = {"seq_start": start.to(torch.int32), "seq_end": end.to(torch.int32)}
+        no_response = end.to(torch.int32)
+    else:
+        bounds, cu_seqlens = _packed_bounds(begins, live)
+        no_response = cu_seqlens.diff()
+        arguments = {"cu_seqlens": cu_seqlens, "max_seqlen": int(no_response.max())}
+    left = _left_window(mask_function, bounds, length)
+    rows, _, queries = rows_to_check(bounds, length)
+    shown = torch.as_tensor(mask_function(rows[:, None], head, queries[:, None], token)).expand(-1, length)
+    # Padding is not the function's matter.
+    if not agrees(shown & live[rows], bounds, length, left):
+        return None
+    return RangeMask(first, left, not one_each, arguments, no_response)
+
+
+def _packed_bounds(begins: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """`(S, 3)` (row, start, end) of the live sequences, and `cu_seqlens` over the flattened batch.
+
+    Runs of padding are entries of `cu_seqlens` too: attending among themselves, they disturb nobody.
+    """
+    length = begins.shape[1]
+    edges = begins.clone()
+    edges[:, 0] = True
+    edges[:, 1:] |= live[:, 1:] != live[:, :-1]
+    starts = edges.flatten().nonzero().squeeze(1)
+    cu_seqlens = torch.cat([starts, starts.new_tensor([begins.numel()])])
+    row = starts // length
+    bounds = torch.stack([row, starts - row * length, cu_seqlens[1:] - row * length], dim=1)
+    return bounds[live.flatten()[starts]], cu_seqlens.to(torch.int32)
+
+
+def _left_window(mask_function: MaskFunction, bounds: Tensor, length: int) -> int:
+    """`left` of the window: how many keys the last token of the longest sequence sees before its own; -1: all."""
+    row, start, end = bounds[(bounds[:, 2] - bounds[:, 1]).argmax()].unbind()
+    key = torch.arange(length, device=bounds.device)
+    query = (end - 1).clamp(min=0)
+    seen = torch.as_tensor(mask_function(row, torch.zeros_like(row), query, key)) & (key >= start) & (key < end)
+    count, size = torch.stack([seen.expand(length).sum(), end - start]).tolist()
+    return -1 if count >= size else count - 1
