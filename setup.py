@@ -97,7 +97,7 @@ def native() -> dict:
     name = (version or ["unknown"])[0].replace('"', "")
     extension = CppExtension(
         "rhythm_kernels._C",
-        ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/launch.cpp"],
+        ["csrc/bindings.cpp", "csrc/cpu/credit.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/launch.cpp"],
         py_limited_api=True,
         depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*"))],
         extra_compile_args={"cxx": [*FLAGS, *TARGET, f'-DRHYTHM_COMPILER="{name}"']},

@@ -1,55 +1,39 @@
 // LibTorch's stable ABI meets the kernels here, and nowhere else. One binary serves every later torch and Python.
 #include <Python.h>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/version.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <limits>
 #include <memory>
-#include <optional>
-#include <string>
-#include <vector>
 
+#include "bindings.h"
 #include "cpu/dispatch.h"
 #include "cpu/launch.h"
 
 namespace rhythm {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: STD_TORCH_CHECK(false, "q and k must be float32, bfloat16 or float16");
-  }
-}
-
-// Check an (n, width) int32 table and return its rows.
-template <typename Row>
-const Row* table(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) * 4 == int64_t(sizeof(Row)) &&
-                      tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous(),
-                  name, " must be a contiguous int32 table with ", sizeof(Row) / 4, " columns");
-  return static_cast<const Row*>(tensor.const_data_ptr());
-}
-
 float* output(const Tensor& tensor, const Problem& p, bool per_head, int64_t planes, float fill) {
   const int64_t size = planes * p.batch * (per_head ? p.n_heads : 1) * p.tokens;
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == size,
-                  "an output must be contiguous float32 with ", size, " elements");
-  float* const data = static_cast<float*>(tensor.mutable_data_ptr());
+  float* const data = result(tensor, size);
   std::fill_n(data, size, fill); // what no task owns: prompts, padding
   return data;
+}
+
+// Draw tasks 0 .. n - 1 from one counter, for they differ in cost and threads in speed: `task(i, scratch)`, with memory
+// of `bytes` that belongs to the thread, aligned to 64 and not cleared: tasks write what they read.
+template <typename Task>
+void draw_tasks(int64_t n, int64_t bytes, const Task& task) {
+  const int64_t workers = std::min<int64_t>(n, torch::stable::get_num_threads());
+  if (workers == 0) return;
+  const int64_t line = 64, share = (bytes + line - 1) / line * line;
+  const std::unique_ptr<char[]> pool(new char[workers * share + line]);
+  char* const aligned = pool.get() + (line - reinterpret_cast<uintptr_t>(pool.get()) % line) % line;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) {
+    for (int64_t i = next++; i < n; i = next++) task(i, aligned + begin * share);
+  });
 }
 
 // The call's problem and the tables it points into.
@@ -61,28 +45,7 @@ struct Call {
 
   Call(const Tensor& q, const Tensor& k, const Tensor* lse, const Tensor& seqs, const Tensor& heads, double scale,
        double softcap, int64_t window_left, const std::optional<Tensor>& sinks, bool per_head) {
-    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be (B, T, H, D)");
-    p.batch = q.size(0), p.tokens = q.size(1), p.head_dim = q.size(3);
-    const int64_t query_heads = q.size(2), kv_heads = k.size(2);
-    STD_TORCH_CHECK(k.size(0) == p.batch && k.size(1) == p.tokens && k.size(3) == p.head_dim && kv_heads > 0 &&
-                        query_heads % kv_heads == 0,
-                    "k must be (B, T, H_kv, D) like q, H a multiple of H_kv");
-    p.dtype = dtype_of(q);
-    STD_TORCH_CHECK(dtype_of(k) == p.dtype, "q and k must have the same dtype");
-    STD_TORCH_CHECK(p.head_dim <= 1 || (q.stride(3) == 1 && k.stride(3) == 1),
-                    "the last dimension of q and k must be contiguous");
-    p.q = q.const_data_ptr(), p.q_row = q.stride(0), p.q_token = q.stride(1), p.q_head = q.stride(2);
-    p.k = k.const_data_ptr(), p.k_row = k.stride(0), p.k_token = k.stride(1), p.k_head = k.stride(2);
-
-    int64_t lse_rows = std::numeric_limits<int64_t>::max();
-    if (lse != nullptr) {
-      STD_TORCH_CHECK(lse->dim() == 3 && lse->size(0) == p.batch && lse->size(2) == p.tokens &&
-                          lse->scalar_type() == ScalarType::Float,
-                      "lse must be float32 (B, X, T)");
-      p.lse = static_cast<const float*>(lse->const_data_ptr());
-      p.lse_row = lse->stride(0), p.lse_head = lse->stride(1), p.lse_token = lse->stride(2);
-      lse_rows = lse->size(1);
-    }
+    const int64_t lse_rows = set_inputs(p, q, k, lse), query_heads = q.size(2);
     sequences = table<Sequence>(seqs, "seqs");
     n_sequences = seqs.size(0);
     for (int64_t i = 0; i < n_sequences; ++i) {
@@ -99,22 +62,16 @@ struct Call {
       STD_TORCH_CHECK(0 <= h.query && h.query < query_heads && 0 <= h.lse_row && h.lse_row < lse_rows, "head ", i,
                       " is out of range");
     }
-    groups = group_heads(p.heads, p.n_heads, query_heads / kv_heads);
+    groups = group_heads(p.heads, p.n_heads, query_heads / k.size(2));
     p.groups = groups.data(), p.n_groups = int64_t(groups.size());
 
     p.score.scale = float(scale), p.score.softcap = float(softcap);
     p.score.window_left = window_left < 0 ? std::numeric_limits<int64_t>::max() : window_left;
-    if (sinks.has_value()) {
-      STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == query_heads && sinks->is_contiguous() &&
-                          sinks->scalar_type() == ScalarType::Float,
-                      "sinks must be contiguous float32 (H,)");
-      p.score.sinks = static_cast<const float*>(sinks->const_data_ptr());
-    }
+    p.score.sinks = sinks_of(sinks, query_heads);
     p.per_head = per_head;
   }
   Call(const Call&) = delete; // p points into groups
 
-  // Tasks are drawn from one counter: the tiles of a causal pass differ in cost, and threads in speed.
   void run(TileTask Passes::*pass, int64_t tile_size, int64_t scratch, bool last_first) const {
     const char* const requested = std::getenv("RHYTHM_CPU_CAPABILITY");
     const Passes* const passes = choose_passes(requested);
@@ -123,16 +80,8 @@ struct Call {
     const TileTask task = passes->*pass;
     const Tiles tiles(sequences, n_sequences, tile_size);
     const int64_t n = tiles.size();
-    const int64_t workers = std::min<int64_t>(n, torch::stable::get_num_threads());
-    if (workers == 0) return;
-    const int64_t line = 16; // floats of a cache line
-    const int64_t share = (scratch + line - 1) / line * line;
-    const std::unique_ptr<float[]> pool(new float[workers * share + line]); // not cleared: tasks write what they read
-    float* const aligned = pool.get() + (line - reinterpret_cast<uintptr_t>(pool.get()) / 4 % line) % line;
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) {
-      float* const own = aligned + begin * share;
-      for (int64_t i = next++; i < n; i = next++) task(p, tiles[last_first ? n - 1 - i : i], own);
+    draw_tasks(n, scratch * 4, [&](int64_t i, char* own) {
+      task(p, tiles[last_first ? n - 1 - i : i], reinterpret_cast<float*>(own));
     });
   }
 };
@@ -180,6 +129,14 @@ void column_stats(const Tensor& q, const Tensor& k, const Tensor& lse, const Ten
   call.run(&Passes::column_stats, kStatsTile, column_stats_scratch(call.p), false);
 }
 
+void credit(const Tensor& waad, const Tensor& fai, std::optional<Tensor> score, const Tensor& mask, std::string mode,
+            double top, int64_t neighbors, bool bottom, std::optional<double> tau_waad,
+            std::optional<double> tau_delta, std::vector<double> levels, const Tensor& out) {
+  const CreditProblem p =
+      credit_problem(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out);
+  draw_tasks(p.batch, credit_scratch(p), [&](int64_t row, char* own) { credit_response(p, row, own); });
+}
+
 #define RHYTHM_SCORE "Tensor seqs, Tensor heads, float scale, float softcap, int window_left, Tensor? sinks, "
 
 STABLE_TORCH_LIBRARY(rhythm_kernels_native, m) {
@@ -190,6 +147,7 @@ STABLE_TORCH_LIBRARY(rhythm_kernels_native, m) {
         "int window, bool per_head, Tensor(a!) lse, Tensor(b!) waad, Tensor(c!) span) -> ()");
   m.def("column_stats(Tensor q, Tensor k, Tensor lse, " RHYTHM_SCORE
         "int min_distance, bool moments, bool per_head, Tensor(a!) out) -> ()");
+  m.def("credit(" RHYTHM_CREDIT "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rhythm_kernels_native, CPU, m) {
@@ -197,6 +155,7 @@ STABLE_TORCH_LIBRARY_IMPL(rhythm_kernels_native, CPU, m) {
   m.impl("band_columns", TORCH_BOX(&band_columns));
   m.impl("row_stats", TORCH_BOX(&row_stats));
   m.impl("column_stats", TORCH_BOX(&column_stats));
+  m.impl("credit", TORCH_BOX(&credit));
 }
 
 // What was built, for rhythm_kernels.native.build_info().

@@ -1,17 +1,20 @@
 """Credit: from WAAD and FAI to one factor a token, and from that to shaped advantages.
 
-Pure torch, on any device, without a loop over tokens and without reading a value back to the host (values in CPU
-tensors are checked, as everywhere). Equation numbers are those of arXiv 2510.13554; what the paper leaves open is
-marked "ours". The same rules as plain Python loops are in :func:`rhythm_kernels.reference.rhythm_credit`.
+Arguments are checked here; gamma comes from the op `torch.ops.rhythm_kernels.credit`, on any device, without reading a
+value back to the host (values in CPU tensors are checked, as everywhere). Equation numbers are those of
+arXiv 2510.13554; what the paper leaves open is marked "ours". The definition, as plain Python loops, is
+:func:`rhythm_kernels.reference.rhythm_credit`: every backend gives its bits.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from . import ops, reference
 
 __all__ = ["CREDIT_MODES", "CreditMode", "rhythm_credit", "shape_advantages"]
 
@@ -34,6 +37,7 @@ def rhythm_credit(
     generator: torch.Generator | None = None,
     tau_waad: float | None = None,
     tau_delta: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The factor `gamma` by which each token's non-negative advantage is to be multiplied (eqs. 13 to 18).
 
@@ -55,7 +59,8 @@ def rhythm_credit(
     `k = neighbors`; its intro token is the `u` of these with the largest `delta[u]`, ties to the later one (ours).
 
     Args:
-        waad, fai: `(B, T)` floating point, of the same device; see :func:`rhythm_kernels.waad` and `.fai`.
+        waad, fai: `(B, T)` floating point, of the same device; see :func:`rhythm_kernels.waad` and `.fai`. Compared
+            in float32, or in float64 where one of the measures is (ours).
         response_mask: `(B, T)`, bool or 0/1 numbers: the tokens of each response.
         mode: one of the table.
         gamma_amp: above 0; the factor of a chosen token.
@@ -67,57 +72,71 @@ def rhythm_credit(
         entropy: `(B, T)`, for `mode="entropy"`.
         generator: for `mode="random"`; without one, torch's default generator of the device.
         tau_waad, tau_delta: thresholds; by default (ours) the lower median of the response's WAAD and the smallest
-            `delta` in `T_loc`.
+            `delta` in `T_loc`. Compared in the precision of the measures.
+        backend: None picks the best for the device; `"cuda"`, `"cpu"`, `"torch"`, `"reference"` force one. They give
+            the same bits, but for the draws of `mode="random"`, which belong to the generator's device.
 
     Returns:
         `gamma`, `(B, T)` float32, detached: 1 outside the response, and 1 everywhere for a response that is empty
         or has non-finite measures.
 
     Raises:
-        ValueError, TypeError: an argument out of range, or of the wrong shape, type or device.
+        ValueError, TypeError: an argument out of range, or of the wrong shape, type or device; a backend that cannot
+            serve.
     """
     _check_measures(waad, fai, response_mask, entropy)
-    _check_options(mode, gamma_amp, top, alpha, neighbors, generator, tau_waad, tau_delta)
+    _check_options(mode, gamma_amp, top, alpha, neighbors, generator, tau_waad, tau_delta, backend)
     if mode == "entropy" and entropy is None:
         raise ValueError('entropy is None: mode="entropy" needs it as a (B, T) tensor')
+    if not torch.compiler.is_compiling():
+        ops.choose("credit", backend, waad.device)
+    if backend == "reference":
+        return reference.rhythm_credit(
+            waad.detach(),
+            fai.detach(),
+            response_mask.detach(),
+            mode,
+            gamma_amp,
+            top,
+            alpha,
+            neighbors,
+            bottom=bottom,
+            entropy=entropy if entropy is None else entropy.detach(),
+            generator=generator,
+            tau_waad=tau_waad,
+            tau_delta=tau_delta,
+        )
 
     with torch.no_grad():
-        mask = response_mask.detach() != 0
-        response = _Response.of(mask)
-        measures = [waad, fai] if entropy is None or mode != "entropy" else [waad, fai, entropy]
-        finite = torch.stack([(x.detach().isfinite() | ~mask).all(dim=1) for x in measures]).all(dim=0)
-        live = response.live & finite[:, None]
-        size = torch.ceil(top * response.length.double() - 1e-9)
-
-        def compact(x: Tensor) -> Tensor:
-            x = x.detach()
-            x = x if x.dtype == torch.float64 else x.float()
-            return torch.where(live, x.gather(1, response.order), 0)
-
-        def chosen(x: Tensor, among: Tensor) -> Tensor:
-            return _extreme(x, among, size, lowest=bottom)
-
+        mask = (response_mask.detach() != 0).contiguous()
         if mode == "uniform":
-            bonus = torch.zeros_like(live, dtype=torch.float32)
+            return torch.ones_like(mask, dtype=torch.float32)
+        score = None
+        if mode == "entropy":
+            score = entropy
         elif mode == "random":
             device = mask.device if generator is None else generator.device
-            draw = torch.rand(mask.shape, generator=generator, device=device).to(mask.device)
-            bonus = _extreme(draw, live, size, lowest=False).float()
-        elif mode == "entropy":
-            assert entropy is not None
-            bonus = chosen(compact(entropy), live).float()
-        elif mode == "local":
-            bonus = chosen(_delta(compact(waad), live), live).float()
-        elif mode == "global":
-            influence = compact(fai)
-            bonus = chosen(influence, live & (influence > 0)).float()
-        else:
-            influence = compact(fai)
-            anchors = chosen(influence, live & (influence > 0))
-            bonus = _coupled(compact(waad), anchors, live, size, alpha, neighbors, tau_waad, tau_delta)
+            score = torch.rand(mask.shape, dtype=torch.float32, generator=generator, device=device).to(mask.device)
+        double = any(x is not None and x.dtype == torch.float64 for x in (waad, fai, score))
 
-        gamma = torch.where(live, 1 + (gamma_amp - 1) * bonus, 1.0)
-        return torch.where(mask, gamma.gather(1, response.place), 1.0)
+        def measure(x: Tensor) -> Tensor:
+            return x.detach().to(torch.float64 if double else torch.float32).contiguous()
+
+        return ops.credit(
+            measure(waad),
+            measure(fai),
+            None if score is None else measure(score),
+            mask,
+            mode,
+            gamma_amp,
+            top,
+            alpha,
+            neighbors,
+            bottom and mode != "random",
+            tau_waad,
+            tau_delta,
+            backend,
+        )
 
 
 def shape_advantages(advantages: Tensor, gamma: Tensor) -> Tensor:
@@ -153,79 +172,6 @@ def shape_advantages(advantages: Tensor, gamma: Tensor) -> Tensor:
     return torch.where(advantages >= 0, advantages * gamma, advantages)
 
 
-class _Response(NamedTuple):
-    """The masked tokens of each row moved to its front, and the way back."""
-
-    order: Tensor  #  (B, T) int64: which token of the row stands at each place; masked tokens first, in order
-    place: Tensor  #  (B, T) int64: the place of each token of the row
-    live: Tensor  #   (B, T) bool: places that hold a masked token
-    length: Tensor  # (B, 1) int64: n
-
-    @classmethod
-    def of(cls, mask: Tensor) -> _Response:
-        order = (~mask).to(torch.uint8).sort(dim=1, stable=True).indices
-        length = mask.sum(dim=1, keepdim=True)
-        live = torch.arange(mask.shape[1], device=mask.device) < length
-        return cls(order, order.argsort(dim=1), live, length)
-
-
-def _extreme(x: Tensor, among: Tensor, size: Tensor, *, lowest: bool) -> Tensor:
-    """`TopQ` (or its mirror): the `size (B, 1)` highest of `x (B, T)` where `among`, ties to the earlier token."""
-    last = math.inf if lowest else -math.inf
-    order = torch.where(among, x, last).sort(dim=1, descending=not lowest, stable=True).indices
-    return (order.argsort(dim=1) < size) & among
-
-
-def _delta(waad: Tensor, live: Tensor) -> Tensor:
-    """Eq. 13: how far WAAD moves from each token to the next one; 0 at the last."""
-    step = (waad[:, :-1] - waad[:, 1:]).abs()
-    delta = torch.zeros_like(waad)
-    delta[:, :-1] = torch.where(live[:, 1:], step, 0)
-    return delta
-
-
-def _coupled(
-    waad: Tensor,
-    anchors: Tensor,
-    live: Tensor,
-    size: Tensor,
-    alpha: float,
-    neighbors: int,
-    tau_waad: float | None,
-    tau_delta: float | None,
-) -> Tensor:
-    """Eqs. 17 and 18 on compact rows: `1{T_glob without D} + (1 - alpha) 1{D} + alpha 1{I(D)}`, `(B, T)` float32."""
-    delta = _delta(waad, live)
-    low: Tensor | float
-    high: Tensor | float
-    if tau_waad is None:
-        middle = ((live.sum(dim=1, keepdim=True) - 1) // 2).clamp(min=0)
-        low = torch.where(live, waad, math.inf).sort(dim=1).values.gather(1, middle)
-    else:
-        low = tau_waad
-    if tau_delta is None:
-        local = _extreme(delta, live, size, lowest=False)
-        high = torch.where(local, delta, math.inf).amin(dim=1, keepdim=True)
-    else:
-        high = tau_delta
-
-    # The largest delta among the k tokens before each, from the nearest to the farthest, so that ties stay later.
-    steps = range(1, min(neighbors, waad.shape[1] - 1) + 1)
-    peak = torch.full_like(delta, -math.inf)
-    back = torch.zeros_like(delta, dtype=torch.int64)
-    for step in steps:
-        before = delta[:, :-step]
-        nearer = peak[:, step:]
-        back[:, step:] = torch.where(before > nearer, step, back[:, step:])
-        peak[:, step:] = torch.maximum(before, nearer)
-    dominated = anchors & (waad <= low) & (peak >= high) & (back > 0)
-
-    intro = torch.zeros_like(dominated)
-    for step in steps:
-        intro[:, :-step] |= (dominated & (back == step))[:, step:]
-    return (anchors & ~dominated).float() + (1 - alpha) * dominated.float() + alpha * intro.float()
-
-
 def _check_measures(waad: Tensor, fai: Tensor, response_mask: Tensor, entropy: Tensor | None) -> None:
     named = {"waad": waad, "fai": fai, "response_mask": response_mask}
     if entropy is not None:
@@ -258,6 +204,7 @@ def _check_options(
     generator: torch.Generator | None,
     tau_waad: float | None,
     tau_delta: float | None,
+    backend: str | None,
 ) -> None:
     if mode not in CREDIT_MODES:
         raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(CREDIT_MODES)}")
@@ -286,5 +233,7 @@ def _check_options(
         raise TypeError(f"neighbors is {neighbors!r}: it must be an int")
     if neighbors < 1:
         raise ValueError(f"neighbors is {neighbors}: it must be at least 1")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is a {type(generator).__name__}: it must be a torch.Generator or None")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import torch_attention
 from .tiles import KEY_TILE, host_max, host_min, logits, ranges, row_tile, token_table, visible
+from .torch_credit import credit as credit
 
 MOMENT_SCALE = 2.0**24
 

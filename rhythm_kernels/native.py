@@ -1,4 +1,4 @@
-"""The compiled CPU passes (`csrc/`): the same four functions as every backend, on the extension `rhythm_kernels._C`.
+"""The compiled CPU passes and credit (`csrc/`): every backend's functions, on the extension `rhythm_kernels._C`.
 
 Importing this module loads nothing; the extension is loaded when it is first asked for. Which instruction set runs is
 chosen from what the processor has; the environment variable `RHYTHM_CPU_CAPABILITY` forces one of those that
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["available", "band_columns", "band_rows", "build_info", "column_stats", "row_stats"]
+from .torch_credit import gamma_levels
+
+__all__ = ["available", "band_columns", "band_rows", "build_info", "column_stats", "credit", "row_stats"]
 
 _NOT_BUILT = (
     "the compiled kernels were not built: with torch and a C++17 compiler installed, "
@@ -166,4 +168,25 @@ def column_stats(
     _ops().column_stats(
         q, k, lse, seqs, heads, scale, softcap, window_left, sinks, min_distance, moments, per_head, out
     )
+    return out
+
+
+def credit(
+    waad: Tensor,
+    fai: Tensor,
+    score: Tensor | None,
+    mask: Tensor,
+    mode: str,
+    gamma_amp: float,
+    top: float,
+    alpha: float,
+    neighbors: int,
+    bottom: bool,
+    tau_waad: float | None,
+    tau_delta: float | None,
+) -> Tensor:
+    """Gamma (eqs. 13 to 18), `(B, T)` float32, each response by one thread."""
+    out = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
+    levels = gamma_levels(gamma_amp, alpha)
+    _ops().credit(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out)
     return out

@@ -429,7 +429,11 @@ def rhythm_credit(
     tau_waad: float | None = None,
     tau_delta: float | None = None,
 ) -> Tensor:
-    """`gamma (B, T)` of eqs. 13 to 18, token by token: see :func:`rhythm_kernels.rhythm_credit`."""
+    """`gamma (B, T)` of eqs. 13 to 18, token by token: see :func:`rhythm_kernels.rhythm_credit`.
+
+    Measures are compared in float32, or in float64 where one of them is; so are given thresholds. A draw belongs to
+    the token it stands at, and gamma is computed in double and rounded once.
+    """
     gamma = torch.ones(waad.shape, dtype=torch.float32, device=waad.device)
     draw = None
     if mode == "random":
@@ -438,8 +442,14 @@ def rhythm_credit(
     for row in range(waad.shape[0]):
         tokens = [t for t in range(waad.shape[1]) if response_mask[row, t]]
         n, m = len(tokens), math.ceil(top * len(tokens) - 1e-9)
-        measures = [waad, fai] if entropy is None or mode != "entropy" else [waad, fai, entropy]
-        widened = [_widen(x[row, tokens]) for x in measures]
+        measures = [waad, fai]
+        if mode in ("entropy", "random"):
+            choice = entropy if mode == "entropy" else draw
+            assert choice is not None
+            measures.append(choice)
+        double = any(x.dtype == torch.float64 for x in measures)
+        precision = torch.float64 if double else torch.float32
+        widened = [x[row, tokens].to(precision) for x in measures]
         if n == 0 or not all(x.isfinite().all() for x in widened):
             continue
         delta = [*(widened[0][:-1] - widened[0][1:]).abs().tolist(), 0.0]  # eq. 13
@@ -454,14 +464,13 @@ def rhythm_credit(
             bonus = [float(t in t_loc) for t in everyone]
         elif mode == "global":  # eq. 16
             bonus = [float(t in t_glob) for t in everyone]
-        elif mode == "entropy":
-            bonus = [float(t in _top(rest[0], everyone, m, lowest=bottom)) for t in everyone]
-        elif mode == "random":
-            assert draw is not None
-            bonus = [float(t in _top(draw[row, :n].tolist(), everyone, m, lowest=False)) for t in everyone]
+        elif mode in ("entropy", "random"):
+            t_score = _top(rest[0], everyone, m, lowest=bottom and mode == "entropy")
+            bonus = [float(t in t_score) for t in everyone]
         elif mode == "coupled":
-            low = sorted(w)[(n - 1) // 2] if tau_waad is None else tau_waad
-            high = min(delta[t] for t in t_loc) if tau_delta is None else tau_delta
+            low = sorted(w)[(n - 1) // 2] if tau_waad is None else _rounded(tau_waad, precision)
+            high = min((delta[t] for t in t_loc), default=math.inf)
+            high = high if tau_delta is None else _rounded(tau_delta, precision)
             dominated, intros = set(), set()
             for t in t_glob:  # eq. 17
                 before = range(max(0, t - neighbors), t)
@@ -472,9 +481,13 @@ def rhythm_credit(
                 bonus[t] += float(t in t_glob and t not in dominated)
                 bonus[t] += (1 - alpha) * (t in dominated)
                 bonus[t] += alpha * (t in intros)
-        for t in everyone:
-            gamma[row, tokens[t]] = 1 + (gamma_amp - 1) * bonus[t]
+        gamma[row, tokens] = torch.tensor([1 + (gamma_amp - 1) * b for b in bonus], dtype=torch.float32).to(gamma)
     return gamma
+
+
+def _rounded(threshold: float, precision: torch.dtype) -> float:
+    """A given threshold as a measure of that precision would hold it: the one it is compared with."""
+    return float(torch.tensor(threshold, dtype=precision))
 
 
 def _top(x: list[float], among: Iterable[int], m: int, *, lowest: bool) -> set[int]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.library import opcheck
 
-from rhythm_kernels import reference
+import rhythm_kernels as rk
+from rhythm_kernels import ops, reference
 from rhythm_kernels.credit import CREDIT_MODES, rhythm_credit, shape_advantages
 
 # A response of ten tokens; m = ceil(0.4 * 10) = 4, k = 3.
@@ -28,7 +31,9 @@ BY_HAND = {
     "coupled": [1.0, 1.5, 1.25, 1.25, 1.25, 1.0, 1.5, 1.25, 1.0, 1.0],
     "uniform": [1.0] * 10,
 }
-IMPLEMENTATIONS = pytest.mark.parametrize("credit", [rhythm_credit, reference.rhythm_credit], ids=["ours", "oracle"])
+BACKENDS = [name for name in ("cpu", "torch") if not rk.backends()[name]]
+CREDITS = {"oracle": reference.rhythm_credit} | {name: partial(rhythm_credit, backend=name) for name in BACKENDS}
+IMPLEMENTATIONS = pytest.mark.parametrize("credit", CREDITS.values(), ids=list(CREDITS))
 
 
 @IMPLEMENTATIONS
@@ -105,29 +110,32 @@ def test_non_finite_entropy_gives_one(credit):
     assert (credit(WAAD, FAI, MASK, mode="global", entropy=entropy) != 1).any()
 
 
+TIES = [0.0, -0.0, 0.125, 0.25, 0.5, 1.0, -0.5]  # few values: many ties, and FAI of 0 and below
+
+
 @st.composite
 def credit_cases(draw):
-    batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 24))
-    coarse = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0])  # few values: many ties, and FAI of 0
-    value = coarse if draw(st.booleans()) else st.floats(0, 10, width=32)
+    batch, length = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3]) | st.integers(1, 40))
+    value = st.sampled_from(TIES) if draw(st.booleans()) else st.floats(-1, 10, width=32)
 
     def tensor(of):
         return torch.tensor(draw(st.lists(of, min_size=batch * length, max_size=batch * length))).view(batch, length)
 
-    waad, fai, entropy = (tensor(value).float() for _ in range(3))
+    dtype = st.sampled_from([torch.float32] * 4 + [torch.float64, torch.float16])
+    waad, fai, entropy = (tensor(value).to(draw(dtype)) for _ in range(3))
     mask = tensor(st.booleans()) | (torch.arange(batch)[:, None] == 0)
-    for x in (waad, fai):
+    for x in (waad, fai, entropy):
         if draw(st.integers(0, 5)) == 0:
             x[draw(st.integers(0, batch - 1)), draw(st.integers(0, length - 1))] = draw(
                 st.sampled_from([math.nan, math.inf, -math.inf])
             )
-    threshold = st.none() | st.sampled_from([-math.inf, 0.0, 0.25, 1.0, math.inf])
+    threshold = st.none() | st.sampled_from([-math.inf, 0.0, 0.1, 0.25, 1.0, 1e300, math.inf]) | st.floats(0, 2)
     options = {
         "mode": draw(st.sampled_from(CREDIT_MODES)),
-        "gamma_amp": draw(st.sampled_from([0.5, 1.0, 1.5, 2.0])),
-        "top": draw(st.sampled_from([1e-6, 0.2, 0.3, 0.4, 0.6, 1.0]) | st.floats(0.01, 1)),
-        "alpha": draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])),
-        "neighbors": draw(st.integers(1, 30)),
+        "gamma_amp": draw(st.sampled_from([0.5, 1.0, 1.5, 2.0]) | st.floats(0.1, 3)),
+        "top": draw(st.sampled_from([1e-12, 1e-6, 0.2, 0.3, 0.4, 0.6, 1.0]) | st.floats(0.01, 1)),
+        "alpha": draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1)),
+        "neighbors": draw(st.sampled_from([1, 3, 2**40]) | st.integers(1, 30)),
         "bottom": draw(st.booleans()),
         "tau_waad": draw(threshold),
         "tau_delta": draw(threshold),
@@ -136,14 +144,81 @@ def credit_cases(draw):
     return waad, fai, mask, options, draw(st.integers(0, 1000))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(credit_cases())
-def test_agrees_with_the_oracle(case):
+def test_every_backend_gives_the_bits_of_the_oracle(case):
     waad, fai, mask, options, seed = case
-    ours = rhythm_credit(waad, fai, mask, generator=torch.Generator().manual_seed(seed), **options)
-    oracle = reference.rhythm_credit(waad, fai, mask, generator=torch.Generator().manual_seed(seed), **options)
-    torch.testing.assert_close(ours, oracle, rtol=0, atol=2e-7)
-    assert (ours[~mask] == 1).all()
+    oracle, *others = (
+        credit(waad, fai, mask, generator=torch.Generator().manual_seed(seed), **options) for credit in CREDITS.values()
+    )
+    assert (oracle[~mask] == 1).all()
+    for name, gamma in zip(BACKENDS, others, strict=True):
+        assert torch.equal(gamma, oracle), name
+
+
+@pytest.mark.parametrize("bottom", [False, True])
+@pytest.mark.parametrize("mode", CREDIT_MODES)
+def test_a_hundred_thousand_tokens(mode, bottom):
+    generator = torch.Generator().manual_seed(1)
+    size = (1, 100_000)
+    waad = (torch.rand(size, generator=generator) * 400).round() / 40  # ties
+    fai = (torch.rand(size, generator=generator) * 1e4 - 1e3).round().clamp(min=0) / 1e5
+    mask = torch.rand(size, generator=generator) > 0.1
+    oracle, *others = (
+        credit(waad, fai, mask, mode, bottom=bottom, entropy=waad.flip(1), generator=torch.Generator().manual_seed(2))
+        for credit in CREDITS.values()
+    )
+    assert (oracle != 1).any() == (mode != "uniform")
+    for name, gamma in zip(BACKENDS, others, strict=True):
+        assert torch.equal(gamma, oracle), name
+
+
+@IMPLEMENTATIONS
+def test_a_given_threshold_has_the_precision_of_the_measures(credit):
+    """0.1 as float32 is above 0.1: a token whose WAAD is that float32 is at a `tau_waad` of 0.1, not above it."""
+    waad, fai = torch.tensor([[3.0, 0.1, 2.0]]), torch.tensor([[0.0, 1.0, 0.0]])
+    mask = torch.ones(1, 3)
+    options = {"tau_waad": 0.1, "tau_delta": 1.0}
+    assert credit(waad, fai, mask, **options).tolist() == [[1.25, 1.25, 1.0]]
+    assert credit(waad.double(), fai, mask, **options).tolist() == [[1.0, 1.5, 1.0]]
+
+
+@IMPLEMENTATIONS
+def test_zero_and_minus_zero_are_a_tie(credit):
+    entropy = torch.tensor([[-0.0, 0.0, -0.0, 0.0]])
+    gamma = credit(WAAD[:, :4], FAI[:, :4], MASK[:, :4], "entropy", top=0.5, entropy=entropy)
+    assert gamma.tolist() == [[1.5, 1.5, 1.0, 1.0]]
+    assert (credit(WAAD[:, :4], entropy, MASK[:, :4], "global") == 1).all()
+
+
+@IMPLEMENTATIONS
+def test_a_share_that_holds_no_token(credit):
+    for mode in CREDIT_MODES:
+        assert (credit(WAAD, FAI, MASK, mode, top=1e-12, entropy=FAI) == 1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["local", "global", "coupled", "random", "entropy"])
+def test_opcheck(mode, backend):
+    score = torch.rand(2, 10) if mode in ("random", "entropy") else None
+    measures = WAAD.repeat(2, 1), FAI.repeat(2, 1), score, MASK.repeat(2, 1)
+    opcheck(ops.credit, (*measures, mode, 1.5, 0.4, 0.5, 3, False, 2.0, None, backend))
+
+
+def test_results_do_not_depend_on_threads():
+    waad, fai, mask = torch.rand(33, 200), torch.rand(33, 200), torch.rand(33, 200) > 0.2
+    alone, threads = rhythm_credit(waad, fai, mask), torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        assert torch.equal(rhythm_credit(waad, fai, mask), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@IMPLEMENTATIONS
+def test_strided_measures(credit):
+    both = torch.stack([WAAD, FAI], dim=2)
+    assert credit(both[..., 0], both[..., 1], MASK).tolist() == [BY_HAND["coupled"]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -229,6 +304,10 @@ def test_gamma_of_one_changes_no_bit():
         ({"tau_delta": math.nan}, ValueError, "tau_delta is nan"),
         ({"mode": "entropy"}, ValueError, "entropy is None"),
         ({"entropy": torch.zeros(1, 9)}, ValueError, r"entropy has shape \(1, 9\): it must be that of waad, \(1, 10\)"),
+        ({"backend": 3}, TypeError, "backend must be a str or None, got int"),
+        ({"backend": "cublas"}, ValueError, "backend must be one of .*'torch'.* got 'cublas'"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda' cannot run credit on cpu tensors"),
+        ({"backend": "triton"}, ValueError, "backend='triton' cannot run credit on cpu tensors: .*(has no credit|GPU)"),
         ({"generator": 3}, TypeError, "generator is a int"),
         ({"waad": WAAD[0]}, ValueError, r"waad has shape \(10,\): it must be \(B, T\)"),
         ({"waad": WAAD[:0]}, ValueError, r"waad has shape \(0, 10\)"),

@@ -1,9 +1,10 @@
-"""The five passes as `torch.ops.rhythm_kernels.*`: schema, fake kernel and dispatch. Nothing is computed here."""
+"""Passes and credit as `torch.ops.rhythm_kernels.*`: schema, fake kernel and dispatch. Nothing is computed here."""
 
 from .attention import attention
 from .band_columns import band_columns
 from .band_rows import band_rows
 from .column_stats import column_stats
+from .credit import credit
 from .dispatch import BACKENDS, backends, choose
 from .row_stats import row_stats
 
@@ -15,5 +16,6 @@ __all__ = [
     "band_rows",
     "choose",
     "column_stats",
+    "credit",
     "row_stats",
 ]

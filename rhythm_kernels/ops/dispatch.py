@@ -19,6 +19,7 @@ _MODULES = {"cpu": "native", "triton": "triton", "torch": "fallback"}
 # Passes that a backend does not have, and why. What is not named here is there.
 _LACKS = {
     ("triton", "attention"): "the Triton backend has no attention pass yet",
+    ("triton", "credit"): "the Triton backend has no credit: leave backend at None, or say 'torch'",
     ("cpu", "attention"): "attention on the CPU is torch's own: leave backend at None, or say 'torch'",
 }
 

@@ -1,0 +1,126 @@
+// What the bindings of every device share: tensors of the stable ABI become plain pointers, looked at once more.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "rhythm/credit.h"
+#include "rhythm/problem.h"
+
+namespace rhythm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: STD_TORCH_CHECK(false, "q and k must be float32, bfloat16 or float16");
+  }
+}
+
+// Check an (n, width) int32 table and return its rows.
+template <typename Row>
+const Row* table(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) * 4 == int64_t(sizeof(Row)) &&
+                      tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous(),
+                  name, " must be a contiguous int32 table with ", sizeof(Row) / 4, " columns");
+  return static_cast<const Row*>(tensor.const_data_ptr());
+}
+
+// The memory of a contiguous float32 result of `size` elements.
+inline float* result(const Tensor& tensor, int64_t size) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == size,
+                  "an output must be contiguous float32 with ", size, " elements");
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+
+// q, k and lse of a call, into a Problem or a DeviceProblem; the number of rows of lse (unbounded without one).
+template <typename P>
+int64_t set_inputs(P& p, const Tensor& q, const Tensor& k, const Tensor* lse) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be (B, T, H, D)");
+  p.batch = q.size(0), p.tokens = q.size(1), p.head_dim = q.size(3);
+  STD_TORCH_CHECK(k.size(0) == p.batch && k.size(1) == p.tokens && k.size(3) == p.head_dim && k.size(2) > 0 &&
+                      q.size(2) % k.size(2) == 0,
+                  "k must be (B, T, H_kv, D) like q, H a multiple of H_kv");
+  p.dtype = dtype_of(q);
+  STD_TORCH_CHECK(dtype_of(k) == p.dtype, "q and k must have the same dtype");
+  STD_TORCH_CHECK(p.head_dim <= 1 || (q.stride(3) == 1 && k.stride(3) == 1),
+                  "the last dimension of q and k must be contiguous");
+  p.q = q.const_data_ptr(), p.q_row = q.stride(0), p.q_token = q.stride(1), p.q_head = q.stride(2);
+  p.k = k.const_data_ptr(), p.k_row = k.stride(0), p.k_token = k.stride(1), p.k_head = k.stride(2);
+  if (lse == nullptr) return std::numeric_limits<int64_t>::max();
+  STD_TORCH_CHECK(lse->dim() == 3 && lse->size(0) == p.batch && lse->size(2) == p.tokens &&
+                      lse->scalar_type() == ScalarType::Float,
+                  "lse must be float32 (B, X, T)");
+  p.lse = static_cast<const float*>(lse->const_data_ptr());
+  p.lse_row = lse->stride(0), p.lse_head = lse->stride(1), p.lse_token = lse->stride(2);
+  return lse->size(1);
+}
+
+inline const float* sinks_of(const std::optional<Tensor>& sinks, int64_t query_heads) {
+  if (!sinks.has_value()) return nullptr;
+  STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == query_heads && sinks->is_contiguous() &&
+                      sinks->scalar_type() == ScalarType::Float,
+                  "sinks must be contiguous float32 (H,)");
+  return static_cast<const float*>(sinks->const_data_ptr());
+}
+
+inline CreditMode mode_of(const std::string& mode) {
+  if (mode == "local") return CreditMode::kLocal;
+  if (mode == "global") return CreditMode::kGlobal;
+  if (mode == "coupled") return CreditMode::kCoupled;
+  STD_TORCH_CHECK(mode == "random" || mode == "entropy", "mode must be local, global, coupled, random or entropy, got ",
+                  mode);
+  return CreditMode::kScore;
+}
+
+inline CreditProblem credit_problem(const Tensor& waad, const Tensor& fai, const std::optional<Tensor>& score,
+                                    const Tensor& mask, const std::string& mode, double top, int64_t neighbors,
+                                    bool bottom, std::optional<double> tau_waad, std::optional<double> tau_delta,
+                                    const std::vector<double>& levels, const Tensor& out) {
+  CreditProblem p{};
+  STD_TORCH_CHECK(waad.dim() == 2, "waad must be (B, T)");
+  p.batch = waad.size(0), p.tokens = waad.size(1);
+  STD_TORCH_CHECK(p.tokens <= std::numeric_limits<int32_t>::max(), "a response must have less than 2^31 tokens");
+  p.wide = waad.scalar_type() == ScalarType::Double;
+  const auto measure = [&](const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == p.batch && x.size(1) == p.tokens && x.is_contiguous() &&
+                        x.scalar_type() == (p.wide ? ScalarType::Double : ScalarType::Float),
+                    name, " must be contiguous (B, T) like waad, float32 or float64");
+    return x.const_data_ptr();
+  };
+  p.waad = measure(waad, "waad"), p.fai = measure(fai, "fai");
+  p.mode = mode_of(mode);
+  STD_TORCH_CHECK(score.has_value() == (p.mode == CreditMode::kScore), "the modes random and entropy alone have a score");
+  p.score = score.has_value() ? measure(*score, "score") : nullptr;
+  STD_TORCH_CHECK(mask.dim() == 2 && mask.size(0) == p.batch && mask.size(1) == p.tokens && mask.is_contiguous() &&
+                      mask.scalar_type() == ScalarType::Bool,
+                  "mask must be contiguous bool (B, T)");
+  p.mask = static_cast<const bool*>(mask.const_data_ptr());
+  STD_TORCH_CHECK(top > 0 && top <= 1 && neighbors >= 1, "top must be in (0, 1], neighbors at least 1");
+  p.top = top, p.neighbors = neighbors, p.lowest = bottom;
+  p.given_tau_waad = tau_waad.has_value(), p.given_tau_delta = tau_delta.has_value();
+  p.tau_waad = tau_waad.value_or(0.0), p.tau_delta = tau_delta.value_or(0.0);
+  STD_TORCH_CHECK(levels.size() == 6, "levels must hold six numbers");
+  for (int i = 0; i < 6; ++i) p.levels[i] = static_cast<float>(levels[i]);
+  p.out = result(out, p.batch * p.tokens);
+  return p;
+}
+
+// Schemas that the devices share.
+#define RHYTHM_CREDIT                                                                                                  \
+  "Tensor waad, Tensor fai, Tensor? score, Tensor mask, str mode, float top, int neighbors, bool bottom, "            \
+  "float? tau_waad, float? tau_delta, float[] levels, "
+
+} // namespace rhythm
