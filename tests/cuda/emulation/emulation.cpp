@@ -219,10 +219,6 @@ int launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream, const std::
   return 0;
 }
 
-namespace {
-
-float from_bfloat16(unsigned bits) { return __uint_as_float(bits << 16); }
-
 float from_float16(unsigned bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   float value = exponent == 31  ? (fraction ? NAN : INFINITY)
@@ -230,6 +226,10 @@ float from_float16(unsigned bits) {
                                 : std::ldexp(float(fraction + 1024), exponent - 25);
   return bits >> 15 ? -value : value;
 }
+
+namespace {
+
+float from_bfloat16(unsigned bits) { return __uint_as_float(bits << 16); }
 
 struct Fragments {
   float (*c)[4];

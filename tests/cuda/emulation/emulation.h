@@ -190,6 +190,7 @@ int launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream, const std::
 void* dynamic_shared();
 
 // mma.sync.aligned.m16n8k16.row.col.f32.{bf16,f16}.{bf16,f16}.f32: c += a b, the fragments as in the PTX manual.
+float from_float16(unsigned bits);
 void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bfloat16, Site site = Site());
 
 } // namespace emulation

@@ -1,0 +1,127 @@
+// What both bands share: which tokens and heads a warp has, how the heads' sums meet, and the choice of an instance.
+//
+// A warp owns a slab of 16 tokens and a run of the head table. A block has `slabs` neighbouring slabs, whose bands
+// overlap and meet in its L1 cache, and `lanes` runs of heads, whose sums meet in shared memory in a fixed order: the
+// mean over the heads needs neither atomics nor a second kernel, and is the same bits every time.
+#pragma once
+
+#include "launch.h"
+#include "products.cuh"
+#include "rhythm/cuda.h"
+
+namespace rhythm {
+
+constexpr int kMaxWarps = 16; // of a block
+
+struct Band {
+  DeviceProblem p;
+  int tiles; // of a sequence, a block each
+  int slabs, lanes;
+};
+
+struct Work {
+  Sequence seq;
+  int first; // of the slab's 16 tokens; at or past seq.end where the warp has none
+  int slab, lane;
+  int heads_from, heads_to;
+};
+
+// Tiles vary fastest, so that neighbouring blocks share tokens in the L2 cache. Everything is on grid x: y and z end at
+// 65,535. False where the whole block has nothing to do.
+__device__ inline bool locate(const Band& band, Work& work) {
+  work.seq = band.p.seqs[blockIdx.x / band.tiles];
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); // the same in all lanes: said so
+  work.slab = warp % band.slabs, work.lane = warp / band.slabs;
+  const int64_t tile = work.seq.response_start + int64_t(blockIdx.x % band.tiles) * band.slabs * kResident;
+  if (tile >= work.seq.end) return false;
+  work.first = static_cast<int>(tile) + work.slab * kResident;
+  work.heads_from = static_cast<int>(band.p.n_heads * work.lane / band.lanes);
+  work.heads_to = static_cast<int>(band.p.n_heads * (work.lane + 1) / band.lanes);
+  return true;
+}
+
+// The sum over the four lanes that share a resident token.
+__device__ inline float over_columns(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+template <typename T>
+__device__ inline Tokens<T> tokens_of(const void* base, int64_t row, int64_t row_stride, int64_t head,
+                                      int64_t head_stride, int64_t stride, int last, int64_t head_dim) {
+  return {static_cast<const T*>(base) + row * row_stride + head * head_stride, stride, last,
+          static_cast<int>(head_dim)};
+}
+
+// One head's values of a slab, where every head is an output.
+__device__ inline void store_head(const Band& band, const Work& work, Lane lane, int entry, const float (&value)[2]) {
+  float* const out = band.p.out + work.seq.row * band.p.out_row + entry * band.p.out_head;
+  const int token = work.first + lane.row + 8 * lane.column;
+  if (lane.column < 2 && token < work.seq.end) out[token] = lane.column ? value[1] : value[0];
+}
+
+// The mean over all heads, from each warp's sum over its own. Every thread of the block comes here.
+__device__ inline void store_mean(const Band& band, const Work& work, Lane lane, const float (&total)[2]) {
+  __shared__ float sums[kMaxWarps][kResident];
+  const int warp = work.lane * band.slabs + work.slab;
+  if (lane.column < 2) sums[warp][lane.row + 8 * lane.column] = lane.column ? total[1] : total[0];
+  __syncthreads();
+  for (int i = threadIdx.x; i < band.slabs * kResident; i += blockDim.x) {
+    const int slab = i / kResident, token = work.first + (slab - work.slab) * kResident + i % kResident;
+    float sum = 0.0f;
+    for (int l = 0; l < band.lanes; ++l) sum += sums[l * band.slabs + slab][i % kResident];
+    if (token < work.seq.end) band.p.out[work.seq.row * band.p.out_row + token] = sum / static_cast<float>(band.p.n_heads);
+  }
+}
+
+// Whether rows of q and k can be read 16 bytes at a time.
+inline bool aligned_to_sixteen(const DeviceProblem& p) {
+  const int64_t size = p.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t all = reinterpret_cast<intptr_t>(p.q) | reinterpret_cast<intptr_t>(p.k) |
+                      size * (p.q_row | p.q_token | p.q_head | p.k_row | p.k_token | p.k_head | p.head_dim);
+  return all % 16 == 0;
+}
+
+// Warps that fill a device: 15 for each of an H100's 132 multiprocessors.
+constexpr int64_t kEnoughWarps = 2048;
+
+template <typename Instance>
+int launch_instance(const DeviceProblem& p, void* stream) {
+  Band band{p, 0, 4, 1};
+  const auto blocks = [&] {
+    band.tiles = static_cast<int>((p.max_seqlen + band.slabs * kResident - 1) / (band.slabs * kResident));
+    return band.tiles * p.n_seqs;
+  };
+  // Wide blocks read less twice; narrow ones, with the heads in more runs, are more of them.
+  while (blocks() * Instance::kWarps < kEnoughWarps && band.slabs > 1) band.slabs /= 2;
+  const int64_t runs = Instance::kWarps / band.slabs;
+  band.lanes = static_cast<int>(p.n_heads < runs ? p.n_heads : runs);
+  if (blocks() == 0) return 0;
+  return launch(Instance::kernel(), dim3(static_cast<unsigned>(blocks())), dim3(32 * band.slabs * band.lanes), 0,
+                stream, band);
+}
+
+// Pick the instance of a pass, `Pass<T, kChunks>`.
+template <template <typename, int> class Pass>
+int launch_band(const DeviceProblem& problem, void* stream) {
+  DeviceProblem p = problem;
+  // No key is farther than the row is long; a larger window would cancel in W - (W - distance).
+  const auto within = [&](int64_t& distance) { distance = distance < p.tokens ? distance : p.tokens; };
+  within(p.window), within(p.lo), within(p.hi), within(p.window_left);
+  const bool aligned = aligned_to_sixteen(p);
+  const auto sixteen_bits = [&](auto type) {
+    using T = decltype(type);
+    if (!aligned) return launch_instance<Pass<T, kUnaligned>>(p, stream);
+    if (p.head_dim <= 64) return launch_instance<Pass<T, 2>>(p, stream);
+    if (p.head_dim <= 128) return launch_instance<Pass<T, 4>>(p, stream);
+    return launch_instance<Pass<T, 8>>(p, stream);
+  };
+  switch (p.dtype) {
+    case Dtype::kBFloat16: return sixteen_bits(BFloat16{});
+    case Dtype::kFloat16: return sixteen_bits(Float16{});
+    default: break;
+  }
+  return aligned ? launch_instance<Pass<float, kAligned>>(p, stream) : launch_instance<Pass<float, kUnaligned>>(p, stream);
+}
+
+} // namespace rhythm

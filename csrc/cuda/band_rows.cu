@@ -1,0 +1,88 @@
+// band_rows: WAAD of each row from the last W keys before it, the log-sum-exp given.
+//
+//   WAAD[t] = W rowsum[t] - sum over t - W < s <= t of A[t, s] (W - (t - s)),   A = exp(x - lse)
+#include "band.cuh"
+#include "score.cuh"
+
+namespace rhythm {
+namespace {
+
+// Rows are resident, keys pass: a slab of 16 rows meets 16 + W - 1 keys. Query heads that follow each other in the table
+// and read the same kv head find its keys still in registers, where the band fits one chunk of 8 kTiles keys.
+template <typename T, int kChunks, int kTiles, int kThreads>
+__global__ void __launch_bounds__(kThreads) band_rows_kernel(const Band band) {
+  const DeviceProblem& p = band.p;
+  Work work;
+  if (!locate(band, work)) return;
+  const Lane lane(threadIdx.x % 32);
+  float total[2] = {0.0f, 0.0f};
+  if (work.first < work.seq.end) {
+    const int head_dim = static_cast<int>(p.head_dim), window = static_cast<int>(p.window);
+    const int far = visible_far(p.window - 1, p);
+    const int last = work.first + kResident < work.seq.end ? work.first + kResident - 1 : work.seq.end - 1;
+    const int keys_from = work.first - far > work.seq.start ? work.first - far : work.seq.start;
+    const bool one_chunk = last - keys_from < kPassing * kTiles;
+    const int row[2] = {work.first + lane.row, work.first + lane.row + 8};
+
+    Resident<T, kChunks> queries;
+    Passing<T, kChunks, kTiles> keys;
+    int held = -1; // whose keys `keys` has, all of them
+    for (int entry = work.heads_from; entry < work.heads_to; ++entry) {
+      const Head head = p.heads[entry];
+      const int kv_head = head.query / static_cast<int>(p.kv_group);
+      const Tokens<T> q = tokens_of<T>(p.q, work.seq.row, p.q_row, head.query, p.q_head, p.q_token, last, p.head_dim);
+      const Tokens<T> k = tokens_of<T>(p.k, work.seq.row, p.k_row, kv_head, p.k_head, p.k_token, last, p.head_dim);
+      queries.load(q, work.first, lane);
+      const float* const lse_row = p.lse + work.seq.row * p.lse_row + head.lse_row * p.lse_head;
+      float lse[2], sum[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) lse[half] = __ldg(lse_row + (row[half] < last ? row[half] : last) * p.lse_token);
+
+      for (int s0 = keys_from; s0 <= last; s0 += kPassing * kTiles) {
+        if (kv_head != held) keys.load(k, s0, lane);
+        if (one_chunk) held = kv_head;
+        const int tiles = (last - s0) / kPassing + 1;
+        float c[kTiles][4];
+        products(queries, keys, tiles, head_dim, c);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          if (tile >= tiles) break;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int distance = row[i / 2] - (s0 + kPassing * tile + 2 * lane.column + i % 2);
+            const bool near = static_cast<unsigned>(distance) <= static_cast<unsigned>(far);
+            const float a = weight(logit(c[tile][i], p), lse[i / 2]);
+            sum[i / 2] += near ? a * static_cast<float>(window - distance) : 0.0f;
+          }
+        }
+      }
+
+      float value[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float width = static_cast<float>(window);
+        float waad = width * row_sum(lse[half], p, head.query) - over_columns(sum[half]);
+        // Into [0, W] against rounding; NaN fails both comparisons and stays.
+        waad = waad < 0.0f ? 0.0f : waad;
+        value[half] = waad > width ? width : waad;
+        total[half] += value[half];
+      }
+      if (p.per_head) store_head(band, work, lane, entry, value);
+    }
+  }
+  if (!p.per_head) store_mean(band, work, lane, total);
+}
+
+template <typename T, int kChunks>
+struct BandRows {
+  static constexpr int kWarps = 4;
+  static constexpr int kTiles = kChunks > 4 ? 2 : 4; // registers: 16 kTiles bytes of keys a lane and chunk
+  static auto kernel() { return band_rows_kernel<T, kChunks, kTiles, 32 * kWarps>; }
+};
+
+} // namespace
+} // namespace rhythm
+
+extern "C" int rhythm_cuda_band_rows(const rhythm::DeviceProblem* problem, void* stream) {
+  return rhythm::launch_band<rhythm::BandRows>(*problem, stream);
+}

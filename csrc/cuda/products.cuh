@@ -1,0 +1,216 @@
+// The products of 16 resident tokens with 8 kTiles passing ones, for one warp: every form of input gives the same
+// distribution of results, that of the accumulator of mma.m16n8k16.
+//
+//   lane = 4 row + column;  c[tile][i] belongs to the resident token row + 8 (i / 2)
+//                           and to the passing token 8 tile + 2 column + i % 2
+//
+// A product does not care in which order the head dimension is summed, as long as both operands agree. A lane therefore
+// reads 16 consecutive bytes of a token, and calls them elements 2c, 2c+1, 2c+8, 2c+9 of two instructions: fragments come
+// straight from global memory in 16-byte loads, with neither shared memory nor shuffles between.
+//
+// float32, whose products of full precision tensor cores have not, and unaligned input run on CUDA cores.
+//
+// Tokens past `last` are read as `last`: no load leaves the range, and the caller masks their products.
+#pragma once
+
+#include <type_traits>
+
+#include "launch.h"
+#include "rhythm/problem.h"
+
+namespace rhythm {
+
+constexpr int kResident = 16;
+constexpr int kPassing = 8; // a tile of them
+
+// Storage alone: no arithmetic is done in 16 bits.
+struct BFloat16 {
+  unsigned short bits;
+};
+struct Float16 {
+  unsigned short bits;
+};
+
+struct Lane {
+  int row, column;
+  __device__ explicit Lane(int lane) : row(lane >> 2), column(lane & 3) {}
+};
+
+// Tokens of one head, from the sequence's row of q or k: token t begins at base + t * stride.
+template <typename T>
+struct Tokens {
+  const T* base;
+  int64_t stride;
+  int last; // the last one that may be read
+  int head_dim;
+  __device__ const T* operator[](int token) const { return base + (token < last ? token : last) * stride; }
+};
+
+// c += a b on tensor cores: a is 16 x 16, b is 16 x 8, the fragments as in the PTX manual.
+template <typename T>
+__device__ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  constexpr bool kBFloat16 = std::is_same_v<T, BFloat16>;
+#ifdef RHYTHM_EMULATE
+  emulation::mma_m16n8k16(c, a, b, kBFloat16);
+#else
+  if constexpr (kBFloat16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// Sixteen bytes of a token from element d on, zero past the head.
+template <typename T>
+__device__ inline uint4 load_sixteen(const T* token, int d, int head_dim) {
+  return d < head_dim ? __ldg(reinterpret_cast<const uint4*>(token + d)) : make_uint4(0, 0, 0, 0);
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+__device__ inline float to_float(Float16 x) {
+#ifdef RHYTHM_EMULATE
+  return emulation::from_float16(x.bits);
+#else
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#endif
+}
+
+// Tensor cores: 16-bit elements, aligned to 16 bytes, of heads up to 32 kChunks of them (and multiples of 8).
+template <typename T, int kChunks>
+struct Resident {
+  uint4 part[kChunks][2];
+
+  __device__ void load(const Tokens<T>& tokens, int first, Lane lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const T* const token = tokens[first + lane.row + 8 * half];
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i)
+        part[i][half] = load_sixteen(token, 32 * i + 8 * lane.column, tokens.head_dim);
+    }
+  }
+};
+
+template <typename T, int kChunks, int kTiles>
+struct Passing {
+  uint4 part[kTiles][kChunks];
+
+  __device__ void load(const Tokens<T>& tokens, int first, Lane lane) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (first + kPassing * tile > tokens.last) break;
+      const T* const token = tokens[first + kPassing * tile + lane.row];
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i)
+        part[tile][i] = load_sixteen(token, 32 * i + 8 * lane.column, tokens.head_dim);
+    }
+  }
+};
+
+// c = resident . passing for the first `tiles` tiles.
+template <typename T, int kChunks, int kTiles>
+__device__ inline void products(const Resident<T, kChunks>& resident, const Passing<T, kChunks, kTiles>& passing,
+                                int tiles, int head_dim, float (&c)[kTiles][4]) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    if (tile >= tiles) break;
+    c[tile][0] = c[tile][1] = c[tile][2] = c[tile][3] = 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    if (32 * i >= head_dim) break;
+    const uint4 low = resident.part[i][0], high = resident.part[i][1];
+    const unsigned a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (tile >= tiles) break;
+      const uint4 other = passing.part[tile][i];
+      const unsigned b[2][2] = {{other.x, other.y}, {other.z, other.w}};
+      mma<T>(c[tile], a[0], b[0]);
+      mma<T>(c[tile], a[1], b[1]);
+    }
+  }
+}
+
+// CUDA cores, in float32: float32 elements kAligned to 16 bytes, and any type and head at any address. Operands stay
+// where they are and are read as the sum goes along.
+constexpr int kAligned = 0, kUnaligned = -1;
+
+template <typename T>
+struct ResidentPointers {
+  const T* token[2];
+
+  __device__ void load(const Tokens<T>& tokens, int first, Lane lane) {
+    token[0] = tokens[first + lane.row], token[1] = tokens[first + lane.row + 8];
+  }
+};
+
+template <typename T, int kTiles>
+struct PassingPointers {
+  const T* token[kTiles][2];
+
+  __device__ void load(const Tokens<T>& tokens, int first, Lane lane) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) token[tile][i] = tokens[first + kPassing * tile + 2 * lane.column + i];
+  }
+};
+
+template <>
+struct Resident<float, kAligned> : ResidentPointers<float> {};
+template <typename T>
+struct Resident<T, kUnaligned> : ResidentPointers<T> {};
+template <int kTiles>
+struct Passing<float, kAligned, kTiles> : PassingPointers<float, kTiles> {};
+template <typename T, int kTiles>
+struct Passing<T, kUnaligned, kTiles> : PassingPointers<T, kTiles> {};
+
+template <int kTiles>
+__device__ inline void products(const Resident<float, kAligned>& resident,
+                                const Passing<float, kAligned, kTiles>& passing, int, int head_dim,
+                                float (&c)[kTiles][4]) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) c[tile][0] = c[tile][1] = c[tile][2] = c[tile][3] = 0.0f;
+#pragma unroll 1
+  for (int d = 0; d < head_dim; d += 4) {
+    float4 a[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) a[half] = __ldg(reinterpret_cast<const float4*>(resident.token[half] + d));
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float4 b = __ldg(reinterpret_cast<const float4*>(passing.token[tile][i & 1] + d));
+        const float4 e = a[i >> 1];
+        float& sum = c[tile][i];
+        sum = fmaf(e.x, b.x, sum), sum = fmaf(e.y, b.y, sum), sum = fmaf(e.z, b.z, sum), sum = fmaf(e.w, b.w, sum);
+      }
+  }
+}
+
+template <typename T, int kTiles>
+__device__ inline void products(const Resident<T, kUnaligned>& resident, const Passing<T, kUnaligned, kTiles>& passing,
+                                int, int head_dim, float (&c)[kTiles][4]) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) c[tile][0] = c[tile][1] = c[tile][2] = c[tile][3] = 0.0f;
+#pragma unroll 1
+  for (int d = 0; d < head_dim; ++d) {
+    const float a[2] = {to_float(resident.token[0][d]), to_float(resident.token[1][d])};
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[tile][i] = fmaf(a[i >> 1], to_float(passing.token[tile][i & 1][d]), c[tile][i]);
+  }
+}
+
+} // namespace rhythm

@@ -1,0 +1,43 @@
+// The score rule of the CUDA kernels: the one place where an attention variant is taught to them.
+//
+//   x = scale (q . k);  x = softcap tanh(x / softcap) if softcap > 0;  A = exp(x - lse)
+//
+// Visibility is a range of distances t - s, [0, window_left], and s >= start: the passes cut their loops to it and mask
+// what is left. Everything is float32; exponentials are taken base 2, which is what the chip has.
+#pragma once
+
+#include "launch.h"
+#include "rhythm/cuda.h"
+
+namespace rhythm {
+
+__device__ inline float exp_of(float x) { return exp2f(x * 1.4426950408889634f); }
+
+// tanh to 1e-7 relative: a polynomial near 0, where 1 - exp(-2|x|) cancels; no overflow anywhere.
+__device__ inline float tanh_of(float x) {
+  const float size = fabsf(x), e = exp_of(-2.0f * size), y = x * x;
+  const float far = (1.0f - e) / (1.0f + e);
+  const float near =
+      x * (1.0f + y * (-0.33333333f + y * (0.13333333f + y * (-0.053968254f + y * 0.021869488f))));
+  return size < 0.3f ? near : copysignf(far, x); // NaN is in `far`
+}
+
+__device__ inline float logit(float product, const DeviceProblem& p) {
+  if (p.softcap > 0.0f) return p.softcap * tanh_of(product * (p.scale / p.softcap));
+  return product * p.scale;
+}
+
+// A, both arguments in nats: scaling each to bits first would round each at its size.
+__device__ inline float weight(float x, float lse) { return exp_of(x - lse); }
+
+// The share of a row's softmax that its keys get: 1, or what the sink leaves (lse has the sink in it).
+__device__ inline float row_sum(float lse, const DeviceProblem& p, int query_head) {
+  return p.sinks == nullptr ? 1.0f : 1.0f - exp_of(p.sinks[query_head] - lse);
+}
+
+// The farthest key that a row sees, at most `far`.
+__device__ inline int visible_far(int64_t far, const DeviceProblem& p) {
+  return static_cast<int>(p.window_left < 0 || far < p.window_left ? far : p.window_left);
+}
+
+} // namespace rhythm

@@ -1,0 +1,76 @@
+"""The CUDA passes on CPU tensors: the `csrc/cuda` sources, run by the emulation, with the signatures of every backend."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .emulated import Emulated
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class DeviceProblem(ctypes.Structure):
+    """`rhythm::DeviceProblem` of csrc/include/rhythm/cuda.h."""
+
+    _fields_ = (
+        ("dtype", ctypes.c_int), ("q", _POINTER), ("k", _POINTER),
+        ("q_row", _INT), ("q_token", _INT), ("q_head", _INT), ("k_row", _INT), ("k_token", _INT), ("k_head", _INT),
+        ("head_dim", _INT), ("batch", _INT), ("tokens", _INT),
+        ("lse", _POINTER), ("lse_row", _INT), ("lse_head", _INT), ("lse_token", _INT),
+        ("seqs", _POINTER), ("n_seqs", _INT), ("max_seqlen", _INT),
+        ("heads", _POINTER), ("n_heads", _INT), ("kv_group", _INT),
+        ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("window_left", _INT), ("sinks", _POINTER),
+        ("window", _INT), ("lo", _INT), ("hi", _INT), ("per_head", ctypes.c_bool),
+        ("out", _POINTER), ("out_row", _INT), ("out_head", _INT),
+    )  # fmt: skip
+
+
+class Passes:
+    """`band_rows` and `band_columns` of one built library."""
+
+    def __init__(self, library: Emulated) -> None:
+        self.library = library
+
+    def band_rows(
+        self, q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
+        softcap: float, window_left: int, sinks: Tensor | None, window: int, per_head: bool,
+    ) -> Tensor:  # fmt: skip
+        return self._band(
+            "rhythm_cuda_band_rows", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, per_head,
+            window=window,
+        )  # fmt: skip
+
+    def band_columns(
+        self, q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
+        softcap: float, window_left: int, sinks: Tensor | None, lo: int, hi: int, per_head: bool,
+    ) -> Tensor:  # fmt: skip
+        return self._band(
+            "rhythm_cuda_band_columns", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, per_head,
+            lo=lo, hi=hi,
+        )  # fmt: skip
+
+    def _band(
+        self, name: str, q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
+        softcap: float, window_left: int, sinks: Tensor | None, per_head: bool, **extra: int,
+    ) -> Tensor:  # fmt: skip
+        batch, tokens, n_heads, head_dim = q.shape
+        shape = (batch, heads.shape[0], tokens) if per_head else (batch, tokens)
+        out = torch.zeros(shape, dtype=torch.float32)
+        problem = DeviceProblem(
+            dtype=_DTYPES[q.dtype], q=q.data_ptr(), k=k.data_ptr(),
+            q_row=q.stride(0), q_token=q.stride(1), q_head=q.stride(2),
+            k_row=k.stride(0), k_token=k.stride(1), k_head=k.stride(2),
+            head_dim=head_dim, batch=batch, tokens=tokens,
+            lse=lse.data_ptr(), lse_row=lse.stride(0), lse_head=lse.stride(1), lse_token=lse.stride(2),
+            seqs=seqs.data_ptr(), n_seqs=seqs.shape[0], max_seqlen=max_seqlen,
+            heads=heads.data_ptr(), n_heads=heads.shape[0], kv_group=n_heads // k.shape[2],
+            scale=scale, softcap=softcap, window_left=window_left, sinks=None if sinks is None else sinks.data_ptr(),
+            per_head=per_head, out=out.data_ptr(), out_row=out.stride(0), out_head=out.stride(1) if per_head else 0,
+            **extra,
+        )  # fmt: skip
+        self.library.call(name, ctypes.byref(problem), None)
+        return out
