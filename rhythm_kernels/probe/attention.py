@@ -61,7 +61,7 @@ def rhythm_attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if attention_mask is None:
         # Without a response no statistics are taken; the probe reads what it wants with the log-sum-exp.
-        ranges = {"response_start": torch.full((batch,), length, dtype=torch.int32, device=q.device)}
+        ranges: dict[str, Any] = {"response_start": torch.full((batch,), length, dtype=torch.int32, device=q.device)}
         left, packed = -1, False
     else:
         assert isinstance(attention_mask, RangeMask)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention, registry
+from .flash import FlashReturns
 from .lse import LseObserver, as_batched
 from .masks import ForwardInputs, Sequences, sequences_of, window_of_layer
 from .structure import Decoder, bind_forward
@@ -171,7 +172,13 @@ class Capture:
         layer = self._layer_of[id(module)]
         flash = "flash" in name
         _refuse_unsupported(self._decoder, layer, name, query, key, kwargs)
-        if name in ("sdpa", attention.NAME) or flash:
+        seen: LseObserver | FlashReturns | None
+        if flash:
+            with FlashReturns(name) as returned, LseObserver() as observed:
+                out = function(module, query, key, value, mask, **kwargs)
+            _refuse_dropped_sinks(layer, name, returned, kwargs)
+            seen = observed if returned.lse is None else returned
+        elif name in ("sdpa", attention.NAME):
             with LseObserver() as seen:
                 out = function(module, query, key, value, mask, **kwargs)
         else:  # eager computes none, and flex_attention's is rounded to the values' dtype
@@ -243,12 +250,22 @@ def _refuse_unsupported(
         raise ValueError(f"layer {layer} is not causal (is_causal=False); the measures are of causal attention")
     if name in ("sdpa", "flash_attention_2") and kwargs.get("s_aux") is not None:
         raise ValueError(
-            f"layer {layer} has attention sinks, which {name!r} silently leaves out: use attn_implementation='eager'"
+            f"layer {layer} has attention sinks, which {name!r} silently leaves out: use "
+            "attn_implementation='eager' or 'rhythm'"
         )
     if name not in ("sdpa", "eager", "flex_attention", attention.NAME) and "flash" not in name:
         raise NotImplementedError(
             f"attention implementation {name!r} is not known to the probe; use 'sdpa', 'eager', 'flex_attention', "
             f"{attention.NAME!r} or a flash attention"
+        )
+
+
+def _refuse_dropped_sinks(layer: int, name: str, returned: FlashReturns, kwargs: dict[str, Any]) -> None:
+    """transformers leaves sinks out silently where the package's function has no parameter for them."""
+    if kwargs.get("s_aux") is not None and returned.called and not returned.has_sinks:
+        raise ValueError(
+            f"layer {layer} has attention sinks, which the {name!r} package installed here leaves out: use "
+            "attn_implementation='eager' or 'rhythm'"
         )
 
 
@@ -268,7 +285,7 @@ def _layer_call(
     layer: int,
     query: Tensor,
     key: Tensor,
-    seen: LseObserver | None,
+    seen: LseObserver | FlashReturns | None,
     sequences: Sequences,
     left: int,
     kwargs: dict[str, Any],

@@ -15,8 +15,8 @@ from torch import Tensor
 
 
 @torch.autocast("cpu", enabled=False)  # a kernel knows nothing of autocast
-def _dense(q, k, v, scale, causal, left, right, softcap):
-    """One sequence: `(T, H, D)` -> out `(T, H, D_v)`, lse `(H, T)`."""
+def _dense(q, k, v, scale, causal, left, right, softcap, sink=None):
+    """One sequence: `(T, H, D)` -> out `(T, H, D_v)`, lse `(H, T)` with the sink in it."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k, v))
     x = torch.einsum("thd,shd->hts", q.float(), k) * scale
@@ -29,6 +29,8 @@ def _dense(q, k, v, scale, causal, left, right, softcap):
     )
     x = x.masked_fill(hidden, float("-inf"))
     lse = x.logsumexp(-1)
+    if sink is not None:
+        lse = torch.logaddexp(lse, sink.float()[:, None])
     return torch.einsum("hts,shd->thd", (x - lse[..., None]).exp(), v).to(q.dtype), lse
 
 
@@ -123,14 +125,14 @@ def flash_attn_varlen_func(
 
 
 @contextmanager
-def installed(model, func=flash_attn_func, varlen_func=flash_attn_varlen_func):
-    """Let `model` attend through `func`, as if flash-attn were installed and chosen as `flash_attention_2`."""
+def installed(model, func=flash_attn_func, varlen_func=flash_attn_varlen_func, name="flash_attention_2"):
+    """Let `model` attend through `func`, as if its package were installed and chosen by `name`."""
     from transformers import modeling_flash_attention_utils as utils
 
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation_internal
     loaded = {
-        "_loaded_implementation": "flash_attention_2",
+        "_loaded_implementation": name,
         "_flash_fn": func,
         "_flash_varlen_fn": varlen_func,
         "_flash_with_kvcache_fn": None,
@@ -139,7 +141,7 @@ def installed(model, func=flash_attn_func, varlen_func=flash_attn_varlen_func):
         "_process_flash_kwargs_fn": utils._lazy_define_process_function(varlen_func),
         "_process_with_kvcache_kwargs_fn": dict,
     }
-    config._attn_implementation_internal = "flash_attention_2"
+    config._attn_implementation_internal = name
     try:
         with mock.patch.multiple(utils, create=True, **loaded):
             yield model
