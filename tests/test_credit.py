@@ -14,6 +14,7 @@ from torch.library import opcheck
 import rhythm_kernels as rk
 from rhythm_kernels import ops, reference
 from rhythm_kernels.credit import CREDIT_MODES, rhythm_credit, shape_advantages
+from tests.credit_cases import credit_cases, many_tokens
 
 # A response of ten tokens; m = ceil(0.4 * 10) = 4, k = 3.
 #   t               0    1    2    3    4    5    6    7    8    9
@@ -110,40 +111,6 @@ def test_non_finite_entropy_gives_one(credit):
     assert (credit(WAAD, FAI, MASK, mode="global", entropy=entropy) != 1).any()
 
 
-TIES = [0.0, -0.0, 0.125, 0.25, 0.5, 1.0, -0.5]  # few values: many ties, and FAI of 0 and below
-
-
-@st.composite
-def credit_cases(draw):
-    batch, length = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3]) | st.integers(1, 40))
-    value = st.sampled_from(TIES) if draw(st.booleans()) else st.floats(-1, 10, width=32)
-
-    def tensor(of):
-        return torch.tensor(draw(st.lists(of, min_size=batch * length, max_size=batch * length))).view(batch, length)
-
-    dtype = st.sampled_from([torch.float32] * 4 + [torch.float64, torch.float16])
-    waad, fai, entropy = (tensor(value).to(draw(dtype)) for _ in range(3))
-    mask = tensor(st.booleans()) | (torch.arange(batch)[:, None] == 0)
-    for x in (waad, fai, entropy):
-        if draw(st.integers(0, 5)) == 0:
-            x[draw(st.integers(0, batch - 1)), draw(st.integers(0, length - 1))] = draw(
-                st.sampled_from([math.nan, math.inf, -math.inf])
-            )
-    threshold = st.none() | st.sampled_from([-math.inf, 0.0, 0.1, 0.25, 1.0, 1e300, math.inf]) | st.floats(0, 2)
-    options = {
-        "mode": draw(st.sampled_from(CREDIT_MODES)),
-        "gamma_amp": draw(st.sampled_from([0.5, 1.0, 1.5, 2.0]) | st.floats(0.1, 3)),
-        "top": draw(st.sampled_from([1e-12, 1e-6, 0.2, 0.3, 0.4, 0.6, 1.0]) | st.floats(0.01, 1)),
-        "alpha": draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1)),
-        "neighbors": draw(st.sampled_from([1, 3, 2**40]) | st.integers(1, 30)),
-        "bottom": draw(st.booleans()),
-        "tau_waad": draw(threshold),
-        "tau_delta": draw(threshold),
-        "entropy": entropy,
-    }
-    return waad, fai, mask, options, draw(st.integers(0, 1000))
-
-
 @settings(max_examples=500, deadline=None)
 @given(credit_cases())
 def test_every_backend_gives_the_bits_of_the_oracle(case):
@@ -159,11 +126,7 @@ def test_every_backend_gives_the_bits_of_the_oracle(case):
 @pytest.mark.parametrize("bottom", [False, True])
 @pytest.mark.parametrize("mode", CREDIT_MODES)
 def test_a_hundred_thousand_tokens(mode, bottom):
-    generator = torch.Generator().manual_seed(1)
-    size = (1, 100_000)
-    waad = (torch.rand(size, generator=generator) * 400).round() / 40  # ties
-    fai = (torch.rand(size, generator=generator) * 1e4 - 1e3).round().clamp(min=0) / 1e5
-    mask = torch.rand(size, generator=generator) > 0.1
+    waad, fai, mask = many_tokens(100_000)
     oracle, *others = (
         credit(waad, fai, mask, mode, bottom=bottom, entropy=waad.flip(1), generator=torch.Generator().manual_seed(2))
         for credit in CREDITS.values()
