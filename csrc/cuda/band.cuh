@@ -35,8 +35,9 @@ __device__ inline bool locate(const Band& band, Work& work) {
   const int64_t tile = work.seq.response_start + int64_t(blockIdx.x % band.tiles) * band.slabs * kResident;
   if (tile >= work.seq.end) return false;
   work.first = static_cast<int>(tile) + work.slab * kResident;
-  work.heads_from = static_cast<int>(band.p.n_heads * work.lane / band.lanes);
-  work.heads_to = static_cast<int>(band.p.n_heads * (work.lane + 1) / band.lanes);
+  const int n_heads = static_cast<int>(band.p.n_heads);
+  work.heads_from = n_heads * work.lane / band.lanes;
+  work.heads_to = n_heads * (work.lane + 1) / band.lanes;
   return true;
 }
 
@@ -96,9 +97,11 @@ int launch_instance(const DeviceProblem& p, void* stream) {
   while (blocks() * Instance::kWarps < kEnoughWarps && band.slabs > 1) band.slabs /= 2;
   const int64_t runs = Instance::kWarps / band.slabs;
   band.lanes = static_cast<int>(p.n_heads < runs ? p.n_heads : runs);
-  if (blocks() == 0) return 0;
-  return launch(Instance::kernel(), dim3(static_cast<unsigned>(blocks())), dim3(32 * band.slabs * band.lanes), 0,
-                stream, band);
+  int64_t grid = blocks();
+  if (grid == 0) return 0;
+  grid = grid < 0xffffffff ? grid : 0xffffffff; // more than 2^31 - 1 are refused by the launch
+  return launch(Instance::kernel(), dim3(static_cast<unsigned>(grid)), dim3(32 * band.slabs * band.lanes), 0, stream,
+                band);
 }
 
 // Pick the instance of a pass, `Pass<T, kChunks>`.

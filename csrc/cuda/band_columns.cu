@@ -9,8 +9,8 @@ namespace {
 
 // Keys are resident, rows pass: a slab of 16 keys meets 16 + hi - lo rows of each head, and stays in registers for all
 // query heads that follow each other in the table and read its kv head.
-template <typename T, int kChunks, int kTiles, int kThreads>
-__global__ void __launch_bounds__(kThreads) band_columns_kernel(const Band band) {
+template <typename T, int kChunks, int kTiles, int kThreads, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const Band band) {
   const DeviceProblem& p = band.p;
   Work work;
   if (!locate(band, work)) return;
@@ -47,7 +47,6 @@ __global__ void __launch_bounds__(kThreads) band_columns_kernel(const Band band)
 
       for (int t0 = static_cast<int>(rows_from); any && t0 <= last; t0 += kPassing * kTiles) {
         queries.load(q, t0, lane);
-        const int tiles = (last - t0) / kPassing + 1;
         float c[kTiles][4], lse[kTiles][2];
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
@@ -56,10 +55,9 @@ __global__ void __launch_bounds__(kThreads) band_columns_kernel(const Band band)
             const int t = t0 + kPassing * tile + 2 * lane.column + i;
             lse[tile][i] = __ldg(lse_row + (t < last ? t : last) * p.lse_token);
           }
-        products(keys, queries, tiles, head_dim, c);
+        products(keys, queries, head_dim, c);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          if (tile >= tiles) break;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int t = t0 + kPassing * tile + 2 * lane.column + i % 2;
@@ -87,7 +85,8 @@ template <typename T, int kChunks>
 struct BandColumns {
   static constexpr int kWarps = kChunks == 2 || kChunks == 4 ? 16 : 8;
   static constexpr int kTiles = 2;
-  static auto kernel() { return band_columns_kernel<T, kChunks, kTiles, 32 * kWarps>; }
+  static constexpr int kBlocks = kChunks > 0 ? 1 : 2; // a multiprocessor: bounds the registers
+  static auto kernel() { return band_columns_kernel<T, kChunks, kTiles, 32 * kWarps, kBlocks>; }
 };
 
 } // namespace

@@ -9,8 +9,8 @@ namespace {
 
 // Rows are resident, keys pass: a slab of 16 rows meets 16 + W - 1 keys. Query heads that follow each other in the table
 // and read the same kv head find its keys still in registers, where the band fits one chunk of 8 kTiles keys.
-template <typename T, int kChunks, int kTiles, int kThreads>
-__global__ void __launch_bounds__(kThreads) band_rows_kernel(const Band band) {
+template <typename T, int kChunks, int kTiles, int kThreads, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band band) {
   const DeviceProblem& p = band.p;
   Work work;
   if (!locate(band, work)) return;
@@ -41,12 +41,10 @@ __global__ void __launch_bounds__(kThreads) band_rows_kernel(const Band band) {
       for (int s0 = keys_from; s0 <= last; s0 += kPassing * kTiles) {
         if (kv_head != held) keys.load(k, s0, lane);
         if (one_chunk) held = kv_head;
-        const int tiles = (last - s0) / kPassing + 1;
         float c[kTiles][4];
-        products(queries, keys, tiles, head_dim, c);
+        products(queries, keys, head_dim, c);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          if (tile >= tiles) break;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int distance = row[i / 2] - (s0 + kPassing * tile + 2 * lane.column + i % 2);
@@ -76,8 +74,10 @@ __global__ void __launch_bounds__(kThreads) band_rows_kernel(const Band band) {
 template <typename T, int kChunks>
 struct BandRows {
   static constexpr int kWarps = 4;
-  static constexpr int kTiles = kChunks > 4 ? 2 : 4; // registers: 16 kTiles bytes of keys a lane and chunk
-  static auto kernel() { return band_rows_kernel<T, kChunks, kTiles, 32 * kWarps>; }
+  // Registers: a lane holds 16 kTiles bytes of keys for each chunk of the head.
+  static constexpr int kTiles = kChunks > 4 ? 2 : 4;
+  static constexpr int kBlocks = kChunks > 4 ? 2 : kChunks > 2 ? 3 : 4; // a multiprocessor: bounds the registers
+  static auto kernel() { return band_rows_kernel<T, kChunks, kTiles, 32 * kWarps, kBlocks>; }
 };
 
 } // namespace

@@ -10,7 +10,7 @@
 //
 // float32, whose products of full precision tensor cores have not, and unaligned input run on CUDA cores.
 //
-// Tokens past `last` are read as `last`: no load leaves the range, and the caller masks their products.
+// Tokens past `last` are read as `last`: no load leaves the range, the caller masks their products, and nothing branches.
 #pragma once
 
 #include <type_traits>
@@ -107,7 +107,6 @@ struct Passing {
   __device__ void load(const Tokens<T>& tokens, int first, Lane lane) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      if (first + kPassing * tile > tokens.last) break;
       const T* const token = tokens[first + kPassing * tile + lane.row];
 #pragma unroll
       for (int i = 0; i < kChunks; ++i)
@@ -116,23 +115,18 @@ struct Passing {
   }
 };
 
-// c = resident . passing for the first `tiles` tiles.
+// c = resident . passing.
 template <typename T, int kChunks, int kTiles>
 __device__ inline void products(const Resident<T, kChunks>& resident, const Passing<T, kChunks, kTiles>& passing,
-                                int tiles, int head_dim, float (&c)[kTiles][4]) {
+                                int, float (&c)[kTiles][4]) {
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    if (tile >= tiles) break;
-    c[tile][0] = c[tile][1] = c[tile][2] = c[tile][3] = 0.0f;
-  }
+  for (int tile = 0; tile < kTiles; ++tile) c[tile][0] = c[tile][1] = c[tile][2] = c[tile][3] = 0.0f;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    if (32 * i >= head_dim) break;
     const uint4 low = resident.part[i][0], high = resident.part[i][1];
     const unsigned a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      if (tile >= tiles) break;
       const uint4 other = passing.part[tile][i];
       const unsigned b[2][2] = {{other.x, other.y}, {other.z, other.w}};
       mma<T>(c[tile], a[0], b[0]);
@@ -177,7 +171,7 @@ struct Passing<T, kUnaligned, kTiles> : PassingPointers<T, kTiles> {};
 
 template <int kTiles>
 __device__ inline void products(const Resident<float, kAligned>& resident,
-                                const Passing<float, kAligned, kTiles>& passing, int, int head_dim,
+                                const Passing<float, kAligned, kTiles>& passing, int head_dim,
                                 float (&c)[kTiles][4]) {
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) c[tile][0] = c[tile][1] = c[tile][2] = c[tile][3] = 0.0f;
@@ -200,7 +194,7 @@ __device__ inline void products(const Resident<float, kAligned>& resident,
 
 template <typename T, int kTiles>
 __device__ inline void products(const Resident<T, kUnaligned>& resident, const Passing<T, kUnaligned, kTiles>& passing,
-                                int, int head_dim, float (&c)[kTiles][4]) {
+                                int head_dim, float (&c)[kTiles][4]) {
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) c[tile][0] = c[tile][1] = c[tile][2] = c[tile][3] = 0.0f;
 #pragma unroll 1

@@ -23,7 +23,7 @@ def bands() -> Emulated:
 
 @pytest.fixture
 def cuda_on_cpu(bands: Emulated, monkeypatch: pytest.MonkeyPatch) -> Emulated:
-    """Backend "cuda" serves CPU tensors: the bands by the emulated kernels, what CUDA C++ has not by tile-wise torch."""
+    """Backend "cuda" serves CPU tensors: the bands by the emulated kernels, the other passes by tile-wise torch."""
     passes = Passes(bands)
     choose, run = dispatch.choose, dispatch.run
 

@@ -1,4 +1,4 @@
-"""The CUDA passes on CPU tensors: the `csrc/cuda` sources, run by the emulation, with the signatures of every backend."""
+"""The CUDA passes on CPU tensors: the emulated `csrc/cuda` sources with the signatures that every backend has."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Passes:
         softcap: float, window_left: int, sinks: Tensor | None, window: int, per_head: bool,
     ) -> Tensor:  # fmt: skip
         return self._band(
-            "rhythm_cuda_band_rows", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, per_head,
-            window=window,
+            "rhythm_cuda_band_rows", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks,
+            per_head, window=window,
         )  # fmt: skip
 
     def band_columns(
@@ -49,8 +49,8 @@ class Passes:
         softcap: float, window_left: int, sinks: Tensor | None, lo: int, hi: int, per_head: bool,
     ) -> Tensor:  # fmt: skip
         return self._band(
-            "rhythm_cuda_band_columns", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, per_head,
-            lo=lo, hi=hi,
+            "rhythm_cuda_band_columns", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks,
+            per_head, lo=lo, hi=hi,
         )  # fmt: skip
 
     def _band(

@@ -176,6 +176,7 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+inline float __fdividef(float x, float y) { return x / y; }
 template <typename T>
 T __ldg(const T* address) {
   if (reinterpret_cast<uintptr_t>(address) % alignof(T))

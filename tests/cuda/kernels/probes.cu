@@ -1,5 +1,7 @@
 // Kernels that try the emulation itself: right ones, and each kind of wrong one.
 #include "launch.h"
+#include "products.cuh"
+#include "score.cuh"
 
 using namespace rhythm;
 
@@ -53,6 +55,10 @@ __global__ void warp_against_block(int* out) {
   out[threadIdx.x] = 1;
 }
 
+__global__ void mask_beyond_the_block(int* out) { out[threadIdx.x] = __ballot_sync(0xffffffffu, true); }
+
+__global__ void misaligned_load(int* out) { out[0] = __ldg(reinterpret_cast<const uint4*>(out + 1)).x; }
+
 __global__ void past_the_end(int* out, int n) {
   for (int i = threadIdx.x; i <= n; i += blockDim.x) out[i] = i;
 }
@@ -80,6 +86,33 @@ int probe_shuffle_from_outside_the_mask(int* out) {
   return launch(shuffle_from_outside_the_mask, 1, 32, 0, nullptr, out);
 }
 int probe_warp_against_block(int* out) { return launch(warp_against_block, 1, 32, 0, nullptr, out); }
+int probe_mask_beyond_the_block(int* out) { return launch(mask_beyond_the_block, 1, 16, 0, nullptr, out); }
+int probe_misaligned_load(int* out) { return launch(misaligned_load, 1, 1, 0, nullptr, out); }
+int probe_too_many_threads(int* out) { return launch(misaligned_load, 1, 1025, 0, nullptr, out); }
 int probe_past_the_end(int* out, int n) { return launch(past_the_end, 1, 32, 0, nullptr, out, n); }
 int probe_past_shared(int* out, int n) { return launch(past_shared, 1, n, n * sizeof(int), nullptr, out); }
+}
+
+// One mma.sync of a warp, each lane's registers as the caller has laid them out.
+template <typename T>
+__global__ void one_mma(const unsigned* a, const unsigned* b, float* c) {
+  const int lane = threadIdx.x;
+  unsigned a_part[4], b_part[2];
+  float c_part[4];
+  for (int i = 0; i < 4; ++i) a_part[i] = a[4 * lane + i], c_part[i] = c[4 * lane + i];
+  for (int i = 0; i < 2; ++i) b_part[i] = b[2 * lane + i];
+  mma<T>(c_part, a_part, b_part);
+  for (int i = 0; i < 4; ++i) c[4 * lane + i] = c_part[i];
+}
+
+__global__ void tanh_of_all(const float* x, float* out) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  out[i] = tanh_of(x[i]);
+}
+
+extern "C" int probe_mma(const unsigned* a, const unsigned* b, float* c, bool bfloat16) {
+  return launch(bfloat16 ? one_mma<BFloat16> : one_mma<Float16>, 1, 32, 0, nullptr, a, b, c);
+}
+extern "C" int probe_tanh(const float* x, float* out, int blocks) {
+  return launch(tanh_of_all, blocks, 32, 0, nullptr, x, out);
 }
