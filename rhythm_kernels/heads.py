@@ -131,7 +131,9 @@ def head_groups(
             of the attention they get from later tokens (arXiv 2506.19143), mean over the responses. Local heads go
             by span.
 
-    The mean of eq. 7 pools all response tokens of all batches; ties go by (layer, head).
+    The mean of eq. 7 pools all response tokens of all batches; ties go by (layer, head). Batches are taken one at a
+    time and not kept; what is kept is one number a head, so an iterator may be of any length. It may be called inside
+    of a probe's block, between two forwards, unseen by the probe: `probe.groups = head_groups(model, batches)`.
 
     Raises:
         ValueError: no batch, no response token, a quantile outside (0, 1], or whatever a probe refuses.
@@ -149,7 +151,7 @@ def head_groups(
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with Capture(decoder, sampled, tally), torch.no_grad():
+        with Capture(decoder, sampled, tally, aside=True), torch.no_grad():
             for batch in batches:
                 if not isinstance(batch, Mapping):
                     raise TypeError(

@@ -48,11 +48,18 @@ def rhythm_attention(
 
     Raises:
         NotImplementedError: the model attends to chosen keys only (sparse attention).
+        ValueError: `cu_seq_lens_q` without the packed position_ids from which the mask is made.
     """
     if any(kwargs.get(name) is not None for name in _SPARSE):
         raise NotImplementedError(
             f"{type(module).__name__} chooses keys (sparse attention), which attn_implementation={NAME!r} does not "
             "support: use 'sdpa' or 'eager'"
+        )
+    ends = kwargs.get("cu_seq_lens_q")
+    if ends is not None and ends.shape[0] > 2 and not (isinstance(attention_mask, RangeMask) and attention_mask.packed):
+        raise ValueError(
+            f"cu_seq_lens_q: attn_implementation={NAME!r} does not read it; pass packed position_ids, "
+            "attention_mask=None and use_cache=False"
         )
     query, key, value = _lowered(query, key, value)
     if dropout or not _is_self_attention(module, query, key, value, attention_mask, kwargs):

@@ -24,7 +24,7 @@ from .lse import LseObserver, as_batched
 from .masks import ForwardInputs, Sequences, sequences_of, window_of_layer
 from .structure import Decoder, bind_forward
 
-_captured: set[int] = set()  # ids of the decoders that some Capture is watching
+_watching: dict[int, list[Capture]] = {}  # id of a decoder -> who watches it; the last one is told of its forwards
 
 
 @dataclass
@@ -83,16 +83,21 @@ class Consumer(Protocol):
 
 
 class Capture:
-    """Watch `layers` of a decoder for `consumer`, inside a `with` block."""
+    """Watch `layers` of a decoder for `consumer`, inside a `with` block.
 
-    def __init__(self, decoder: Decoder, layers: Sequence[int], consumer: Consumer) -> None:
+    With `aside=True` it may be entered inside of another's block, between two forwards: that one then sees none of the
+    forwards until this one is left.
+    """
+
+    def __init__(self, decoder: Decoder, layers: Sequence[int], consumer: Consumer, aside: bool = False) -> None:
         attention.register()
         self._decoder = decoder
-        self._layers = sorted(set(layers))
         self._consumer = consumer
+        self._aside = aside
         self._layer_of = decoder.layer_of
-        self._modules = [decoder.attentions[layer] for layer in self._layers]
-        self._taps: dict[int, registry.Tap] = {id(module): self._tap for module in self._modules}
+        self._layers: list[int] = []
+        self._modules: list[nn.Module] = []
+        self._taps: dict[int, registry.Tap] = {}
         self._undo: list[Callable[[], None]] = []
         self._used: list[tuple[Any, str]] | None = None  # what is installed, while a forward is being measured
         self._depth = 0
@@ -100,14 +105,24 @@ class Capture:
         self._response_mask: Tensor | None = None
         self._sequences: Sequences | None = None
         self._met: set[int] = set()
+        self.watch(layers)
+
+    def watch(self, layers: Sequence[int]) -> None:
+        """Choose other layers, from the next forward on."""
+        if self._used is not None:
+            raise RuntimeError("the layers to measure cannot be changed in the middle of a measured forward")
+        self._layers = sorted(set(layers))
+        self._modules = [self._decoder.attentions[layer] for layer in self._layers]
+        self._taps = {id(module): self._tap for module in self._modules}
 
     def __enter__(self) -> Capture:
-        if id(self._decoder.module) in _captured:
+        others = _watching.setdefault(id(self._decoder.module), [])
+        if others and not (self._aside and others[-1]._depth == 0):
             raise RuntimeError(
-                "this model is already being measured: two probes (or a probe and head_groups) cannot be nested on one "
-                "model; leave the first block, or build one probe with the groups of both"
+                "this model is already being measured: two probes cannot be nested on one model; leave the first "
+                "block, or build one probe with the groups of both"
             )
-        _captured.add(id(self._decoder.module))
+        others.append(self)
         self._undo = self._decoder.on_forward(self._before, self._after)
         return self
 
@@ -119,11 +134,14 @@ class Capture:
         self._undo = []
         self._disarm()
         self._depth = 0
-        _captured.discard(id(self._decoder.module))
+        watchers = _watching[id(self._decoder.module)]
+        watchers.remove(self)
+        if not watchers:
+            del _watching[id(self._decoder.module)]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
-        if self._depth > 1:
+        if self._depth > 1 or _watching[id(self._decoder.module)][-1] is not self:
             return
         given = bind_forward(module, args, kwargs)
         if given.get("past_key_values") is not None:

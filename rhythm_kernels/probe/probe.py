@@ -31,7 +31,8 @@ class RhythmProbe:
         model: a transformers causal language model, also wrapped (DDP, FSDP, PEFT, `torch.compile` without
             `fullgraph`) or tensor-parallel by its `tp_plan` (every rank gets the same results).
         groups: which heads are local (WAAD) and global (FAI). Groups that `head_groups` saved for another
-            architecture are refused; groups built by hand are accepted where their indices fit.
+            architecture are refused; groups built by hand are accepted where their indices fit. May be set anew
+            between forwards, as in `probe.groups = head_groups(model, batches)` every few steps of training.
         window: W of eq. 9, in tokens.
         horizon: `(H_lo, H_hi)` of eq. 10, in tokens; `H_hi = None` runs to the end of the response.
         response_mask: `(B, T)` bool (or 0/1): R of a row runs from its first to its last True, holes included. May be
@@ -59,22 +60,18 @@ class RhythmProbe:
         horizon: tuple[int, int | None] = (10, 50),
         response_mask: Tensor | None = None,
     ) -> None:
-        if not isinstance(groups, HeadGroups):
-            raise TypeError(
-                f"groups: {type(groups).__name__}, must be HeadGroups (from head_groups, HeadGroups.load, or by hand)"
-            )
+        _check_groups(groups)
         _check_measures(window, horizon)
-        decoder = find_decoder(model)
-        groups.check(decoder)
-        self.groups = groups
+        self._decoder = find_decoder(model)
+        groups.check(self._decoder)
+        self._groups = groups
         self.window = window
         self.horizon = horizon
         self.response_mask = response_mask
         self.lse_source: dict[int, str] = {}
         self._local = _by_layer(groups.local)
         self._global = _by_layer(groups.global_)
-        self._shards = decoder.shards
-        self._capture = Capture(decoder, [*self._local, *self._global], self)
+        self._capture = Capture(self._decoder, [*self._local, *self._global], self)
         self._entered = False
         self._sums: tuple[Tensor, Tensor] | None = None
         self._results: tuple[Tensor, Tensor] | None = None
@@ -91,6 +88,19 @@ class RhythmProbe:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._capture.__exit__(kind, error, trace)
+
+    @property
+    def groups(self) -> HeadGroups:
+        """Which heads are measured. Settable between forwards, also inside of the block: see `head_groups`."""
+        return self._groups
+
+    @groups.setter
+    def groups(self, groups: HeadGroups) -> None:
+        _check_groups(groups)
+        groups.check(self._decoder)
+        local, global_ = _by_layer(groups.local), _by_layer(groups.global_)
+        self._capture.watch([*local, *global_])
+        self._groups, self._local, self._global = groups, local, global_
 
     @property
     def waad(self) -> Tensor:
@@ -144,8 +154,8 @@ class RhythmProbe:
         """Turn the sums, over all ranks that share the heads, into means over each group's heads."""
         assert self._sums is not None
         waad_sum, fai_sum = self._sums
-        if self._shards is not None:
-            waad_sum, fai_sum = self._shards.sum(torch.stack(self._sums))
+        if self._decoder.shards is not None:
+            waad_sum, fai_sum = self._decoder.shards.sum(torch.stack(self._sums))
         self._results = waad_sum / len(self.groups.local), fai_sum / len(self.groups.global_)
         self._sums = None
 
@@ -153,6 +163,13 @@ class RhythmProbe:
         """Keep no half results: the latest forward has none, and reading says why."""
         self._sums = self._results = None
         self._why_none = f"the latest forward was not measured, because {reason}"
+
+
+def _check_groups(groups: object) -> None:
+    if not isinstance(groups, HeadGroups):
+        raise TypeError(
+            f"groups: {type(groups).__name__}, must be HeadGroups (from head_groups, HeadGroups.load, or by hand)"
+        )
 
 
 def _by_layer(heads: list[tuple[int, int]]) -> dict[int, list[int]]:

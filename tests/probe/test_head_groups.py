@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import probe_models as models
 import pytest
@@ -64,6 +66,31 @@ def test_splitting_the_batches_changes_nothing():
     apart = head_groups(model, ({"input_ids": row[None]} for row in ids), layers="all")
     assert together == apart
     assert together.provenance["span"]["local"] == pytest.approx(apart.provenance["span"]["local"], rel=1e-5)
+
+
+@pytest.mark.parametrize("by", ["span", "receiver"])
+def test_batches_stream(by):
+    """No batch but the last is alive when the next one is asked for, and the state does not grow."""
+    model = models.tiny_model("llama")
+    kept: list[weakref.ref] = []
+    alive = []
+
+    def batches():
+        for seed in range(6):
+            gc.collect()
+            alive.append((sum(ref() is not None for ref in kept), tensors()))
+            ids = models.tokens(2, 40, seed=seed)
+            kept.append(weakref.ref(ids))
+            yield {"input_ids": ids}
+            del ids
+
+    def tensors():
+        return sum(x.numel() for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
+
+    groups = head_groups(model, batches(), layers="all", by=by)
+    assert max(old for old, _ in alive) <= 1
+    assert len({count for _, count in alive[1:]}) == 1
+    assert groups.provenance["calibration"] == {"sequences": 12, "response_tokens": 480}
 
 
 def test_packed_batches():
@@ -132,12 +159,22 @@ def test_receiver_heads():
 
 def test_files(tmp_path):
     model = models.tiny_model("llama")
+    model.config._name_or_path, model.config._commit_hash = "someone/their-llama", "0123abc"
     path = tmp_path / "groups.json"
     groups = head_groups(model, [{"input_ids": models.tokens(2, 30)}])
     groups.save(path)
     loaded = HeadGroups.load(path)
     assert loaded == groups
     assert loaded.provenance == json.loads(json.dumps(groups.provenance))
+    made = loaded.provenance
+    assert made["model_name"] == "someone/their-llama"
+    assert made["revision"] == "0123abc"
+    assert made["calibration"] == {"sequences": 2, "response_tokens": 60}
+    assert made["architecture"]["model_type"] == "llama"
+    assert len(made["config_hash"]) == 64
+    twin = head_groups(models.tiny_model("llama", seed=3), [{"input_ids": models.tokens(1, 30)}])
+    changed = head_groups(models.tiny_model("llama", rms_norm_eps=1e-3), [{"input_ids": models.tokens(1, 30)}])
+    assert twin.provenance["config_hash"] == made["config_hash"] != changed.provenance["config_hash"]
     content = json.loads(path.read_text())
     assert content["local"] == [list(head) for head in groups.local]
     assert content["global"] == [list(head) for head in groups.global_]

@@ -1,4 +1,4 @@
-"""Sharded and wrapped models: FSDP2 and tensor parallelism over two processes, and accelerate."""
+"""Sharded and wrapped models: DDP, FSDP2 and tensor parallelism over two processes, and accelerate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def measured(model, batch):
     return probe.waad, probe.fai
 
 
-def _fsdp2_rank(rank: int, store: str) -> None:
+def _data_parallel_rank(rank: int, store: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -32,6 +32,13 @@ def _fsdp2_rank(rank: int, store: str) -> None:
         mine = {name: x[rank::2] for name, x in batch.items()}
         model = models.tiny_model("qwen3")
         expected, groups = measured(model, mine), head_groups(model, [mine])
+        wrapped = torch.nn.parallel.DistributedDataParallel(model.train())
+        with RhythmProbe(wrapped, GROUPS) as probe:
+            wrapped(**mine, use_cache=False).logits.float().sum().backward()
+        assert torch.equal(probe.waad, expected[0])
+        assert torch.equal(probe.fai, expected[1])
+        assert head_groups(wrapped, [mine]) == groups
+        model = models.tiny_model("qwen3")
         mesh = init_device_mesh("cpu", (2,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
@@ -45,8 +52,9 @@ def _fsdp2_rank(rank: int, store: str) -> None:
         dist.destroy_process_group()
 
 
-def test_fsdp2(tmp_path):
-    mp.spawn(_fsdp2_rank, (str(tmp_path / "store"),), nprocs=2)
+def test_ddp_and_fsdp2(tmp_path):
+    """Each of two processes measures its own rows of the batch."""
+    mp.spawn(_data_parallel_rank, (str(tmp_path / "store"),), nprocs=2)
 
 
 def _tensor_parallel_rank(rank: int, folder: str) -> None:

@@ -155,11 +155,68 @@ def test_nested_probes_on_one_model(model):
     with RhythmProbe(model, GROUPS):
         with pytest.raises(RuntimeError, match="already being measured"):
             RhythmProbe(model.model, GROUPS).__enter__()
-        with pytest.raises(RuntimeError, match="already being measured"):
-            head_groups(model, [{"input_ids": models.tokens(1, 20)}])
         forward(model)
     with RhythmProbe(model, GROUPS):
         forward(model)
+
+
+def test_regrouping_inside_of_the_block(model):
+    """Calibration goes unseen by the probe; what it gives is measured from the next forward on."""
+    other = HeadGroups(local=[(3, 1)], global_=[(0, 2), (3, 0)])
+    with RhythmProbe(model, other) as expected:
+        forward(model)
+    plain = head_groups(model, [{"input_ids": models.tokens(1, 20)}])
+    with RhythmProbe(model, GROUPS) as probe:
+        forward(model)
+        waad = probe.waad
+        again = head_groups(model, [{"input_ids": models.tokens(1, 20)}])
+        assert again == plain
+        assert probe.waad is waad
+        probe.groups = other
+        assert probe.waad is waad
+        forward(model)
+        assert probe.groups is other
+        assert torch.equal(probe.waad, expected.waad)
+        assert torch.equal(probe.fai, expected.fai)
+        assert set(probe.lse_source) == {0, 3}
+        probe.groups = again
+        forward(model, 17)
+        assert probe.waad.shape == (2, 17)
+
+
+def test_a_calibration_that_fails_inside_of_the_block(model):
+    with RhythmProbe(model, GROUPS) as probe:
+        with pytest.raises(ValueError, match="no response token"):
+            head_groups(model, [])
+        forward(model)
+        assert probe.waad.shape == (2, 30)
+
+
+def test_groups_that_do_not_fit_are_refused_when_set(model):
+    with RhythmProbe(model, GROUPS) as probe:
+        with pytest.raises(TypeError, match="groups"):
+            probe.groups = {"local": [(0, 0)]}
+        with pytest.raises(ValueError, match="layer 4"):
+            probe.groups = HeadGroups([(4, 0)], [(0, 0)])
+        forward(model)
+        assert probe.groups is GROUPS
+
+
+def test_no_change_in_the_middle_of_a_forward(model):
+    def hook(*_):
+        probe.groups = GROUPS
+
+    handle = model.model.layers[1].register_forward_hook(hook)
+    with RhythmProbe(model, GROUPS) as probe, pytest.raises(RuntimeError, match="in the middle of"):
+        forward(model)
+    handle.remove()
+    handle = model.model.layers[1].register_forward_hook(lambda *_: head_groups(model, []))
+    with RhythmProbe(model, GROUPS) as probe, pytest.raises(RuntimeError, match="already being measured"):
+        forward(model)
+    handle.remove()
+    with RhythmProbe(model, GROUPS) as probe:
+        forward(model)
+    assert probe.waad.shape == (2, 30)
 
 
 @pytest.mark.parametrize(

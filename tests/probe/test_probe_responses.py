@@ -6,8 +6,10 @@ import probe_models as models
 import pytest
 import torch
 from probe_oracle import eager_maps, oracle, padded_bounds
+from transformers import DataCollatorWithFlattening
 
 from rhythm_kernels import HeadGroups, RhythmProbe
+from rhythm_kernels.integrations.transformers import register
 
 GROUPS = HeadGroups(local=[(0, 0), (2, 1), (2, 3)], global_=[(1, 0), (2, 2), (3, 3)])
 
@@ -70,6 +72,27 @@ def test_several_packed_rows():
     response = torch.zeros(3, 64, dtype=torch.bool)
     response[:, 10:60] = True
     check(measured(model, GROUPS, batch, response), oracle(maps, GROUPS, bounds, response))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "rhythm"])
+def test_padding_free_collator(implementation):
+    """transformers' own collator packs rows and names their positions."""
+    register()
+    model = models.tiny_model("qwen3", implementation)
+    rows = [models.tokens(1, length, seed=length)[0].tolist() for length in (23, 41, 8)]
+    packed = DataCollatorWithFlattening()([{"input_ids": row, "labels": row} for row in rows])
+    labels = packed.pop("labels")  # -100 at the first token of each sequence
+    probe = measured(model, GROUPS, packed, labels != -100)
+    start = 0
+    for row in rows:
+        end = start + len(row)
+        alone = torch.tensor([row])
+        response = torch.ones_like(alone, dtype=torch.bool)
+        response[:, 0] = False
+        single = measured(model, GROUPS, {"input_ids": alone}, response)
+        torch.testing.assert_close(probe.waad[:, start:end], single.waad, atol=1e-4, rtol=0)
+        torch.testing.assert_close(probe.fai[:, start:end], single.fai, atol=1e-4, rtol=0)
+        start = end
 
 
 def test_lengths_and_masks_change_between_forwards():

@@ -201,15 +201,24 @@ def test_compiled_models(how, warm):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
-def test_ddp(batch, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        inner = models.tiny_model("llama")
-        expected = plain_measures(inner, batch)
-        model = torch.nn.parallel.DistributedDataParallel(inner)
-        with RhythmProbe(model, GROUPS) as probe:
-            train_step(model, batch)
-        assert torch.equal(probe.waad, expected[0])
-        assert torch.equal(probe.fai, expected[1])
-    finally:
-        torch.distributed.destroy_process_group()
+def test_micro_batches_of_different_lengths():
+    """Gradients accumulate over them as without a probe; each is measured on its own."""
+    model = models.tiny_model("qwen3").train()
+    lengths = (40, 72, 51)
+
+    def accumulated(probe):
+        model.zero_grad()
+        measured = []
+        for length in lengths:
+            batch = models.padded_batch(length)
+            logits = model(**batch, use_cache=False).logits
+            (logits.log_softmax(-1)[..., 3] * batch["attention_mask"]).sum().backward()
+            measured.append(None if probe is None else probe.waad)
+        return [p.grad for p in model.parameters()], measured
+
+    plain, _ = accumulated(None)
+    with RhythmProbe(model, GROUPS) as probe:
+        probed, waads = accumulated(probe)
+    assert all(torch.equal(*pair) for pair in zip(plain, probed))
+    for length, waad in zip(lengths, waads):
+        assert torch.equal(waad, plain_measures(model, models.padded_batch(length))[0])

@@ -271,6 +271,19 @@ def test_sparse_attention_is_refused():
         mask[:, 0]
 
 
+def test_cu_seq_lens_alone_are_refused():
+    """sdpa lets the sequences see each other without a word."""
+    model = models.tiny_model("llama", "rhythm")
+    batch, bounds = models.packed_batch()
+    ends = torch.tensor([0, *(end for _, _, end in bounds)], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 40, "max_length_k": 40}
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="cu_seq_lens_q"):
+            model(batch["input_ids"], **lengths, use_cache=False)
+        want = model(**batch, use_cache=False).logits
+        assert torch.equal(model(**batch, **lengths, use_cache=False).logits, want)
+
+
 def test_masks_equal_those_of_sdpa():
     """Every mask that transformers composes: causal, sliding, packed, chunked, padded on either side."""
     from transformers import masking_utils as utils
