@@ -189,5 +189,8 @@ PyMODINIT_FUNC PyInit__C() {
   PyModule_AddStringConstant(module, "torch_version",
                              RHYTHM_VERSION(TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH));
   PyModule_AddStringConstant(module, "compiler", RHYTHM_COMPILER);
+  PyModule_AddStringConstant(module, "cuda_reason", RHYTHM_CUDA_REASON); // "" where the CUDA kernels were built
+  PyModule_AddStringConstant(module, "cuda_archs", RHYTHM_CUDA_ARCHS);
+  PyModule_AddStringConstant(module, "nvcc", RHYTHM_NVCC);
   return module;
 }

@@ -46,8 +46,10 @@ def build_info() -> dict[str, Any]:
     """What was compiled, and what of it is in use.
 
     `torch`: the version built with (the binary runs on it and on later ones); `compiler`; `capabilities`: each
-    instruction set compiled -> whether this processor can run it; `capability`: the one in use; `threads`.
-    Without the extension, `available` says why and nothing else is known.
+    instruction set compiled -> whether this processor can run it; `capability`: the one in use; `threads`; `cuda`:
+    whether the CUDA kernels were `built`, then `archs` (compute capabilities, `+PTX` where later ones can compile for
+    themselves) and the version of `nvcc`, else the `reason`. Without the extension, `available` says why and nothing
+    else is known.
     """
     extension, reason = _load()
     if extension is None:
@@ -61,10 +63,18 @@ def build_info() -> dict[str, Any]:
         "capabilities": capabilities,
         "capability": os.environ.get("RHYTHM_CPU_CAPABILITY", best),
         "threads": torch.get_num_threads(),
+        "cuda": _cuda(extension),
     }
 
 
-def _ops() -> Any:
+def _cuda(extension: ModuleType) -> dict[str, Any]:
+    if extension.cuda_reason:
+        return {"built": False, "reason": extension.cuda_reason}
+    return {"built": True, "archs": extension.cuda_archs.split(";"), "nvcc": extension.nvcc}
+
+
+def registered() -> Any:
+    """`torch.ops.rhythm_kernels_native`, once the extension is loaded; RuntimeError where there is none."""
     reason = available()
     if reason:
         raise RuntimeError(reason)
@@ -99,7 +109,7 @@ def band_rows(
     """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
     window = _within(window, q)
     out = _per_token(q, heads, per_head)
-    _ops().band_rows(q, k, lse, seqs, heads, scale, softcap, window_left, sinks, window, per_head, out)
+    registered().band_rows(q, k, lse, seqs, heads, scale, softcap, window_left, sinks, window, per_head, out)
     return out
 
 
@@ -120,7 +130,7 @@ def band_columns(
 ) -> Tensor:
     """FAI (eq. 10), `(B, [Hs,] T)`: the mean of A over the rows at distance `lo .. hi` after each key."""
     out = _per_token(q, heads, per_head)
-    _ops().band_columns(q, k, lse, seqs, heads, scale, softcap, window_left, sinks, lo, hi, per_head, out)
+    registered().band_columns(q, k, lse, seqs, heads, scale, softcap, window_left, sinks, lo, hi, per_head, out)
     return out
 
 
@@ -141,7 +151,7 @@ def row_stats(
     window = _within(window, q)
     lse = _per_token(q, heads, True)
     waad, span = _per_token(q, heads, per_head), _per_token(q, heads, per_head)
-    _ops().row_stats(q, k, seqs, heads, scale, softcap, window_left, sinks, window, per_head, lse, waad, span)
+    registered().row_stats(q, k, seqs, heads, scale, softcap, window_left, sinks, window, per_head, lse, waad, span)
     return lse, waad, span
 
 
@@ -165,7 +175,7 @@ def column_stats(
     The five are count, mean, population variance, skewness and kurtosis (`m4 / m2**2`).
     """
     out = _per_token(q, heads, per_head, 5 if moments else 1)
-    _ops().column_stats(
+    registered().column_stats(
         q, k, lse, seqs, heads, scale, softcap, window_left, sinks, min_distance, moments, per_head, out
     )
     return out
@@ -188,5 +198,5 @@ def credit(
     """Gamma (eqs. 13 to 18), `(B, T)` float32, each response by one thread."""
     out = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
     levels = gamma_levels(gamma_amp, alpha)
-    _ops().credit(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out)
+    registered().credit(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out)
     return out

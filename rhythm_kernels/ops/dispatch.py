@@ -11,14 +11,21 @@ import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
 
-# The rule: the first usable backend of the device's list.
-_PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
+# The rule: the first usable backend of the device's list that has the pass. The order is to follow measurements; on a
+# GPU none has been taken that compares the CUDA kernels with the Triton ones, so the bands stay with Triton, and CUDA
+# has what Triton lacks: credit.
+_PREFERENCE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
 
-_MODULES = {"cpu": "native", "triton": "triton", "torch": "fallback"}
+_MODULES = {"cuda": "cuda", "cpu": "native", "triton": "triton", "torch": "fallback"}
+
+_NO_STREAMS = "the CUDA C++ backend has the bands and credit: leave backend at None, or say 'triton'"
 
 # Passes that a backend does not have, and why. What is not named here is there.
 _LACKS = {
     ("triton", "attention"): "the Triton backend has no attention pass yet",
+    ("cuda", "row_stats"): _NO_STREAMS,
+    ("cuda", "column_stats"): _NO_STREAMS,
+    ("cuda", "attention"): _NO_STREAMS,
     ("triton", "credit"): "the Triton backend has no credit: leave backend at None, or say 'torch'",
     ("cpu", "attention"): "attention on the CPU is torch's own: leave backend at None, or say 'torch'",
 }
@@ -37,7 +44,9 @@ def _unusable(name: str, device: torch.device) -> str:
 
         return triton.available(device)
     if name == "cuda":
-        return "this build has no CUDA C++ kernels"
+        from .. import cuda
+
+        return cuda.available(device)
     raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {name!r}")
 
 

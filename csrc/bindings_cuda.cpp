@@ -1,0 +1,124 @@
+// The CUDA kernels as ops; part of the extension where nvcc built them. The extension must load where neither torch nor
+// the machine knows CUDA, so what is needed of torch's CUDA library is looked up when the first tensor of a GPU comes.
+#include <dlfcn.h>
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "bindings.h"
+#include "rhythm/cuda.h"
+
+#ifndef RHYTHM_EMULATE
+#define RHYTHM_CUDA_LIBRARY rhythm_kernels_native
+#define RHYTHM_CUDA_KEY CUDA
+#endif
+
+namespace rhythm {
+namespace {
+
+#ifdef RHYTHM_EMULATE // the tests: kernels that run on the CPU, on its tensors
+
+struct Device {
+  explicit Device(const Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+
+#else
+
+// The tensor's device made current while this lives, and the caller's stream there.
+class Device {
+ public:
+  explicit Device(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+
+  void* stream() const {
+    typedef int32_t (*CurrentStream)(int32_t, void**);
+    static const auto current = reinterpret_cast<CurrentStream>([]() -> void* {
+      void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+      return library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+    }());
+    void* found = nullptr;
+    STD_TORCH_CHECK(current != nullptr && current(index_, &found) == 0, "this torch gives no CUDA stream");
+    return found;
+  }
+
+ private:
+  const int32_t index_;
+  const torch::stable::accelerator::DeviceGuard guard_;
+};
+
+#endif
+
+void check(int code, const char* name) { STD_TORCH_CHECK(code == 0, name, ": ", rhythm_cuda_error(code)); }
+
+// The tables lie on the device and are not read here: whoever made them has checked or clamped them.
+DeviceProblem problem(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& seqs, const Tensor& heads,
+                      int64_t max_seqlen, double scale, double softcap, int64_t window_left,
+                      const std::optional<Tensor>& sinks, bool per_head, const Tensor& out) {
+  DeviceProblem p{};
+  set_inputs(p, q, k, &lse);
+  STD_TORCH_CHECK(1 <= p.head_dim && p.head_dim <= 256, "q must have a head size of 1 to 256");
+  p.seqs = table<Sequence>(seqs, "seqs"), p.n_seqs = seqs.size(0);
+  STD_TORCH_CHECK(0 <= max_seqlen && max_seqlen <= p.tokens, "max_seqlen must be from 0 to T");
+  p.max_seqlen = max_seqlen;
+  p.heads = table<Head>(heads, "heads"), p.n_heads = heads.size(0);
+  STD_TORCH_CHECK(p.n_heads > 0, "no heads are selected");
+  p.kv_group = q.size(2) / k.size(2);
+  p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap), p.window_left = window_left;
+  p.sinks = sinks_of(sinks, q.size(2));
+  p.per_head = per_head;
+  p.out = result(out, p.batch * (per_head ? p.n_heads : 1) * p.tokens);
+  p.out_row = (per_head ? p.n_heads : 1) * p.tokens, p.out_head = p.tokens;
+  return p;
+}
+
+void band_rows(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& seqs, const Tensor& heads,
+               int64_t max_seqlen, double scale, double softcap, int64_t window_left, std::optional<Tensor> sinks,
+               int64_t window, bool per_head, const Tensor& out) {
+  DeviceProblem p =
+      problem(q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, per_head, out);
+  STD_TORCH_CHECK(window >= 1, "window must be at least 1");
+  p.window = window;
+  const Device device(q);
+  check(rhythm_cuda_band_rows(&p, device.stream()), "band_rows");
+}
+
+void band_columns(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& seqs, const Tensor& heads,
+                  int64_t max_seqlen, double scale, double softcap, int64_t window_left, std::optional<Tensor> sinks,
+                  int64_t lo, int64_t hi, bool per_head, const Tensor& out) {
+  DeviceProblem p =
+      problem(q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, per_head, out);
+  STD_TORCH_CHECK(0 <= lo && lo <= hi, "the horizon must satisfy 0 <= lo <= hi");
+  p.lo = lo, p.hi = hi;
+  const Device device(q);
+  check(rhythm_cuda_band_columns(&p, device.stream()), "band_columns");
+}
+
+void credit(const Tensor& waad, const Tensor& fai, std::optional<Tensor> score, const Tensor& mask, std::string mode,
+            double top, int64_t neighbors, bool bottom, std::optional<double> tau_waad,
+            std::optional<double> tau_delta, std::vector<double> levels, const Tensor& scratch, const Tensor& out) {
+  const CreditProblem p =
+      credit_problem(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out);
+  STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Byte && scratch.is_contiguous() &&
+                      scratch.numel() >= p.batch * credit_scratch(p),
+                  "scratch must be contiguous uint8 with at least ", p.batch * credit_scratch(p), " elements");
+  const Device device(waad);
+  check(rhythm_cuda_credit(&p, scratch.mutable_data_ptr(), device.stream()), "credit");
+}
+
+#define RHYTHM_BAND \
+  "Tensor q, Tensor k, Tensor lse, Tensor seqs, Tensor heads, int max_seqlen, float scale, float softcap, " \
+  "int window_left, Tensor? sinks, "
+
+STABLE_TORCH_LIBRARY_FRAGMENT(RHYTHM_CUDA_LIBRARY, m) {
+  m.def("cuda_band_rows(" RHYTHM_BAND "int window, bool per_head, Tensor(a!) out) -> ()");
+  m.def("cuda_band_columns(" RHYTHM_BAND "int lo, int hi, bool per_head, Tensor(a!) out) -> ()");
+  m.def("cuda_credit(" RHYTHM_CREDIT "Tensor(a!) scratch, Tensor(b!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(RHYTHM_CUDA_LIBRARY, RHYTHM_CUDA_KEY, m) {
+  m.impl("cuda_band_rows", TORCH_BOX(&band_rows));
+  m.impl("cuda_band_columns", TORCH_BOX(&band_columns));
+  m.impl("cuda_credit", TORCH_BOX(&credit));
+}
+
+} // namespace
+} // namespace rhythm

@@ -1,0 +1,127 @@
+"""The CUDA C++ kernels (`csrc/cuda`): the two bands and credit, on NVIDIA GPUs from compute capability 8.0.
+
+They are part of the extension that :mod:`rhythm_kernels.native` loads, where nvcc was there when it was built.
+Signatures are those that all backends share.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from . import native
+from .torch_credit import gamma_levels
+
+__all__ = ["available", "band_columns", "band_rows", "credit"]
+
+_REBUILD = "with nvcc installed, run `pip install --no-build-isolation .`"
+
+
+def available(device: torch.device) -> str:
+    """The reason why the kernels cannot run on tensors of this device; empty where they can."""
+    info = native.build_info()
+    if not info["available"]:
+        return info["reason"]
+    if not info["cuda"]["built"]:
+        return f"the CUDA kernels were not built ({info['cuda']['reason']}): {_REBUILD}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if device.type != "cuda":
+        return f"the CUDA kernels serve CUDA tensors, not {device.type} ones"
+    return _unserved(torch.cuda.get_device_capability(device), info["cuda"]["archs"])
+
+
+def _unserved(capability: tuple[int, int], archs: list[str]) -> str:
+    """Why kernels built for `archs` cannot run on a device of this capability; empty where they can."""
+    name = "{}.{}".format(*capability)
+    if capability < (8, 0):
+        return f"the CUDA kernels need compute capability 8.0 or later, the device has {name}"
+    for arch in archs:
+        match = re.fullmatch(r"(\d+)(\d)([af]?)(\+PTX)?", arch)
+        assert match is not None, arch
+        built, special, ptx = (int(match[1]), int(match[2])), match[3], match[4]
+        # Machine code runs on the same major version from its minor version on; that of an `a` on that chip alone, that
+        # of an `f` and plain code on the family. PTX is compiled for any later chip, that of an `a` is not.
+        same_chip = capability == built
+        family = capability[0] == built[0] and capability >= built and special != "a"
+        if same_chip or family or (ptx and not special and capability >= built):
+            return ""
+    return (
+        f"the CUDA kernels were built for {', '.join(archs)}, the device has {name}: set RHYTHM_CUDA_ARCHS; {_REBUILD}"
+    )
+
+
+def _zeros(q: Tensor, heads: Tensor, per_head: bool) -> Tensor:
+    """Memory for `(B, [Hs,] T)` float32; the kernels write the responses alone."""
+    shape = (q.shape[0], heads.shape[0], q.shape[1]) if per_head else (q.shape[0], q.shape[1])
+    return torch.zeros(shape, dtype=torch.float32, device=q.device)
+
+
+def band_rows(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    seqs: Tensor,
+    heads: Tensor,
+    max_seqlen: int,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+    window: int,
+    per_head: bool,
+) -> Tensor:
+    """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
+    out = _zeros(q, heads, per_head)
+    rule = (seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
+    native.registered().cuda_band_rows(q, k, lse, *rule, window, per_head, out)
+    return out
+
+
+def band_columns(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    seqs: Tensor,
+    heads: Tensor,
+    max_seqlen: int,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+    lo: int,
+    hi: int,
+    per_head: bool,
+) -> Tensor:
+    """FAI (eq. 10), `(B, [Hs,] T)`: the mean of A over the rows at distance `lo .. hi` after each key."""
+    out = _zeros(q, heads, per_head)
+    rule = (seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
+    native.registered().cuda_band_columns(q, k, lse, *rule, lo, hi, per_head, out)
+    return out
+
+
+def credit(
+    waad: Tensor,
+    fai: Tensor,
+    score: Tensor | None,
+    mask: Tensor,
+    mode: str,
+    gamma_amp: float,
+    top: float,
+    alpha: float,
+    neighbors: int,
+    bottom: bool,
+    tau_waad: float | None,
+    tau_delta: float | None,
+) -> Tensor:
+    """Gamma (eqs. 13 to 18), `(B, T)` float32, all responses in one launch."""
+    batch, tokens = mask.shape
+    key = 8 if waad.dtype == torch.float64 else 4
+    scratch_of_one = (tokens * (3 * key + 9) + 63) // 64 * 64  # credit_scratch() of csrc/include/rhythm/credit.h
+    scratch = torch.empty(batch * scratch_of_one, dtype=torch.uint8, device=mask.device)
+    out = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
+    choice = (mode, top, neighbors, bottom, tau_waad, tau_delta)
+    native.registered().cuda_credit(waad, fai, score, mask, *choice, gamma_levels(gamma_amp, alpha), scratch, out)
+    return out
