@@ -1,6 +1,16 @@
 // band_columns: FAI of each key from the rows at distance lo .. hi after it, the log-sum-exp given.
 //
 //   FAI[s] = mean over s + lo <= t <= min(end - 1, s + hi) of A[t, s],   A = exp(x - lse)
+//
+// The count, for lo = 10, hi = 50, D = 128, bfloat16, a key and one of the G query heads that read it:
+//   bytes that must move   256 of q, 256 / G of k, 4 of lse              516 (G = 1), 324 (G = 4)
+//   operations of the band 41 rows x 128 multiply-adds                   10,496:  20 and 32 a byte
+//   operations done        64 rows, the 16-key slab's 56 in pairs of 8   16,384:  32 and 51 a byte
+// CUDA cores of an H100 have 20 operations for each byte of memory, tensor cores 295 (band_rows.cu): the band is at or
+// past the first and far below the second, so 16-bit inputs go by mma.sync. float32 (10 to 16 operations of the band a
+// byte, 16 to 25 done) stays on CUDA cores, about even with memory.
+// The halo: a slab of 16 keys reads 56 rows of q, 3.5 times its own; the four slabs of a block read 104, 1.6 times,
+// and find each other's in the L1 cache.
 #include "band.cuh"
 #include "score.cuh"
 

@@ -10,7 +10,7 @@ import torch
 from rhythm_kernels import ops
 from rhythm_kernels.ops import dispatch
 
-from .emulated import KERNELS, Emulated, build
+from .emulated import KERNELS, SANITIZED, Emulated, build
 from .passes import Passes
 
 BANDS = [KERNELS / "band_rows.cu", KERNELS / "band_columns.cu", KERNELS / "error.cu"]
@@ -18,7 +18,7 @@ BANDS = [KERNELS / "band_rows.cu", KERNELS / "band_columns.cu", KERNELS / "error
 
 @pytest.fixture(scope="session")
 def bands() -> Emulated:
-    return Emulated(build(BANDS))
+    return Emulated(build(BANDS, sanitize=SANITIZED))
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ KERNELS = ROOT / "csrc" / "cuda"
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 # -ffp-contract=off: a test that compares bits decides itself where products are fused (fmaf).
 FLAGS = ["-std=c++17", "-fPIC", "-shared", "-DRHYTHM_EMULATE", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+# Set in the processes that `sanitized_environment` is for.
+SANITIZED = "RHYTHM_TEST_SANITIZED" in os.environ
 SANITIZE = ["-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -49,6 +51,23 @@ def build(sources: Sequence[Path], *, sanitize: bool = False) -> Path:
             raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
         unfinished.rename(library)
     return library
+
+
+def sanitized_environment() -> dict[str, str]:
+    """The environment of a Python process that loads libraries built with `sanitize`."""
+
+    def runtime(name: str) -> str:
+        return subprocess.run([*compiler(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+
+    # libstdc++ goes along: without it every C++ exception would abort. Python's own allocator would hide small arrays.
+    return {
+        **os.environ,
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+        "RHYTHM_TEST_SANITIZED": "1",
+    }
 
 
 class Emulated:

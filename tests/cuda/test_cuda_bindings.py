@@ -1,0 +1,131 @@
+"""From the public functions through `rhythm_kernels.cuda` and the bindings to the CUDA kernels, all on the CPU.
+
+The bindings are compiled beside the emulated kernels, with the CPU's dispatch key in place of CUDA's. What stays
+untested without a GPU is the current device and stream.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+import rhythm_kernels as rk
+from rhythm_kernels import cuda, native, ops, reference
+from rhythm_kernels.ops import dispatch
+from tests.cases import CASES, Case
+from tests.credit_cases import many_tokens
+
+from .emulated import EMULATION, FLAGS, KERNELS, ROOT, compiler
+
+NAMES = ("plain", "packed", "everything", "padding on both sides, an empty row", "bfloat16")
+SOURCES = [KERNELS / f"{name}.cu" for name in ("band_rows", "band_columns", "credit", "error")]
+
+
+def compile_objects(folder: Path) -> Path:
+    includes = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{KERNELS}", f"-I{EMULATION}"]
+    torch_includes = [flag for path in include_paths() for flag in ("-isystem", path)]
+    definitions = ["RHYTHM_CUDA_LIBRARY=rhythm_kernels_emulated", "RHYTHM_CUDA_KEY=CPU"]
+    definitions.append("TORCH_TARGET_VERSION=0x020a000000000000")
+    kernels = ["-x", "c++", "-O1", "-include", str(EMULATION / "emulation.h"), *map(str, SOURCES)]
+    kernels.append(str(EMULATION / "emulation.cpp"))
+    bindings = ["-O0", *torch_includes, *(f"-D{x}" for x in definitions), str(ROOT / "csrc" / "bindings_cuda.cpp")]
+    flags = [flag for flag in FLAGS if flag != "-shared"]
+    for arguments in (kernels, bindings):
+        subprocess.run([*compiler(), *flags, *includes, "-c", *arguments], cwd=folder, check=True)
+    library = folder / "emulated.so"
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    link = [f"-L{torch_libraries}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+    objects = [str(path) for path in folder.glob("*.o")]
+    subprocess.run([*compiler(), "-shared", *objects, *link, "-o", str(library)], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
+    torch.ops.load_library(compile_objects(tmp_path_factory.mktemp("bindings")))
+
+
+@pytest.fixture(autouse=True)
+def cuda_serves_the_cpu(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = dispatch.choose
+
+    def choose_cuda(pass_name: str, backend: str | None, device: torch.device) -> str:
+        return "cuda" if backend == "cuda" else choose(pass_name, backend, device)
+
+    for module in (ops, dispatch):
+        monkeypatch.setattr(module, "choose", choose_cuda)
+    monkeypatch.setattr(native, "registered", lambda: torch.ops.rhythm_kernels_emulated)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in NAMES], ids=lambda case: case.name)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_bands(case: Case, per_head: bool) -> None:
+    q, k, options = case.inputs()
+    options["per_head"] = per_head
+    rule = {name: x for name, x in options.items() if name not in ("heads", "per_head", "response_start")}
+    lse = reference.attention_lse(q.double(), k.double(), **rule).float()
+    waad = rk.waad(q, k, lse, window=case.window, backend="cuda", **options)
+    want = reference.waad(q.double(), k.double(), window=case.window, **options)
+    assert waad.shape == want.shape
+    assert (waad.double() - want).abs().max() < 1e-4 * max(1, case.window / 10)
+    fai = rk.fai(q, k, lse, horizon=(3, 20), backend="cuda", **options)
+    want = reference.fai(q.double(), k.double(), horizon=(3, 20), **options)
+    assert (fai.double() - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["local", "global", "coupled", "entropy", "random"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_credit(mode: str, dtype: torch.dtype) -> None:
+    waad, fai, mask = (x.view(4, -1) for x in many_tokens(2000))
+    waad, fai = waad.to(dtype), fai.to(dtype)
+    options = {"mode": mode, "entropy": waad.flip(1), "tau_waad": 4.0, "neighbors": 2}
+    got, want = (
+        rk.rhythm_credit(waad, fai, mask, backend=name, generator=torch.Generator().manual_seed(5), **options)
+        for name in ("cuda", "reference")
+    )
+    assert torch.equal(got, want)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    q, lse = torch.randn(1, 20, 2, 16), torch.zeros(1, 2, 20)
+    seqs = torch.tensor([[0, 0, 20, 0]], dtype=torch.int32)
+    heads = torch.tensor([[0, 0]], dtype=torch.int32)
+    rule = (seqs, heads, 20, 1.0, 0.0, -1, None)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        cuda.band_rows(q, q.half(), lse, *rule, 10, False)
+    with pytest.raises(RuntimeError, match="max_seqlen must be from 0 to T"):
+        cuda.band_rows(q, q, lse, seqs, heads, 21, *rule[3:], 10, False)
+    with pytest.raises(RuntimeError, match=r"lse must be float32 \(B, X, T\)"):
+        cuda.band_columns(q, q, lse[0], *rule, 3, 9, False)
+    waad = torch.rand(1, 20)
+    with pytest.raises(RuntimeError, match="mask must be contiguous bool"):
+        cuda.credit(waad, waad, None, waad, "global", 1.5, 0.4, 0.5, 3, False, None, None)
+    choice = ("global", 0.4, 3, False, None, None)
+    short = torch.empty(10, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="scratch must be contiguous uint8 with at least"):
+        native.registered().cuda_credit(waad, waad, None, waad > 0, *choice, [1.0] * 6, short, waad.clone())
+
+
+CHIPS = {
+    (7, 5): "need compute capability 8.0 or later, the device has 7.5",
+    (8, 0): "", (8, 9): "", (9, 0): "", (10, 0): "", (10, 3): "", (12, 0): "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", CHIPS)
+def test_which_chips_the_default_architectures_serve(capability: tuple[int, int]) -> None:
+    reason = cuda._unserved(capability, ["80", "90a", "100+PTX"])
+    assert CHIPS[capability] in reason and bool(reason) == bool(CHIPS[capability])
+
+
+def test_which_chips_one_architecture_serves() -> None:
+    assert "built for 80, the device has 9.0" in cuda._unserved((9, 0), ["80"])
+    assert not cuda._unserved((9, 0), ["80+PTX"])
+    assert cuda._unserved((8, 0), ["86+PTX"])
+    assert cuda._unserved((12, 0), ["90a+PTX"])  # what is written for one chip has no later one
