@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__) || defined(RHYTHM_EMULATE)
+#if defined(__CUDACC__)
 #define RHYTHM_ANYWHERE __host__ __device__
 #else
 #define RHYTHM_ANYWHERE
