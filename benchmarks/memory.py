@@ -1,7 +1,8 @@
 """Peak memory of one call beyond what was held before it, results included.
 
 CUDA: torch's allocator. CPU under Linux: the high-water mark of the process's resident memory, reset before the call
-(`/proc/self/clear_refs`) after the C library has given its free memory back; scratch of compiled code counts.
+(`/proc/self/clear_refs`) after the C library has given its free memory back; scratch of compiled code counts. By
+default that includes what the C library keeps of freed blocks, some megabytes; `exact` has it keep none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -20,8 +22,11 @@ def _resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak(call: Callable[[], object], device: torch.device) -> tuple[int | None, str]:
-    """Bytes, and the way they were measured; None where this system tells nothing."""
+def peak(call: Callable[[], object], device: torch.device, exact: bool = False) -> tuple[int | None, str]:
+    """Bytes, and the way they were measured; None where this system tells nothing.
+
+    With `exact`, on a CPU, every block above 64 KiB is given back when it is freed, during this call only.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -30,10 +35,17 @@ def peak(call: Callable[[], object], device: torch.device) -> tuple[int | None, 
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, "torch allocator"
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        c = ctypes.CDLL(None)
+        if exact:
+            c.mallopt(_MMAP_THRESHOLD, 2**16)
+        c.malloc_trim(0)
         _CLEAR.write_text("5")
         before = _resident("VmRSS")
-        call()
+        try:
+            call()
+        finally:
+            if exact:
+                c.mallopt(_MMAP_THRESHOLD, 2**25)  # where a process that frees large blocks ends by itself
         return max(0, _resident("VmHWM") - before), "resident high-water mark"
     except (OSError, AttributeError, StopIteration):
         return None, "not measured"

@@ -229,6 +229,11 @@ RIVALS: dict[str, tuple[Rival, ...]] = {
         Rival("eager with maps", models.eager_maps, memory=lambda shape, device: models.maps_memory(shape)),
         Rival("eager with hooks", models.eager_hooks, memory=lambda shape, device: models.layer_memory(shape)),
     ),
+    "probe_memory": (
+        Rival("forward alone", models.forward),
+        Rival("forward + probe", models.probe),
+        Rival("eager with hooks", models.eager_hooks, memory=lambda shape, device: models.layer_memory(shape)),
+    ),
     "credit": (
         Rival("rhythm torch", credit.ours, graph=True),
         Rival("token loop", credit.loop, _CPU),

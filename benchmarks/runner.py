@@ -73,9 +73,11 @@ def compete(
         row = Row(suite, rival.name, shape.name, shape.dtype, shape.as_dict(), environment=about)
         row.bytes, row.flops, row.slack = work.bytes, work.flops, rival.slack.get(shape.dtype, 1.0)
         rows.append(row)
-        contender = _admit(rival, row, shape, problem, gate, device)
+        contender = _admit(rival, row, shape, problem, gate, device, definition.memory_curve)
         if contender is not None:
             contenders.append(contender)
+    if definition.memory_curve:
+        budget = Budget(0.0, 1, 1)
     timed = contest({c.rival.name: c.call for c in contenders}, device, budget)
     for contender in contenders:
         _fill(contender.row, timed[contender.rival.name])
@@ -83,7 +85,9 @@ def compete(
     return rows, timed
 
 
-def _admit(rival: Rival, row: Row, shape: Shape, problem: Any, gate: Gate, device: torch.device) -> _Contender | None:
+def _admit(
+    rival: Rival, row: Row, shape: Shape, problem: Any, gate: Gate, device: torch.device, exact_memory: bool
+) -> _Contender | None:
     """The call to be timed, or None where the row says why there is none."""
     interpreted = "triton" in rival.name and os.environ.get("TRITON_INTERPRET") == "1"
     row.reason = rival.unavailable(device)
@@ -111,7 +115,7 @@ def _admit(rival: Rival, row: Row, shape: Shape, problem: Any, gate: Gate, devic
             row.status, row.reason = "wrong", f"{where}: {row.error:.3g} times the tolerance"
             row.error = row.error if math.isfinite(row.error) else None  # JSON knows no infinity
             return None
-        row.peak_bytes, row.peak_by = memory.peak(call, device)
+        row.peak_bytes, row.peak_by = memory.peak(call, device, exact_memory)
         if rival.graph and device.type == "cuda":
             return _Contender(rival, row, _captured_or_plain(call, row))
         return _Contender(rival, row, call)

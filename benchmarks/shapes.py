@@ -94,6 +94,7 @@ _TINY = AttentionShape(64, batch=2, heads=2, kv_heads=1, dim=16)
 _TINY_OTHERS: dict[str, Shape] = {
     "probe": ModelShape(80, layers=2, hidden=64, heads=4, kv_heads=2, dim=16, intermediate=96, batch=2),
     "credit": CreditShape(4, 60),
+    "probe_memory": ModelShape(80, layers=1, hidden=32, heads=2, kv_heads=1, dim=16, intermediate=64),
 }
 
 
@@ -109,6 +110,13 @@ def _small_model(*lengths: int) -> tuple[Shape, ...]:
     """Four layers, 512 wide: what two CPU cores can run."""
     return tuple(
         ModelShape(length, layers=4, hidden=512, heads=8, kv_heads=4, dim=64, intermediate=1536) for length in lengths
+    )
+
+
+def _long_model(*lengths: int) -> tuple[Shape, ...]:
+    """One narrow layer: a hundred thousand tokens take seconds, and little else fills the memory."""
+    return tuple(
+        ModelShape(length, layers=1, hidden=32, heads=2, kv_heads=1, dim=16, intermediate=64) for length in lengths
     )
 
 
@@ -148,6 +156,12 @@ SHAPES: dict[str, dict[tuple[str, str], tuple[Shape, ...]]] = {
         ("cpu", "full"): _small_model(1024, 4096),
         ("cuda", "quick"): _qwen3_06b(8192),
         ("cuda", "full"): _qwen3_06b(2048, 8192, 32_768, 131_072),
+    },
+    "probe_memory": {
+        ("cpu", "quick"): _long_model(1024, 16_384),
+        ("cpu", "full"): _long_model(*(1024 << i for i in range(9))),
+        ("cuda", "quick"): (),
+        ("cuda", "full"): (),
     },
     "credit": {
         ("cpu", "quick"): (CreditShape(64, 1024),),

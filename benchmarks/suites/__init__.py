@@ -33,6 +33,7 @@ class Suite:
         gate: makes the gate of a problem.
         work: counts what the pass must do.
         yardstick: device type -> the rival whose median every ratio is taken to.
+        memory_curve: the peak memory is what counts: it is measured exactly, and time in one round only.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Suite:
     gate: Callable[[Any], Gate]
     work: Callable[[Any], Work]
     yardstick: dict[str, str]
+    memory_curve: bool = False
 
 
 _FLASH = {"cpu": "SDPA forward", "cuda": "SDPA FlashAttention"}
@@ -62,6 +64,14 @@ SUITES: dict[str, Suite] = {
         ModelGate,
         probe.work,
         {"cpu": "forward alone", "cuda": "forward alone"},
+    ),
+    "probe_memory": Suite(
+        "Peak memory of a forward with measures",
+        ModelProblem.draw,
+        ModelGate,
+        probe.work,
+        {"cpu": "forward alone", "cuda": "forward alone"},
+        memory_curve=True,
     ),
     "credit": Suite(
         "Credit of a batch",
