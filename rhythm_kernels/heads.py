@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .functional import column_moments, span
 
 if TYPE_CHECKING:
-    from .probe.capture import LayerCall
+    from .probe.capture import LayerCall, Wanted
     from .probe.masks import ForwardInputs
     from .probe.structure import Decoder, HeadShards
 
@@ -223,10 +223,17 @@ class _Tally:
             raise ValueError(f"response_mask: shape {tuple(self.response_mask.shape)}, must be {shape} like input_ids")
         return self.response_mask.to(inputs.device, torch.bool)
 
+    def wants(self, layer: int) -> Wanted:
+        """The span of every head."""
+        from .probe.capture import Wanted
+
+        return Wanted(range(self._heads_of[layer]), 1, per_head=True)
+
     def layer(self, call: LayerCall) -> None:
         heads = call.present(range(self._heads_of[call.layer]))
         here = slice(call.first_head, call.first_head + len(heads))
-        spans = call.measure(span, heads, per_head=True)  # (B, H, T), 0 outside R
+        # (B, H, T), 0 outside R
+        spans = call.measure(span, heads, per_head=True) if call.stats is None else call.stats.span
         self._span[call.layer][here] += spans.double().sum(dim=(0, 2)).cpu()
         if self._receiver:
             self._add_kurtosis(call, heads, here)

@@ -7,13 +7,18 @@ own `sdpa` function, or to the model's eager function where `sdpa` does not know
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..canonical import DTYPES, MAX_HEAD_SIZE
 from ..functional import attention_with_rhythm
+from ..reference import AttentionStats
 from .ranges import RangeMask, rhythm_mask
 from .registry import eager_function
 
@@ -21,6 +26,41 @@ NAME = "rhythm"
 
 # Arguments by which sparse attention names the keys it kept, for kernels that read them.
 _SPARSE = ("indices", "topk_indices", "block_indices")
+
+
+@dataclass
+class Request:
+    """What a probe asks of one attention call, and afterwards what it got.
+
+    Attributes:
+        heads, window, per_head: as for `attention_with_rhythm`.
+        stats: WAAD and span of every live row, in the layout of that function; None where another function ran.
+    """
+
+    heads: list[int]
+    window: int
+    per_head: bool
+    stats: AttentionStats | None = None
+
+
+_request: Request | None = None
+
+
+@contextmanager
+def asking(request: Request | None) -> Iterator[None]:
+    """Around one attention call: have it take these statistics in its own pass."""
+    global _request
+    before, _request = _request, request
+    try:
+        yield
+    finally:
+        _request = before
+
+
+def is_one_pass(device: torch.device) -> bool:
+    """Whether the statistics cost nothing beside the attention here. On a CPU they are a pass of their own, and a band
+    of keys with the log-sum-exp is cheaper."""
+    return ops.choose("attention", None, device) not in ("torch", "reference")
 
 
 def register() -> None:
@@ -67,18 +107,22 @@ def rhythm_attention(
     batch, _, length, _ = query.shape
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if attention_mask is None:
-        # Without a response no statistics are taken; the probe reads what it wants with the log-sum-exp.
-        ranges: dict[str, Any] = {"response_start": torch.full((batch,), length, dtype=torch.int32, device=q.device)}
+        ranges: dict[str, Any] = {}
         left, packed = -1, False
+        no_response = torch.full((batch,), length, dtype=torch.int32, device=q.device)
     else:
         assert isinstance(attention_mask, RangeMask)
         mask = attention_mask if attention_mask.first.device == q.device else attention_mask.to(q.device)
-        ranges = {**mask.arguments, "response_start": mask.no_response}
-        left, packed = mask.left, mask.packed
+        ranges, left, packed, no_response = mask.arguments, mask.left, mask.packed, mask.no_response
+    request = _request
+    if request is None:  # without a response no statistics are taken
+        asked: dict[str, Any] = {"heads": [0], "response_start": no_response}
+    else:
+        asked = {"heads": request.heads, "window": request.window, "per_head": request.per_head}
     if packed:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     sinks = kwargs.get("s_aux")
-    out, lse, _ = attention_with_rhythm(
+    out, lse, stats = attention_with_rhythm(
         q,
         k,
         v,
@@ -86,9 +130,11 @@ def rhythm_attention(
         window_size=(left, 0),
         softcap=float(kwargs.get("softcap") or 0.0),
         sinks=sinks,
-        heads=[0],
         **ranges,
+        **asked,
     )
+    if request is not None:
+        request.stats = stats
     if sinks is not None and sinks.requires_grad and torch.is_grad_enabled():
         out = _SinkGradient.apply(out, sinks, lse)
     return out.view(batch, length, *out.shape[-2:]), None

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..reference import AttentionStats
 from . import attention, registry
 from .flash import FlashReturns
 from .lse import LseObserver, as_batched
@@ -37,6 +38,8 @@ class LayerCall:
         source: where lse comes from, in words.
         first_head: which of the layer's query heads q begins with: above 0 on later ranks of a tensor-parallel model.
         score: the score rule, and `sequences` the live ranges, both as keyword arguments of the public functions.
+        stats: WAAD and span of what the consumer wanted of this layer, `(B, T)` or `(B, H_selected, T)`, 0 outside R,
+            where the attention call itself gave them.
     """
 
     layer: int
@@ -47,11 +50,11 @@ class LayerCall:
     score: dict[str, Any]
     sequences: Sequences
     first_head: int = 0
+    stats: AttentionStats | None = None
 
     def present(self, heads: Sequence[int]) -> list[int]:
         """Those of `heads` that q holds, counted within q."""
-        count = self.q.shape[-2]
-        return [head - self.first_head for head in heads if 0 <= head - self.first_head < count]
+        return _present(heads, self.first_head, self.q.shape[-2])
 
     def measure(self, function: Callable[..., Tensor], heads: Sequence[int], **options: Any) -> Tensor:
         """Call one of the public functions on heads of q: `(B, T)` float32, or `(B, Hs, T)` with `per_head=True`."""
@@ -68,8 +71,24 @@ class LayerCall:
         return result.movedim(-2, 0)
 
 
+def _present(heads: Sequence[int], first: int, count: int) -> list[int]:
+    return [head - first for head in heads if 0 <= head - first < count]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """WAAD and span of certain query heads of a layer, as for `attention_with_rhythm`."""
+
+    heads: Sequence[int]
+    window: int
+    per_head: bool
+
+
 class Consumer(Protocol):
     """What a `Capture` tells of each forward: `begin`, `layer` for each chosen layer, then `end` or `abandon`."""
+
+    def wants(self, layer: int) -> Wanted:
+        """What the attention call of a layer should give along, if it can."""
 
     def begin(self, inputs: ForwardInputs) -> Tensor | None:
         """Called before the forward; returns the `(B, T)` bool response mask or None."""
@@ -189,6 +208,7 @@ class Capture:
     ) -> Any:
         layer = self._layer_of[id(module)]
         flash = "flash" in name
+        request: attention.Request | None = None
         _refuse_unsupported(self._decoder, layer, name, query, key, kwargs)
         seen: LseObserver | FlashReturns | None
         if flash:
@@ -197,7 +217,9 @@ class Capture:
             _refuse_dropped_sinks(layer, name, returned, kwargs)
             seen = observed if returned.lse is None else returned
         elif name in ("sdpa", attention.NAME):
-            with LseObserver() as seen:
+            if name == attention.NAME:
+                request = self._request(layer, query)
+            with attention.asking(request), LseObserver() as seen:
                 out = function(module, query, key, value, mask, **kwargs)
         else:  # eager computes none, and flex_attention's is rounded to the values' dtype
             seen = None
@@ -219,10 +241,25 @@ class Capture:
                 self._sequences = sequences_of(self._inputs, self._response_mask, flash)
             left = _left_window(self._sequences, module, name, mask, kwargs, flash)
             call = _layer_call(layer, query, key, seen, self._sequences, left, kwargs)
-            if query.shape[1] < self._decoder.heads[layer] and self._decoder.shards is not None:
-                call.first_head = self._decoder.shards.rank * query.shape[1]
+            call.first_head = self._first_head(layer, query)
+            if request is not None and request.stats is not None:
+                response = call.sequences.response[:, None] if request.per_head else call.sequences.response
+                response = response.to(query.device)
+                call.stats = AttentionStats(*(torch.where(response, call.unpack(x), 0.0) for x in request.stats))
             self._consumer.layer(call)
         return out
+
+    def _first_head(self, layer: int, query: Tensor) -> int:
+        if self._decoder.shards is None or query.shape[1] == self._decoder.heads[layer]:
+            return 0
+        return self._decoder.shards.rank * query.shape[1]
+
+    def _request(self, layer: int, query: Tensor) -> attention.Request | None:
+        if not attention.is_one_pass(query.device):
+            return None
+        wanted = self._consumer.wants(layer)
+        heads = _present(wanted.heads, self._first_head(layer, query), query.shape[1])
+        return attention.Request(heads, wanted.window, wanted.per_head) if heads else None
 
 
 def _forward_inputs(given: dict[str, Any]) -> ForwardInputs:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import fai, waad
 from ..heads import HeadGroups
-from .capture import Capture, LayerCall
+from .capture import Capture, LayerCall, Wanted
 from .masks import ForwardInputs
 from .structure import find_decoder
 
@@ -136,6 +136,10 @@ class RhythmProbe:
         self.lse_source = {}
         return mask
 
+    def wants(self, layer: int) -> Wanted:
+        """WAAD of the layer's local heads."""
+        return Wanted(self._local.get(layer, []), self.window, per_head=False)
+
     def layer(self, call: LayerCall) -> None:
         """Add one layer's heads to the sums; the layer's device may differ from the tokens' (`device_map`)."""
         assert self._sums is not None
@@ -144,7 +148,7 @@ class RhythmProbe:
         local = call.present(self._local.get(call.layer, []))
         global_ = call.present(self._global.get(call.layer, []))
         if local:
-            mean = call.measure(waad, local, window=self.window)
+            mean = call.measure(waad, local, window=self.window) if call.stats is None else call.stats.waad
             waad_sum.add_(mean.to(waad_sum.device), alpha=len(local))
         if global_:
             mean = call.measure(fai, global_, horizon=self.horizon)

@@ -12,8 +12,10 @@ import torch
 from probe_oracle import eager_maps, oracle, padded_bounds
 
 from rhythm_kernels import HeadGroups, RhythmProbe, functional, head_groups
+from rhythm_kernels import heads as heads_module
 from rhythm_kernels.integrations.transformers import register
 from rhythm_kernels.probe import attention
+from rhythm_kernels.probe import probe as probe_module
 from rhythm_kernels.probe.ranges import RangeMask, rhythm_mask
 
 GROUPS = HeadGroups(local=[(0, 0), (2, 1), (2, 3)], global_=[(1, 0), (2, 2), (3, 3)])
@@ -218,6 +220,40 @@ def test_several_packed_rows(counted):
     assert set(probe.lse_source.values()) == {"rhythm attention"}
     for got, want in zip((probe.waad, probe.fai), oracle(maps, GROUPS, bounds, response)):
         torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["unpadded", "padded", "packed"])
+@pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
+def test_statistics_of_the_same_pass(family, layout, monkeypatch):
+    """Where attention gives WAAD and span as it is computed, they are taken from there and are the same."""
+    if family == "gpt_oss" and layout == "packed":
+        family = "gemma2"  # gpt-oss ignores packed positions
+    model = models.tiny_model(family, "rhythm")
+    batch, response = {"input_ids": models.tokens(2, 70)}, torch.ones(2, 70, dtype=torch.bool)
+    if layout == "padded":
+        batch = models.padded_batch()
+        response = batch["attention_mask"].bool()
+    if layout == "packed":
+        batch, _ = models.packed_batch()
+        response = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    response[:, :25] = False
+    response[:, 60:] = False
+
+    def measured():
+        with torch.no_grad(), RhythmProbe(model, GROUPS, window=7, response_mask=response) as probe:
+            logits = model(**batch, use_cache=False).logits
+        return logits, probe.waad, probe.fai
+
+    apart = measured()
+    groups = head_groups(model, [{**batch, "response_mask": response}], layers="all")
+    monkeypatch.setattr(attention, "is_one_pass", lambda device: True)
+    for module, name in ((probe_module, "waad"), (heads_module, "span")):
+        monkeypatch.setattr(module, name, None)  # nobody takes another pass
+    together = measured()
+    assert torch.equal(together[0], apart[0])
+    for one, other in zip(together[1:], apart[1:]):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    assert head_groups(model, [{**batch, "response_mask": response}], layers="all") == groups
 
 
 def test_calibration_agrees_with_eager():
