@@ -26,30 +26,39 @@ class Tile(NamedTuple):
     registers: int = 0  # the most a thread may have; 0: as ptxas likes, which is to spill a little for occupancy
 
 
-# (bits, width): Tile. float32 dots run on the plain FMA units, where a large tile spills.
-_FLOAT32 = {(32, 256): Tile(32, 32, 8, 2, 255)}
+# (bits, width): Tile. float32 dots run on the plain FMA units, which hold whole heads of both operands in registers:
+# a small tile and many threads.
+_FLOAT32 = {(32, 256): Tile(32, 32, 16, 2, 128)}
 _FLOAT32_AMD = {(32, 256): Tile(32, 32, 4, 1)}  # its matrix units do float32
-_BAND_ROWS = {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32}
-_BAND_COLUMNS = {(16, 256): Tile(32, 64, 4, 2), **_FLOAT32}
 
 TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
     "sm_80": {
-        "band_rows": _BAND_ROWS,
-        "band_columns": _BAND_COLUMNS,
-        "column_stats": {(16, 128): Tile(64, 128, 8, 2), (16, 256): Tile(32, 128, 8, 2), **_FLOAT32},
-        "column_moments": {(16, 128): Tile(32, 64, 4, 2), (16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
-        "row_stats": {(16, 128): Tile(128, 64, 8, 2), (16, 256): Tile(128, 32, 8, 2), **_FLOAT32},
+        "band_rows": {(16, 256): Tile(64, 16, 4, 2, 168), **_FLOAT32},
+        "band_columns": {(16, 256): Tile(32, 64, 4, 2), **_FLOAT32},
+        "column_stats": {(16, 64): Tile(64, 128, 8, 2, 255), (16, 256): Tile(32, 128, 8, 2), **_FLOAT32},
+        "column_moments": {
+            (16, 128): Tile(32, 128, 8, 2),
+            (16, 256): Tile(32, 64, 8, 2),
+            (32, 128): Tile(32, 32, 16, 2, 128),
+            (32, 256): Tile(32, 16, 16, 2, 128),
+        },
+        "row_stats": {
+            (16, 32): Tile(128, 64, 8, 2, 255),
+            (16, 128): Tile(128, 64, 8, 2),
+            (16, 256): Tile(128, 32, 8, 2),
+            **_FLOAT32,
+        },
     },
     "sm_90": {
-        "band_rows": _BAND_ROWS,
-        "band_columns": _BAND_COLUMNS,
-        "column_stats": {(16, 64): Tile(128, 128, 8, 2), (16, 256): Tile(64, 128, 8, 2), **_FLOAT32},
-        "column_moments": {(16, 128): Tile(64, 64, 4, 2), (16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
-        "row_stats": {(16, 128): Tile(128, 128, 8, 2), (16, 256): Tile(128, 64, 8, 2), **_FLOAT32},
+        "band_rows": {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32},
+        "band_columns": {(16, 128): Tile(32, 64, 4, 3), (16, 256): Tile(32, 64, 4, 2), **_FLOAT32},
+        "column_stats": {(16, 128): Tile(64, 128, 8, 2), (16, 256): Tile(32, 128, 8, 2), **_FLOAT32},
+        "column_moments": {(16, 128): Tile(64, 128, 8, 2), (16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
+        "row_stats": {(16, 256): Tile(128, 64, 8, 2), **_FLOAT32},
     },
     "sm_100": {
         "band_rows": {(16, 128): Tile(64, 32, 4, 2, 255), (16, 256): Tile(64, 32, 8, 2), **_FLOAT32},
-        "band_columns": _BAND_COLUMNS,
+        "band_columns": {(16, 128): Tile(32, 64, 4, 2, 255), (16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
         "column_stats": {(16, 128): Tile(32, 128, 8, 2, 255), (16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
         "column_moments": {(16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
         "row_stats": {
@@ -73,6 +82,10 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "column_stats": {(32, 256): Tile(32, 32, 1, 1)},
         "column_moments": {(32, 256): Tile(32, 32, 1, 1)},
         "row_stats": {(32, 256): Tile(32, 32, 1, 1)},
+        "attention": {(32, 256): Tile(32, 32, 1, 1)},
+        "attention_alone": {(32, 256): Tile(32, 32, 1, 1)},
+        "attention_dq": {(32, 256): Tile(32, 32, 1, 1)},
+        "attention_dkv": {(32, 256): Tile(32, 32, 1, 1)},
     },
 }
 

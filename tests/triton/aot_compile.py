@@ -8,72 +8,48 @@ Each argument may be given several times; features are switched on by ``--featur
 from __future__ import annotations
 
 import argparse
-import inspect
 import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from rhythm_kernels.triton import configs, kernels
+from without_gpu import DTYPES, PASSES, TARGETS, Launch, arguments, launches
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 INSTRUCTIONS = {
     "sm_80": ("ptx", "mma.sync"),
     "sm_90": ("ptx", "mma.sync|wgmma.mma_async"),
     "sm_100": ("ptx", "mma.sync|tcgen05.mma"),
     "gfx942": ("amdgcn", "v_mfma_"),
 }
-SCALARS = {"tl.int64": "i64", "tl.int32": "i32", "tl.float32": "fp32"}
 
 
-def compile_one(name: str, arch: str, dtype: str, head_size: int, features: frozenset[str]) -> dict[str, Any]:
-    """Compile one kernel as its launcher would, and read registers, shared memory, spills and instructions."""
-    kernel, variant = kernels()[name]
-    bits = 32 if dtype == "fp32" else 16
-    tile = configs.choose(name, arch, bits, head_size)
-    low, high = configs.chunks(head_size)
-    constants: dict[str, Any] = {
-        "ALIGN": 16, "D": head_size, "D0": low, "D1": high, "UPCAST": False,
-        "HAS_SOFTCAP": "softcap" in features, "HAS_WINDOW": "window" in features,
-        "ROWS": tile.rows, "KEYS": tile.keys, "BAND_KEYS": min(32, tile.keys), **variant,
-    }  # fmt: skip
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    if "sinks" not in features:
-        constants["sinks"] = None
-    signature, attributes = {}, {}
-    for index, (argument, parameter) in enumerate(inspect.signature(kernel.fn).parameters.items()):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif isinstance(parameter.annotation, str):
-            signature[argument] = SCALARS[parameter.annotation]
-        else:
-            fixed = {"seqs": "*i32", "heads": "*i32"}
-            half = argument in ("q", "k", "v", "grad_out")
-            signature[argument] = fixed.get(argument, f"*{dtype}" if half else "*fp32")
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if tile.registers:
-        options["maxnreg"] = tile.registers
-    compiled = triton.compile(source, target=TARGETS[arch], options=options)
+def launched(arch: str, dtype: str, head_size: int, v_size: int, features: frozenset[str]) -> Iterator[Launch]:
+    """Every kernel that the passes launch for such a problem, each variant once."""
+    rule: dict[str, Any] = {"size": head_size, "v_size": v_size, "dtype": DTYPES[dtype]}
+    if "window" in features:
+        rule["window_left"] = 20
+    if "softcap" in features:
+        rule["softcap"] = 30.0
+    if "sinks" in features:
+        rule["sinks"] = torch.zeros(4)
+    for name in PASSES:
+        yield from launches(arch, name, arguments(**rule))
+
+
+def compile_one(launch: Launch, arch: str) -> dict[str, Any]:
+    """Compile it as its launcher would, and read registers, shared memory, spills and instructions."""
+    compiled = triton.compile(launch.source, target=TARGETS[arch], options=launch.options)
     language, pattern = INSTRUCTIONS[arch]
     report = {
-        "kernel": name, "arch": arch, "dtype": dtype, "head_size": head_size, "features": sorted(features),
-        "tile": tile._asdict(), "shared": compiled.metadata.shared,
+        "kernel": launch.name, "tile": launch.tile._asdict(), "shared": compiled.metadata.shared,
         "tensor_core": sorted(set(re.findall(pattern, compiled.asm[language]))),
     }  # fmt: skip
     return report | (amd_resources(compiled.asm) if arch == "gfx942" else nvidia_resources(compiled.asm))
@@ -105,19 +81,23 @@ def amd_resources(asm: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def main(arguments: list[str]) -> None:
+def main(given: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernel", action="append", choices=sorted(kernels()))
+    parser.add_argument("--kernel", action="append")
     parser.add_argument("--arch", action="append", choices=sorted(TARGETS))
-    parser.add_argument("--dtype", action="append", choices=["bf16", "fp16", "fp32"])
-    parser.add_argument("--head-size", action="append", type=int)
+    parser.add_argument("--dtype", action="append", choices=sorted(DTYPES))
+    parser.add_argument("--head-size", action="append", help="of q and k, or of q and k and of v: 192,128")
     parser.add_argument("--feature", action="append", default=None)
-    given = parser.parse_args(arguments)
-    features = [frozenset(filter(None, text.split(","))) for text in given.feature or [""]]
-    for case in itertools.product(
-        given.kernel or kernels(), given.arch or TARGETS, given.dtype or ["bf16"], given.head_size or [128], features
-    ):
-        print(json.dumps(compile_one(*case)), flush=True)
+    chosen = parser.parse_args(given)
+    features = [frozenset(filter(None, text.split(","))) for text in chosen.feature or [""]]
+    sizes = [[int(size) for size in text.split(",")] for text in chosen.head_size or ["128"]]
+    for arch, dtype, size, used in itertools.product(
+        chosen.arch or TARGETS, chosen.dtype or ["bf16"], sizes, features
+    ):  # fmt: skip
+        problem = {"arch": arch, "dtype": dtype, "head_size": size[0], "v_size": size[-1], "features": sorted(used)}
+        for launch in launched(arch, dtype, size[0], size[-1], used):
+            if chosen.kernel is None or launch.name in chosen.kernel:
+                print(json.dumps(problem | compile_one(launch, arch)), flush=True)
 
 
 if __name__ == "__main__":
