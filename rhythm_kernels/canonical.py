@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +16,9 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
+MAX_LENGTH = 2**31 - 2**16
+# Of a softcap and of a scale's size: float32 holds them and their reciprocals.
+MAX_SCORE = 1e30
 
 
 class Canonical(NamedTuple):
@@ -89,8 +91,8 @@ def canonical(
         k=k,
         lse=None if lse is None else lse.detach(),
         seqs=seqs,
-        heads=_head_table(heads, n_heads, q.device),
-        max_seqlen=_check_max_seqlen(max_seqlen, cu_seqlens, length),
+        heads=_head_table(heads, n_heads, q),
+        max_seqlen=_check_max_seqlen(max_seqlen, cu_seqlens, seqs, length),
         scale=_check_scale(softmax_scale, dim),
         softcap=_check_softcap(softcap),
         window_left=_check_window_size(window_size),
@@ -100,13 +102,16 @@ def canonical(
 
 
 def check_int(name: str, value: Any, low: int) -> int:
-    """An integer argument of at least `low`, else an error that names it."""
+    """An integer argument of at least `low`, else an error that names it.
+
+    It is a distance or a length: beyond `MAX_LENGTH` all mean the same, and overflow nowhere as `MAX_LENGTH`.
+    """
     integers = (int, torch.SymInt)  # a traced length is a SymInt
     if isinstance(value, bool) or not isinstance(value, integers):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
-    return cast(int, value)
+    return value if isinstance(value, torch.SymInt) else min(cast(int, value), MAX_LENGTH)
 
 
 def check_values(host_tensor: Tensor) -> bool:
@@ -124,6 +129,8 @@ def _check_qk(q: Tensor, k: Tensor, packed: bool, double: bool) -> tuple[Tensor,
     rank, layout = (3, "(total, heads, head_dim)") if packed else (4, "(batch, tokens, heads, head_dim)")
     for name, x in (("q", q), ("k", k)):
         _check_tensor(name, x)
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}")
         if x.dim() != rank:
             hint = " with cu_seqlens" if packed else ""
             raise ValueError(f"{name} must be {layout}{hint}, got shape {tuple(x.shape)}")
@@ -157,7 +164,7 @@ def _check_qk(q: Tensor, k: Tensor, packed: bool, double: bool) -> tuple[Tensor,
         raise ValueError(
             f"q must have a multiple of k's heads (grouped-query attention), got {q.shape[2]} and {k.shape[2]}"
         )
-    if q.shape[1] >= 2**31 - 2**16:
+    if q.shape[1] >= MAX_LENGTH:
         raise ValueError(f"q must have fewer than 2^31 - 2^16 tokens a row, got {q.shape[1]}")
     return _last_contiguous(q.detach()), _last_contiguous(k.detach())
 
@@ -249,10 +256,11 @@ def _packed_table(cu_seqlens: Tensor | None, response_start: Tensor | None, tota
     return torch.stack([torch.zeros_like(start), start, end, first], dim=1).int()
 
 
-def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, device: torch.device) -> Tensor:
+def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, q: Tensor) -> Tensor:
     """`(H_selected, 2)` int32: query head and its row of `lse` (the same, as `lse` has all heads)."""
+    device = q.device
     if heads is None:
-        return _head_rows(tuple(range(n_heads)), device)
+        return _head_rows(tuple(range(n_heads)), q)
     if isinstance(heads, Tensor):
         if heads.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"heads must hold integers (int32 or int64), got {heads.dtype}")
@@ -268,7 +276,11 @@ def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, device: torc
         raise TypeError(f"heads must be a list or an int tensor of query-head indices, got {type(heads).__name__}")
     index_list = list(heads)
     for h in index_list:
-        if isinstance(h, bool) or not (isinstance(h, (int, torch.SymInt)) or hasattr(h, "__index__")):
+        if isinstance(h, Tensor):  # has __index__, but truncates
+            whole = h.dim() == 0 and h.dtype in (torch.int32, torch.int64)
+        else:
+            whole = not isinstance(h, bool) and (isinstance(h, (int, torch.SymInt)) or hasattr(h, "__index__"))
+        if not whole:
             raise TypeError(f"heads must hold integers, got {h!r}")
         if not 0 <= h < n_heads:
             raise ValueError(f"heads must be query-head indices in 0..{n_heads - 1}, got {h}")
@@ -276,13 +288,14 @@ def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, device: torc
         raise ValueError("heads must name at least one query head, got none")
     if len(set(index_list)) != len(index_list):
         raise ValueError(f"heads must not repeat a head, got {index_list}")
-    return _head_rows(tuple(int(h) for h in index_list), device)
+    return _head_rows(tuple(int(h) for h in index_list), q)
 
 
-def _head_rows(index: tuple[int, ...], device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
-        return _new_head_rows(index, device)
-    return _cached_head_rows(index, device)
+def _head_rows(index: tuple[int, ...], q: Tensor) -> Tensor:
+    # A fake q (FakeTensorMode) needs a fake table, which no later call may find in the cache; subclasses likewise.
+    if torch.compiler.is_compiling() or type(q) is not Tensor:
+        return _new_head_rows(index, q.device)
+    return _cached_head_rows(index, q.device)
 
 
 def _new_head_rows(index: tuple[int, ...], device: torch.device) -> Tensor:
@@ -293,38 +306,39 @@ def _new_head_rows(index: tuple[int, ...], device: torch.device) -> Tensor:
 _cached_head_rows = functools.lru_cache(maxsize=1024)(_new_head_rows)
 
 
-def _check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None, length: int) -> int:
+def _check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None, seqs: Tensor, length: int) -> int:
     """The launch grid's upper bound on a sequence's length."""
     if max_seqlen is None:
         if cu_seqlens is not None and check_values(cu_seqlens):
             return int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         return length
-    check_int("max_seqlen", max_seqlen, 0)
-    if cu_seqlens is None:
-        return length
-    if check_values(cu_seqlens):
-        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    max_seqlen = check_int("max_seqlen", max_seqlen, 0)
+    if check_values(seqs):
+        longest = int((seqs[:, 2] - seqs[:, 1]).max())
         if max_seqlen < longest:
             raise ValueError(f"max_seqlen must be at least the longest sequence's {longest} tokens, got {max_seqlen}")
-    return min(max_seqlen, length)
+    return length if cu_seqlens is None else min(max_seqlen, length)
 
 
 def _check_scale(softmax_scale: float | None, dim: int) -> float:
     if softmax_scale is None:
         return dim**-0.5
-    if isinstance(softmax_scale, Tensor) or not isinstance(softmax_scale, int | float):
-        raise TypeError(f"softmax_scale must be a float, got {type(softmax_scale).__name__}")
-    if not -math.inf < softmax_scale < math.inf:
-        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    _check_float("softmax_scale", softmax_scale)
+    if not abs(softmax_scale) <= MAX_SCORE:
+        raise ValueError(f"softmax_scale must be finite, at most {MAX_SCORE:g}, got {softmax_scale}")
     return float(softmax_scale)
 
 
 def _check_softcap(softcap: float) -> float:
-    if isinstance(softcap, Tensor) or not isinstance(softcap, int | float):
-        raise TypeError(f"softcap must be a float, got {type(softcap).__name__}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be 0 (off) or a positive number, got {softcap}")
+    _check_float("softcap", softcap)
+    if softcap != 0 and not 1 / MAX_SCORE <= softcap <= MAX_SCORE:
+        raise ValueError(f"softcap must be 0 (off) or in {1 / MAX_SCORE:g}..{MAX_SCORE:g}, got {softcap}")
     return float(softcap)
+
+
+def _check_float(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__} {value!r}")
 
 
 def _check_window_size(window_size: tuple[int, int]) -> int:

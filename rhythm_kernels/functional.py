@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, reference
 from .canonical import Canonical, canonical, check_int
@@ -79,7 +80,7 @@ def _check_horizon(horizon: tuple[int, int | None]) -> tuple[int, int | None]:
     if not isinstance(horizon, tuple | list) or len(horizon) != 2:
         raise ValueError(f"horizon must be a pair (first, last) of distances, last may be None, got {horizon!r}")
     lo = check_int("horizon[0]", horizon[0], 0)
-    return lo, None if horizon[1] is None else check_int("horizon[1]", horizon[1], lo)
+    return lo, None if horizon[1] is None else check_int("horizon[1]", horizon[1], horizon[0])
 
 
 def waad(
@@ -107,7 +108,7 @@ def waad(
 
     Returns float32 `(B, T)` in tokens, within `[0, window]`; see the module for layouts, arguments and errors.
     """
-    check_int("window", window, 1)
+    window = check_int("window", window, 1)
     _check_per_head(per_head)
     arguments: dict[str, Any] = {
         "heads": heads,
@@ -253,7 +254,7 @@ def column_moments(
     kurtosis `m4 / m2^2` (3 for a normal distribution); 0 where there are fewer than two rows or no variance. See the
     module for layouts, arguments and errors.
     """
-    check_int("min_distance", min_distance, 0)
+    min_distance = check_int("min_distance", min_distance, 0)
     _check_per_head(per_head)
     arguments: dict[str, Any] = {
         "heads": heads,
@@ -345,7 +346,7 @@ def attention_with_rhythm(
 
     See the module for layouts, arguments and errors.
     """
-    check_int("window", window, 1)
+    window = check_int("window", window, 1)
     _check_per_head(per_head)
     arguments: dict[str, Any] = {
         "heads": heads,
@@ -364,12 +365,23 @@ def attention_with_rhythm(
     if backend == "reference":
         out, lse, stats = reference.attention_with_rhythm(q, k, v, window=window, per_head=per_head, **arguments)
         return out, lse.detach(), stats
+    _refuse_forward_mode(q, k, v)
     # The tensors that carry gradients; `form` holds their detached copies.
     q, k, v = (x[None] if form.packed else x for x in (q, k, v))
     head = (form.seqs, form.heads, form.max_seqlen, *form.score)
     results = ops.attention(q, k, v, *head, window, per_head, backend)
     out, lse, waad_, span_ = (form.leave(x) for x in results)
     return out, lse, AttentionStats(waad_, span_)
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """Forward-mode derivatives would be dropped in silence: custom ops have none."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "attention_with_rhythm has no forward-mode derivative: use reverse mode, or backend='reference'"
+        )
 
 
 def _check_v(v: Tensor, q: Tensor, k: Tensor) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import rhythm_kernels as rk
 
@@ -30,6 +32,7 @@ WRONG = [
     ({"q": q(0, 9, 4, 8), "k": q(0, 9, 2, 8)}, ValueError, "q must not be empty, got 0 batch"),
     ({"q": q(2, 0, 4, 8), "k": q(2, 0, 2, 8)}, ValueError, "q must not be empty, got 0 tokens"),
     ({"q": q(2, 9, 4, 300), "k": q(2, 9, 2, 300)}, ValueError, "head size of 1 to 256, got 300"),
+    ({"q": q().to_sparse()}, TypeError, "q must be a dense tensor, got one of layout torch.sparse_coo"),
     ({"k": torch.empty(2, 9, 2, 8, device="meta")}, ValueError, "k must be on the device of q, cpu, got meta"),
     ({"lse": q(2, 9, 4)}, ValueError, r"lse must be .* = \(2, 4, 9\), all query heads, got shape \(2, 9, 4\)"),
     ({"lse": q(2, 4, 9).double()}, TypeError, "lse must be float32"),
@@ -41,7 +44,13 @@ WRONG = [
     ({"heads": [0.5]}, TypeError, "heads must hold integers, got 0.5"),
     ({"heads": torch.tensor([5])}, ValueError, "got 5"),
     ({"heads": torch.tensor([1.0])}, TypeError, "heads must hold integers"),
-    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, got nan"),
+    ({"heads": [torch.tensor(1.5)]}, TypeError, r"heads must hold integers, got tensor\(1.5000\)"),
+    ({"heads": [torch.tensor(True)]}, TypeError, r"heads must hold integers, got tensor\(True\)"),
+    ({"softmax_scale": 1e300}, ValueError, r"softmax_scale must be finite, at most 1e\+30, got 1e\+300"),
+    ({"softmax_scale": True}, TypeError, "softmax_scale must be a float, got bool True"),
+    ({"softcap": True}, TypeError, "softcap must be a float, got bool True"),
+    ({"softcap": 1e-300}, ValueError, "softcap must be 0 .* got 1e-300"),
+    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, .* got nan"),
     ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a float, got str"),
     ({"softcap": -1.0}, ValueError, "softcap must be 0 .* got -1.0"),
     ({"window_size": 5}, ValueError, "window_size must be a pair"),
@@ -61,6 +70,8 @@ WRONG = [
     ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": torch.tensor([0, 5, 4, 9])}, ValueError, "must not decrease"),
     ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU, "max_seqlen": 4}, ValueError,
      "max_seqlen must be at least the longest sequence's 5 tokens, got 4"),
+    ({"max_seqlen": 5, "seq_start": torch.tensor([2, 4], dtype=INT)}, ValueError,
+     "max_seqlen must be at least the longest sequence's 7 tokens, got 5"),
     ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU, "seq_end": CU[1:]}, ValueError,
      "seq_end is for padded input"),
     ({"cu_seqlens": CU}, ValueError, r"q must be \(total, heads, head_dim\) with cu_seqlens, got shape"),
@@ -103,6 +114,37 @@ def test_arguments_of_one_measure(call, error: type[Exception], message: str) ->
 def test_a_head_dimension_that_is_not_contiguous_is_welcome() -> None:
     a, b = q(2, 9, 8, 4).transpose(2, 3), q(2, 9, 8, 2).transpose(2, 3)
     torch.testing.assert_close(rk.waad(a, b), rk.waad(a.contiguous(), b.contiguous()))
+
+
+@pytest.mark.parametrize("far", [sys.maxsize, 2**70])
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_a_distance_beyond_every_length_is_no_limit(backend: str | None, far: int) -> None:
+    a, b = q(2, 30, 4, 8), q(2, 30, 2, 8)
+    same = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=0)
+    for lse in (None, rk.attention_lse(a, b)):
+        same(rk.waad(a, b, lse, window=far, backend=backend), rk.span(a, b))
+        same(rk.fai(a, b, lse, horizon=(3, far), backend=backend), rk.fai(a, b, horizon=(3, None)))
+        assert not rk.fai(a, b, lse, horizon=(far, far), backend=backend).any()
+        assert not rk.column_moments(a, b, lse, min_distance=far, backend=backend).count.any()
+
+
+def test_fake_tensors_are_served_and_leave_no_trace() -> None:
+    a, b = q(1, 9, 6, 8), q(1, 9, 2, 8)
+    with FakeTensorMode() as mode:
+        fake = rk.waad(mode.from_tensor(a), mode.from_tensor(b), heads=[5, 0])
+    assert fake.shape == (1, 9)
+    real = rk.waad(a, b, heads=[5, 0])  # no fake table of heads in a cache
+    torch.testing.assert_close(real, rk.waad(a, b, heads=[5, 0], backend="reference"), atol=1e-5, rtol=0)
+    with FakeTensorMode() as mode:
+        rk.waad(mode.from_tensor(a), mode.from_tensor(b), heads=[5, 0])
+
+
+def test_a_forward_mode_derivative_of_attention_is_refused() -> None:
+    a, b = q(1, 9, 4, 8), q(1, 9, 2, 8)
+    with pytest.raises(NotImplementedError, match="attention_with_rhythm has no forward-mode derivative"):
+        torch.func.jvp(lambda x: rk.attention_with_rhythm(x, b, b)[0], (a,), (a,))
+    slope = torch.func.jvp(lambda x: rk.attention_with_rhythm(x, b, b, backend="reference")[0], (a,), (a,))[1]
+    assert slope.any()
 
 
 def test_triton_on_cpu_tensors_needs_the_interpreter() -> None:
