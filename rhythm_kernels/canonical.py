@@ -111,7 +111,7 @@ def check_int(name: str, value: Any, low: int) -> int:
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
-    return value if isinstance(value, torch.SymInt) else min(cast(int, value), MAX_LENGTH)
+    return cast(int, value) if isinstance(value, torch.SymInt) else min(value, MAX_LENGTH)
 
 
 def check_values(host_tensor: Tensor) -> bool:
