@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-
 import pytest
 import torch
 import triton_cases as cases
@@ -233,28 +231,3 @@ def test_any_strides_of_lse() -> None:
     close(got, case.dense(cases.waad(WINDOW)), 1e-4)
     got = rhythm_triton.band_columns(**given_arguments, lo=2, hi=9, per_head=True)
     close(got, case.dense(cases.fai(2, 9)), 1e-4)
-
-
-def test_offsets_beyond_32_bits() -> None:
-    """Views whose strides pass 2^31 elements, on anonymous memory of which a few pages alone are ever touched."""
-    length, stride = 5, 2**29 + 16
-    case = Case(length=length, n_heads=1, dtype=torch.float16)
-    lse = case.lse()
-
-    def results(**replaced: Tensor) -> list[Tensor]:
-        return [
-            *rhythm_triton.row_stats(**case.given() | replaced, window=WINDOW, per_head=True),
-            rhythm_triton.band_rows(**case.given(lse) | replaced, window=WINDOW, per_head=True),
-            rhythm_triton.band_columns(**case.given(lse) | replaced, lo=1, hi=3, per_head=True),
-            rhythm_triton.column_stats(**case.given(lse) | replaced, min_distance=1, moments=True, per_head=True),
-        ]
-
-    want = results()
-    with mmap.mmap(-1, 2 * ((length - 1) * stride + case.head_size)) as memory:
-        far = torch.frombuffer(memory, dtype=torch.float16)
-        far = far.as_strided(case.q.shape, (length * stride, stride, case.head_size, 1))
-        for name in ("q", "k"):
-            far.copy_(getattr(case, name))
-            for got, expected in zip(results(**{name: far}), want, strict=True):
-                assert torch.equal(got, expected)
-        del far
