@@ -2,11 +2,12 @@
 
 CUDA: torch's allocator. CPU under Linux: the high-water mark of the process's resident memory, reset before the call
 (`/proc/self/clear_refs`) after the C library has given its free memory back; scratch of compiled code counts. By
-default that includes what the C library keeps of freed blocks, some megabytes; `exact` has it keep none.
+default that includes what the C library keeps of freed blocks, some megabytes; `keep_nothing` ends that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,14 @@ def _resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak(call: Callable[[], object], device: torch.device, exact: bool = False) -> tuple[int | None, str]:
-    """Bytes, and the way they were measured; None where this system tells nothing.
+def keep_nothing() -> None:
+    """Have glibc give back every block above 64 KiB when it is freed, from now on: exact peaks, slower allocation."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**16)
 
-    With `exact`, on a CPU, every block above 64 KiB is given back when it is freed, during this call only.
-    """
+
+def peak(call: Callable[[], object], device: torch.device) -> tuple[int | None, str]:
+    """Bytes, and the way they were measured; None where this system tells nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -35,17 +39,10 @@ def peak(call: Callable[[], object], device: torch.device, exact: bool = False) 
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, "torch allocator"
     try:
-        c = ctypes.CDLL(None)
-        if exact:
-            c.mallopt(_MMAP_THRESHOLD, 2**16)
-        c.malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
         _CLEAR.write_text("5")
         before = _resident("VmRSS")
-        try:
-            call()
-        finally:
-            if exact:
-                c.mallopt(_MMAP_THRESHOLD, 2**25)  # where a process that frees large blocks ends by itself
+        call()
         return max(0, _resident("VmHWM") - before), "resident high-water mark"
     except (OSError, AttributeError, StopIteration):
         return None, "not measured"

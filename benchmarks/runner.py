@@ -44,6 +44,8 @@ def run_suite(
     Of all its shapes, or those of certain `lengths`; of all its rivals but those named in `without`.
     """
     about = environment(device)
+    if SUITES[suite].memory_curve:
+        memory.keep_nothing()
     for shape in shapes(suite, device.type, profile):
         if not lengths or shape.length in lengths:
             yield compete(suite, shape, device, budget, about, without)[0]
@@ -73,7 +75,7 @@ def compete(
         row = Row(suite, rival.name, shape.name, shape.dtype, shape.as_dict(), environment=about)
         row.bytes, row.flops, row.slack = work.bytes, work.flops, rival.slack.get(shape.dtype, 1.0)
         rows.append(row)
-        contender = _admit(rival, row, shape, problem, gate, device, definition.memory_curve)
+        contender = _admit(rival, row, shape, problem, gate, device)
         if contender is not None:
             contenders.append(contender)
     if definition.memory_curve:
@@ -85,9 +87,7 @@ def compete(
     return rows, timed
 
 
-def _admit(
-    rival: Rival, row: Row, shape: Shape, problem: Any, gate: Gate, device: torch.device, exact_memory: bool
-) -> _Contender | None:
+def _admit(rival: Rival, row: Row, shape: Shape, problem: Any, gate: Gate, device: torch.device) -> _Contender | None:
     """The call to be timed, or None where the row says why there is none."""
     interpreted = "triton" in rival.name and os.environ.get("TRITON_INTERPRET") == "1"
     row.reason = rival.unavailable(device)
@@ -115,7 +115,7 @@ def _admit(
             row.status, row.reason = "wrong", f"{where}: {row.error:.3g} times the tolerance"
             row.error = row.error if math.isfinite(row.error) else None  # JSON knows no infinity
             return None
-        row.peak_bytes, row.peak_by = memory.peak(call, device, exact_memory)
+        row.peak_bytes, row.peak_by = memory.peak(call, device)
         if rival.graph and device.type == "cuda":
             return _Contender(rival, row, _captured_or_plain(call, row))
         return _Contender(rival, row, call)
