@@ -17,6 +17,10 @@ from torch import Tensor
 
 from .masks import agrees, ends, rows_to_check
 
+_NO_TENSOR = (
+    "this model computes with its attention mask, which attn_implementation='rhythm' does not give as a tensor: use "
+    "'sdpa' or 'eager'"
+)
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Any]
 
 
@@ -68,11 +72,14 @@ class RangeMask:
     def contiguous(self) -> RangeMask:
         return self
 
-    def __getitem__(self, index: Any) -> Tensor:
-        raise NotImplementedError(
-            "this model computes with its attention mask (as sparse attention does), which attn_implementation="
-            "'rhythm' does not support: use 'sdpa' or 'eager'"
-        )
+    # Models that calculate with their mask, as sparse attention does, would otherwise fail in ways that say nothing.
+    def _refuse(self, *_: Any) -> Tensor:
+        raise NotImplementedError(_NO_TENSOR)
+
+    __getitem__ = __add__ = __radd__ = __and__ = __rand__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{name}: {_NO_TENSOR}")
 
 
 def rhythm_mask(

@@ -222,6 +222,41 @@ def test_several_packed_rows(counted):
         torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"input_ids": models.tokens(3, 1)},
+        {"input_ids": models.tokens(2, 9), "attention_mask": torch.tensor([[0] * 9, [1] * 9])},
+        {"input_ids": models.tokens(2, 9), "attention_mask": torch.zeros(2, 9, dtype=torch.long)},
+        {"input_ids": models.tokens(2, 9), "attention_mask": torch.ones(2, 9)},
+        {"inputs_embeds": torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))},
+    ],
+    ids=["one token", "a row of padding", "all padding", "float mask", "embeddings"],
+)
+@pytest.mark.parametrize("overrides", [{}, {"sliding_window": 1}, {"head_dim": 264}], ids=str)
+def test_odd_inputs(batch, overrides):
+    mine, theirs = both("mistral", "sdpa", **overrides)
+    live = batch.get("attention_mask", torch.ones(9 if "inputs_embeds" in batch else 1)).bool()
+    with torch.no_grad():
+        got, want = (model(**batch).logits for model in (mine, theirs))
+    assert got.isfinite().all()
+    torch.testing.assert_close(got[live.expand(got.shape[:2])], want[live.expand(got.shape[:2])], atol=1e-4, rtol=0)
+
+
+def test_trl_trains_and_generates_with_it(tmp_path):
+    pytest.importorskip("trl")
+    from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
+    from tests.integrations import toy
+
+    trainers = [
+        toy.train(RhythmGRPOTrainer, RhythmGRPOConfig, tmp_path / name, model=toy.build_model(name))
+        for name in ("rhythm", "sdpa")
+    ]
+    mine, theirs = map(toy.losses, trainers)
+    assert mine == pytest.approx(theirs, abs=1e-4)
+    torch.testing.assert_close(*map(toy.weights, trainers), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("layout", ["unpadded", "padded", "packed"])
 @pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
 def test_statistics_of_the_same_pass(family, layout, monkeypatch):
@@ -303,8 +338,11 @@ def test_sparse_attention_is_refused():
         attention.rhythm_attention(module, q, q[:, :2], q[:, :2], None, indices=torch.zeros(1, 8, 2))
     mask = rhythm_mask(2, 8, 8, attention_mask=torch.tensor([[True] * 8, [False] * 3 + [True] * 5]))
     assert isinstance(mask, RangeMask)
-    with pytest.raises(NotImplementedError, match="computes with its attention mask"):
-        mask[:, 0]
+    for use in (lambda: mask[:, 0], lambda: q[0, 0] + mask, lambda: mask & mask):
+        with pytest.raises(NotImplementedError, match="computes with its attention mask"):
+            use()
+    with pytest.raises(AttributeError, match="dtype: this model computes with its attention mask"):
+        mask.dtype  # noqa: B018
 
 
 def test_cu_seq_lens_alone_are_refused():
