@@ -71,7 +71,8 @@ __device__ inline void store_mean(const Band& band, const Work& work, Lane lane,
     const int slab = i / kResident, token = work.first + (slab - work.slab) * kResident + i % kResident;
     float sum = 0.0f;
     for (int l = 0; l < band.lanes; ++l) sum += sums[l * band.slabs + slab][i % kResident];
-    if (token < work.seq.end) band.p.out[work.seq.row * band.p.out_row + token] = sum / static_cast<float>(band.p.n_heads);
+    if (token < work.seq.end)
+      band.p.out[work.seq.row * band.p.out_row + token] = sum / static_cast<float>(band.p.n_heads);
   }
 }
 
@@ -124,7 +125,8 @@ int launch_band(const DeviceProblem& problem, void* stream) {
     case Dtype::kFloat16: return sixteen_bits(Float16{});
     default: break;
   }
-  return aligned ? launch_instance<Pass<float, kAligned>>(p, stream) : launch_instance<Pass<float, kUnaligned>>(p, stream);
+  if (aligned) return launch_instance<Pass<float, kAligned>>(p, stream);
+  return launch_instance<Pass<float, kUnaligned>>(p, stream);
 }
 
 } // namespace rhythm

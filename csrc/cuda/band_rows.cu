@@ -18,8 +18,8 @@
 namespace rhythm {
 namespace {
 
-// Rows are resident, keys pass: a slab of 16 rows meets 16 + W - 1 keys. Query heads that follow each other in the table
-// and read the same kv head find its keys still in registers, where the band fits one chunk of 8 kTiles keys.
+// Rows are resident, keys pass: a slab of 16 rows meets 16 + W - 1 keys. Query heads that follow each other in the
+// table and read the same kv head find its keys still in registers, where the band fits one chunk of 8 kTiles keys.
 template <typename T, int kChunks, int kTiles, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band band) {
   const DeviceProblem& p = band.p;
@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
       const float* const lse_row = p.lse + work.seq.row * p.lse_row + head.lse_row * p.lse_head;
       float lse[2], sum[2] = {0.0f, 0.0f};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) lse[half] = __ldg(lse_row + (row[half] < last ? row[half] : last) * p.lse_token);
+      for (int half = 0; half < 2; ++half)
+        lse[half] = __ldg(lse_row + (row[half] < last ? row[half] : last) * p.lse_token);
 
       for (int s0 = keys_from; s0 <= last; s0 += kPassing * kTiles) {
         if (kv_head != held) keys.load(k, s0, lane);

@@ -5,12 +5,12 @@
 //                           and to the passing token 8 tile + 2 column + i % 2
 //
 // A product does not care in which order the head dimension is summed, as long as both operands agree. A lane therefore
-// reads 16 consecutive bytes of a token, and calls them elements 2c, 2c+1, 2c+8, 2c+9 of two instructions: fragments come
-// straight from global memory in 16-byte loads, with neither shared memory nor shuffles between.
+// reads 16 consecutive bytes of a token, and calls them elements 2c, 2c+1, 2c+8, 2c+9 of two instructions: fragments
+// come straight from global memory in 16-byte loads, with neither shared memory nor shuffles between.
 //
 // float32, whose products of full precision tensor cores have not, and unaligned input run on CUDA cores.
 //
-// Tokens past `last` are read as `last`: no load leaves the range, the caller masks their products, and nothing branches.
+// Tokens past `last` are read as `last`: no load leaves the range, the caller masks their products, nothing branches.
 #pragma once
 
 #include <type_traits>

@@ -21,6 +21,8 @@ MORE = [
     Case("head size 192", dim=192, length=33, dtype=torch.float16, heads=2, kv_heads=1),
     Case("head size 256", dim=256, length=41, dtype=torch.bfloat16, heads=3, kv_heads=1, window=30),
     Case("odd head size", dim=13, dtype=torch.bfloat16),
+    Case("odd head size in aligned rows", dim=13, fused=True),
+    Case("odd head size in aligned 16-bit rows", dim=13, fused=True, dtype=torch.bfloat16),
     Case("odd strides", dim=24, dtype=torch.float16, fused=True),
     Case("wide band in chunks", length=300, batch=1, heads=2, kv_heads=1, window=250, horizon=(2, 280),
          dtype=torch.float16),

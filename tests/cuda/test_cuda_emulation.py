@@ -60,7 +60,7 @@ def test_a_missing_barrier_shows_in_the_order_of_threads(probes: Emulated) -> No
         ("two_barriers", 1, r"__syncthreads at probes.cu:\d+, while thread \d+ waits at another, probes.cu:\d+"),
         ("shuffle_without_lanes", 2, r"lane \d+ of the mask 0xffffffff has left|threads 16 to 31 have left"),
         ("shuffle_from_outside_the_mask", 0, "lane 0 shuffles from lane 8, which its mask 0xff lacks"),
-        ("warp_against_block", 0, r"threads 0 to 15 wait in __syncwarp .*; threads 16 to 31 wait at __syncthreads"),
+        ("warp_against_block", 0, r"threads 0 to 15 wait in __ballot_sync .*; threads 16 to 31 wait at __syncthreads"),
         ("mask_beyond_the_block", 0, r"the mask 0xffffffff holds lane 16, which the block lacks"),
         ("misaligned_load", 0, r"a 16-byte load from the misaligned address"),
         ("too_many_threads", 0, r"invalid configuration: 1 blocks of 1025 threads"),

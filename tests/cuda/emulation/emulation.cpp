@@ -84,7 +84,8 @@ std::string describe() {
     };
     size_t j = i + 1;
     while (j < block_size && what(*threads[j]) == what(*threads[i])) ++j;
-    text += (i ? "; threads " : "threads ") + std::to_string(i) + " to " + std::to_string(j - 1) + " " + what(*threads[i]);
+    text += (i ? "; threads " : "threads ") + std::to_string(i) + " to " + std::to_string(j - 1) + " ";
+    text += what(*threads[i]);
     i = j;
   }
   return text;

@@ -39,7 +39,6 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // Of the thread that runs.
 extern dim3 gridDim, blockDim;
@@ -81,7 +80,8 @@ T shuffle(const char* operation, unsigned mask, T value, int source, const Site&
     for (int i = 0; i < 32; ++i) {
       if (!(lanes >> i & 1)) continue;
       Shuffle<T>& own = *static_cast<Shuffle<T>*>(payloads[i]);
-      if (!(lanes >> own.source & 1)) fail("lane %d shuffles from lane %d, which its mask %#x lacks", i, own.source, lanes);
+      if (!(lanes >> own.source & 1))
+        fail("lane %d shuffles from lane %d, which its mask %#x lacks", i, own.source, lanes);
       own.value = from[own.source];
     }
   }, site);
@@ -105,9 +105,6 @@ inline unsigned ballot(const char* operation, unsigned mask, bool predicate, con
 using emulation_detail::Site;
 
 inline void __syncthreads(Site site = Site()) { emulation_detail::barrier(site); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, Site site = Site()) {
-  emulation_detail::meet("__syncwarp", mask, nullptr, [](void* const*, unsigned) {}, site);
-}
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, Site site = Site()) {
   return emulation_detail::shuffle("__shfl_sync", mask, value, source & 31, site);
@@ -121,19 +118,8 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, Site site = Site()) {
   const int lane = int(emulation_detail::lane()), source = lane - int(delta);
   return emulation_detail::shuffle("__shfl_up_sync", mask, value, source < 0 ? lane : source, site);
 }
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, Site site = Site()) {
-  const int lane = int(emulation_detail::lane()), source = lane + int(delta);
-  return emulation_detail::shuffle("__shfl_down_sync", mask, value, source > 31 ? lane : source, site);
-}
 inline unsigned __ballot_sync(unsigned mask, bool predicate, Site site = Site()) {
   return emulation_detail::ballot("__ballot_sync", mask, predicate, site);
-}
-inline bool __any_sync(unsigned mask, bool predicate, Site site = Site()) {
-  return emulation_detail::ballot("__any_sync", mask, predicate, site) != 0;
-}
-inline bool __all_sync(unsigned mask, bool predicate, Site site = Site()) {
-  return emulation_detail::ballot("__all_sync", mask, predicate, site) == mask;
 }
 
 // Integers only: the kernels promise the same bits every time.
@@ -144,33 +130,9 @@ T atomicAdd(T* address, T value) {
   *address = old + value;
   return old;
 }
-template <typename T>
-T atomicOr(T* address, T value) {
-  const T old = *address;
-  *address = old | value;
-  return old;
-}
-template <typename T>
-T atomicMax(T* address, T value) {
-  const T old = *address;
-  *address = old < value ? value : old;
-  return old;
-}
-template <typename T>
-T atomicMin(T* address, T value) {
-  const T old = *address;
-  *address = value < old ? value : old;
-  return old;
-}
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
-inline unsigned __float_as_uint(float x) {
-  unsigned bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
 inline float __uint_as_float(unsigned bits) {
   float x;
   std::memcpy(&x, &bits, 4);

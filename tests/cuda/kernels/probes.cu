@@ -42,7 +42,7 @@ __global__ void two_barriers(int n) {
 }
 
 __global__ void shuffle_without_lanes(int n, int* out) {
-  if (int(threadIdx.x) < n) out[threadIdx.x] = __shfl_down_sync(0xffffffffu, int(threadIdx.x), 1);
+  if (int(threadIdx.x) < n) out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, int(threadIdx.x), 1);
 }
 
 __global__ void shuffle_from_outside_the_mask(int* out) {
@@ -50,7 +50,7 @@ __global__ void shuffle_from_outside_the_mask(int* out) {
 }
 
 __global__ void warp_against_block(int* out) {
-  if (threadIdx.x < 16) __syncwarp();
+  if (threadIdx.x < 16) __ballot_sync(0xffffffffu, true);
   __syncthreads();
   out[threadIdx.x] = 1;
 }
