@@ -224,7 +224,7 @@ class _Tally:
         return self.response_mask.to(inputs.device, torch.bool)
 
     def wants(self, layer: int) -> Wanted:
-        """The span of every head."""
+        """The span of every head: a calibration's own forward may be computed by any kernel."""
         from .probe.capture import Wanted
 
         return Wanted(range(self._heads_of[layer]), 1, per_head=True)

@@ -87,8 +87,8 @@ class Wanted:
 class Consumer(Protocol):
     """What a `Capture` tells of each forward: `begin`, `layer` for each chosen layer, then `end` or `abandon`."""
 
-    def wants(self, layer: int) -> Wanted:
-        """What the attention call of a layer should give along, if it can."""
+    def wants(self, layer: int) -> Wanted | None:
+        """What the attention call of a layer should give along, if it can; its output may then be rounded otherwise."""
 
     def begin(self, inputs: ForwardInputs) -> Tensor | None:
         """Called before the forward; returns the `(B, T)` bool response mask or None."""
@@ -255,9 +255,9 @@ class Capture:
         return self._decoder.shards.rank * query.shape[1]
 
     def _request(self, layer: int, query: Tensor) -> attention.Request | None:
-        if not attention.is_one_pass(query.device):
-            return None
         wanted = self._consumer.wants(layer)
+        if wanted is None or not attention.is_one_pass(query.device):
+            return None
         heads = _present(wanted.heads, self._first_head(layer, query), query.shape[1])
         return attention.Request(heads, wanted.window, wanted.per_head) if heads else None
 

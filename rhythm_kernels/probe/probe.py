@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import fai, waad
 from ..heads import HeadGroups
-from .capture import Capture, LayerCall, Wanted
+from .capture import Capture, LayerCall
 from .masks import ForwardInputs
 from .structure import find_decoder
 
@@ -136,9 +136,11 @@ class RhythmProbe:
         self.lse_source = {}
         return mask
 
-    def wants(self, layer: int) -> Wanted:
-        """WAAD of the layer's local heads."""
-        return Wanted(self._local.get(layer, []), self.window, per_head=False)
+    def wants(self, layer: int) -> None:
+        """Nothing: a kernel that also takes statistics may round its output otherwise, and the model's must not change.
+
+        With the log-sum-exp, WAAD costs a band of keys.
+        """
 
     def layer(self, call: LayerCall) -> None:
         """Add one layer's heads to the sums; the layer's device may differ from the tokens' (`device_map`)."""
@@ -148,7 +150,7 @@ class RhythmProbe:
         local = call.present(self._local.get(call.layer, []))
         global_ = call.present(self._global.get(call.layer, []))
         if local:
-            mean = call.measure(waad, local, window=self.window) if call.stats is None else call.stats.waad
+            mean = call.measure(waad, local, window=self.window)
             waad_sum.add_(mean.to(waad_sum.device), alpha=len(local))
         if global_:
             mean = call.measure(fai, global_, horizon=self.horizon)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,6 @@ from rhythm_kernels import HeadGroups, RhythmProbe, functional, head_groups
 from rhythm_kernels import heads as heads_module
 from rhythm_kernels.integrations.transformers import register
 from rhythm_kernels.probe import attention
-from rhythm_kernels.probe import probe as probe_module
 from rhythm_kernels.probe.ranges import RangeMask, rhythm_mask
 
 GROUPS = HeadGroups(local=[(0, 0), (2, 1), (2, 3)], global_=[(1, 0), (2, 2), (3, 3)])
@@ -259,8 +259,8 @@ def test_trl_trains_and_generates_with_it(tmp_path):
 
 @pytest.mark.parametrize("layout", ["unpadded", "padded", "packed"])
 @pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
-def test_statistics_of_the_same_pass(family, layout, monkeypatch):
-    """Where attention gives WAAD and span as it is computed, they are taken from there and are the same."""
+def test_calibration_in_the_same_pass(family, layout, monkeypatch):
+    """Where attention gives the span as it is computed, calibration takes it from there; a probe never asks for it."""
     if family == "gpt_oss" and layout == "packed":
         family = "gemma2"  # gpt-oss ignores packed positions
     model = models.tiny_model(family, "rhythm")
@@ -273,22 +273,48 @@ def test_statistics_of_the_same_pass(family, layout, monkeypatch):
         response = torch.ones_like(batch["input_ids"], dtype=torch.bool)
     response[:, :25] = False
     response[:, 60:] = False
-
-    def measured():
-        with torch.no_grad(), RhythmProbe(model, GROUPS, window=7, response_mask=response) as probe:
-            logits = model(**batch, use_cache=False).logits
-        return logits, probe.waad, probe.fai
-
-    apart = measured()
-    groups = head_groups(model, [{**batch, "response_mask": response}], layers="all")
+    calibration = [{**batch, "response_mask": response}]
+    apart = head_groups(model, calibration, layers="all")
+    requests = []
+    ask = attention.asking
+    monkeypatch.setattr(attention, "asking", lambda request: (requests.append(request), ask(request))[1])
     monkeypatch.setattr(attention, "is_one_pass", lambda device: True)
-    for module, name in ((probe_module, "waad"), (heads_module, "span")):
-        monkeypatch.setattr(module, name, None)  # nobody takes another pass
-    together = measured()
-    assert torch.equal(together[0], apart[0])
-    for one, other in zip(together[1:], apart[1:]):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
-    assert head_groups(model, [{**batch, "response_mask": response}], layers="all") == groups
+    with monkeypatch.context() as patch:
+        patch.setattr(heads_module, "span", None)  # nobody takes another pass
+        together = head_groups(model, calibration, layers="all")
+    assert together == apart
+    for which in ("local", "global"):
+        assert together.provenance["span"][which] == pytest.approx(apart.provenance["span"][which], rel=1e-4)
+    assert [request.heads for request in requests] == [[0, 1, 2, 3]] * 4
+    requests.clear()
+    with torch.no_grad(), RhythmProbe(model, GROUPS):
+        model(**batch, use_cache=False)
+    assert requests == [None] * 4
+
+
+@pytest.mark.parametrize("family", [pytest.param("mistral", marks=pytest.mark.long), "gpt_oss"])
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_on_triton(family, monkeypatch):
+    """The kernels of a GPU, interpreted where there is none: outputs, gradients, measures, calibration in one pass."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mine, theirs = both(family, "eager", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    mine, theirs = mine.to(device), theirs.to(device)
+    batch = {"input_ids": models.tokens(2, 24).to(device), "attention_mask": torch.ones(2, 24, device=device).long()}
+    batch["attention_mask"][0, :5] = 0
+    groups = HeadGroups(local=[(0, 0), (0, 1), (1, 3)], global_=[(1, 0)])
+    on_triton = functools.partial(functional.attention_with_rhythm, backend="triton")
+    monkeypatch.setattr(attention, "attention_with_rhythm", on_triton)
+    monkeypatch.setattr(attention, "is_one_pass", lambda device: True)
+    with torch.no_grad():
+        plain = mine(**batch, use_cache=False).logits
+        with RhythmProbe(mine, groups) as probe:
+            assert torch.equal(mine(**batch, use_cache=False).logits, plain)
+    maps = {layer: one.cpu() for layer, one in eager_maps(theirs, **batch).items()}
+    waad, fai = oracle(maps, groups, padded_bounds(batch["attention_mask"].cpu()))
+    torch.testing.assert_close(probe.waad.cpu().double(), waad, atol=1e-4, rtol=0)
+    torch.testing.assert_close(probe.fai.cpu().double(), fai, atol=1e-4, rtol=0)
+    assert head_groups(mine, [batch], layers="all") == head_groups(theirs, [batch], layers="all")
+    assert_close_gradients(gradients(mine.train(), batch), gradients(theirs.train(), batch))
 
 
 def test_calibration_agrees_with_eager():
