@@ -22,7 +22,6 @@ _NO_STREAMS = "the CUDA C++ backend has the bands and credit: leave backend at N
 
 # Passes that a backend does not have, and why. What is not named here is there.
 _LACKS = {
-    ("triton", "attention"): "the Triton backend has no attention pass yet",
     ("cuda", "row_stats"): _NO_STREAMS,
     ("cuda", "column_stats"): _NO_STREAMS,
     ("cuda", "attention"): _NO_STREAMS,

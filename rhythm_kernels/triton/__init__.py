@@ -13,6 +13,8 @@ import torch
 from .interpreted import INTERPRETED
 
 try:
+    from .attention import attention
+    from .attention_backward import attention_backward
     from .band_columns import band_columns
     from .band_rows import band_rows
     from .column_stats import column_stats
@@ -22,7 +24,9 @@ except ImportError as error:
 else:
     _import_error = ""
 
-__all__ = ["available", "band_columns", "band_rows", "column_stats", "kernels", "row_stats"]
+__all__ = [
+    "attention", "attention_backward", "available", "band_columns", "band_rows", "column_stats", "kernels", "row_stats",
+]  # fmt: skip
 
 
 def available(device: torch.device) -> str:
@@ -40,6 +44,8 @@ def available(device: torch.device) -> str:
 
 def kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Every kernel under the name its launch choices have, and the constants that make it that variant."""
+    from .attention import attention_kernel
+    from .attention_backward import attention_dkv_kernel, attention_dq_kernel
     from .band_columns import band_columns_kernel
     from .band_rows import band_rows_kernel
     from .column_stats import column_stats_kernel
@@ -51,4 +57,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
         "column_stats": (column_stats_kernel, {"MOMENTS": False}),
         "column_moments": (column_stats_kernel, {"MOMENTS": True}),
         "row_stats": (row_stats_kernel, {}),
+        "attention": (attention_kernel, {"RHYTHM": True, "ALL": True, "POSITIVE": True}),
+        "attention_alone": (attention_kernel, {"RHYTHM": False, "ALL": False, "POSITIVE": True}),
+        "attention_dq": (attention_dq_kernel, {}),
+        "attention_dkv": (attention_dkv_kernel, {}),
     }

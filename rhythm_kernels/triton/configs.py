@@ -24,12 +24,26 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     registers: int = 0  # the most a thread may have; 0: as ptxas likes, which is to spill a little for occupancy
+    capped_rows: int = 0  # `rows` with a softcap, whose slope the backward pass holds as well; 0: as without
 
 
 # (bits, width): Tile. float32 dots run on the plain FMA units, which hold whole heads of both operands in registers:
 # a small tile and many threads.
 _FLOAT32 = {(32, 256): Tile(32, 32, 16, 2, 128)}
 _FLOAT32_AMD = {(32, 256): Tile(32, 32, 4, 1)}  # its matrix units do float32
+# Passes that also multiply by what they stream hold an accumulator of a whole head besides.
+_FLOAT32_STREAM = {(32, 128): Tile(32, 32, 16, 2, 128), (32, 256): Tile(32, 16, 16, 2, 128)}
+_ATTENTION = {
+    "sm_80": {(16, 128): Tile(128, 64, 8, 2), (16, 256): Tile(64, 32, 8, 2), **_FLOAT32_STREAM},
+    "sm_90": {
+        (16, 64): Tile(128, 128, 8, 2),
+        (16, 128): Tile(128, 64, 8, 3),
+        (16, 256): Tile(128, 32, 8, 2),
+        **_FLOAT32_STREAM,
+    },
+    "sm_100": {(16, 128): Tile(64, 32, 8, 2), (16, 256): Tile(32, 32, 8, 2), **_FLOAT32_STREAM},
+    "gfx942": {(16, 128): Tile(64, 32, 4, 1), (16, 256): Tile(32, 32, 4, 1), **_FLOAT32_AMD},
+}
 
 TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
     "sm_80": {
@@ -48,6 +62,10 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
             (16, 256): Tile(128, 32, 8, 2),
             **_FLOAT32,
         },
+        "attention": _ATTENTION["sm_80"],
+        "attention_alone": _ATTENTION["sm_80"],
+        "attention_dq": {(16, 128): Tile(64, 32, 4, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM},
+        "attention_dkv": {(16, 128): Tile(32, 64, 8, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM},
     },
     "sm_90": {
         "band_rows": {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32},
@@ -55,6 +73,20 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "column_stats": {(16, 128): Tile(64, 128, 8, 2), (16, 256): Tile(32, 128, 8, 2), **_FLOAT32},
         "column_moments": {(16, 128): Tile(64, 128, 8, 2), (16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
         "row_stats": {(16, 256): Tile(128, 64, 8, 2), **_FLOAT32},
+        "attention": _ATTENTION["sm_90"],
+        "attention_alone": _ATTENTION["sm_90"],
+        "attention_dq": {
+            (16, 64): Tile(128, 128, 8, 2),
+            (16, 128): Tile(128, 64, 8, 2),
+            (16, 256): Tile(128, 32, 8, 2),
+            **_FLOAT32_STREAM,
+        },
+        "attention_dkv": {
+            (16, 64): Tile(32, 128, 8, 2),
+            (16, 128): Tile(32, 128, 8, 2, capped_rows=16),
+            (16, 256): Tile(32, 32, 8, 1),
+            **_FLOAT32_STREAM,
+        },
     },
     "sm_100": {
         "band_rows": {(16, 128): Tile(64, 32, 4, 2, 255), (16, 256): Tile(64, 32, 8, 2), **_FLOAT32},
@@ -67,6 +99,10 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
             (16, 256): Tile(64, 32, 8, 2),
             **_FLOAT32,
         },
+        "attention": _ATTENTION["sm_100"],
+        "attention_alone": _ATTENTION["sm_100"],
+        "attention_dq": {(16, 128): Tile(32, 32, 8, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM},
+        "attention_dkv": {(16, 128): Tile(32, 32, 8, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM},
     },
     "gfx942": {
         "band_rows": {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32_AMD},
@@ -74,6 +110,10 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "column_stats": {(16, 256): Tile(64, 64, 4, 1), **_FLOAT32_AMD},
         "column_moments": {(16, 256): Tile(64, 64, 4, 1), **_FLOAT32_AMD},
         "row_stats": {(16, 256): Tile(64, 64, 4, 1), **_FLOAT32_AMD},
+        "attention": _ATTENTION["gfx942"],
+        "attention_alone": _ATTENTION["gfx942"],
+        "attention_dq": {(16, 128): Tile(32, 32, 4, 1), (16, 256): Tile(32, 32, 4, 1), **_FLOAT32_AMD},
+        "attention_dkv": {(16, 128): Tile(32, 32, 4, 1), (16, 256): Tile(32, 32, 4, 1), **_FLOAT32_AMD},
     },
     # The interpreter pays by the operation, not by the element: few, small tiles that tests still cross often.
     "interpreter": {

@@ -13,12 +13,33 @@ from . import configs
 from .interpreted import INTERPRETED
 
 # Lengths change every training step, and strides with them: no argument may compile a kernel anew. Alignment, which
-# vector loads need, is passed once and for all as a constexpr: q and k strides come divided by ALIGN.
+# vector loads need, is passed once and for all as a constexpr: strides of tokens and heads come divided by ALIGN.
+# What is read a number at a time may begin anywhere: one layer's lse, say, in a larger tensor.
 UNSPECIALIZED = (
-    "q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "lse_b", "lse_h", "lse_t", "out_b", "out_h", "tiles", "groups",
-    "n_heads", "group_heads", "kv_group", "scale", "softcap", "window_left", "out_scale", "window", "lo", "hi",
-    "min_distance", "out_m",
+    "lse", "seqs", "heads", "sinks",
+    *(f"{name}_{axis}" for name in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for axis in "bth"),
+    "lse_b", "lse_h", "lse_t", "out_b", "out_h", "out_m", "out_scale", "tiles", "groups", "n_heads", "group_heads",
+    "kv_group", "scale", "softcap", "window_left", "window", "lo", "hi", "min_distance",
 )  # fmt: skip
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """The batch, token and head strides of each tensor in units of ALIGN, which divides them all, and ALIGN."""
+    align = math.gcd(16, *(stride for x in tensors.values() for stride in x.stride()[:3]))
+    named = {
+        f"{name}_{axis}": stride // align for name, x in tensors.items() for axis, stride in zip("bth", x.stride())
+    }
+    return {"ALIGN": align, **named}
+
+
+def _options(tile: configs.Tile) -> dict[str, int]:
+    """What the compiler is told about a tile."""
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return options | ({"maxnreg": tile.registers} if tile.registers else {})
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Problem:
@@ -43,23 +64,16 @@ class Problem:
         self.groups = -(-configs.MIN_PROGRAMS[arch] // max(1, self.tiles * seqs.shape[0]))
 
         low, high = configs.chunks(head_size)
-        q_strides, k_strides = q.stride()[:3], k.stride()[:3]
-        align = math.gcd(16, *q_strides, *k_strides)
         self.arguments: dict[str, Any] = {
             "q": q, "k": k, "seqs": seqs, "heads": heads, "sinks": sinks,
             "tiles": self.tiles, "n_heads": self.n_selected, "kv_group": n_heads // k.shape[2],
             "scale": scale, "softcap": softcap, "window_left": window_left,
-            "ALIGN": align, "D": head_size, "D0": low, "D1": high,
+            "D": head_size, "D0": low, "D1": high,
             "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
             "HAS_SOFTCAP": softcap > 0, "HAS_WINDOW": window_left >= 0,
             "ROWS": self.tile.rows, "KEYS": self.tile.keys,
-            "num_warps": self.tile.warps, "num_stages": self.tile.stages,
+            **_options(self.tile), **_strides(q=q, k=k),
         }  # fmt: skip
-        if self.tile.registers:
-            self.arguments["maxnreg"] = self.tile.registers
-        for prefix, strides in (("q", q_strides), ("k", k_strides)):
-            for axis, stride in zip("bth", strides):
-                self.arguments[f"{prefix}_{axis}"] = stride // align
         if lse is not None:
             self.arguments.update(lse=lse, lse_b=lse.stride(0), lse_h=lse.stride(1), lse_t=lse.stride(2))
 
@@ -80,8 +94,7 @@ class Problem:
         grid = self.tiles * groups * self.seqs.shape[0]
         if grid == 0:
             return
-        on_device = torch.cuda.device(self.q.device) if self.q.is_cuda else contextlib.nullcontext()
-        with on_device:
+        with _on(self.q.device):
             kernel[(grid,)](
                 **self.arguments,
                 **extra,
@@ -97,3 +110,53 @@ class Problem:
         if per_head:
             return partial
         return partial.squeeze(-2) if partial.shape[-2] == 1 else partial.sum(-2)
+
+
+class AttentionProblem:
+    """One call of attention or of its backward: what its kernels share."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, seqs: Tensor, max_seqlen: int,
+        scale: float, softcap: float, window_left: int,
+    ) -> None:  # fmt: skip
+        # Unlike the measures', these tensors carry gradients, and come as the caller laid them out.
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        self.q, self.k, self.v = q, k, v
+        length, n_heads = q.shape[1:3]
+        self.n_sequences = seqs.shape[0]
+        self.max_seqlen = min(max_seqlen, length)
+        window_left = min(window_left, length)
+        upcast = INTERPRETED and q.dtype == torch.bfloat16
+        # The interpreter truncates where it should round to bfloat16: it writes float32, and torch rounds.
+        self.stored = torch.float32 if upcast else q.dtype
+        low, high = configs.chunks(q.shape[3])
+        v_low, v_high = configs.chunks(v.shape[3])
+        self.arguments: dict[str, Any] = {
+            "q": q, "k": k, "v": v, "seqs": seqs, "kv_group": n_heads // k.shape[2],
+            "scale": scale, "softcap": softcap, "window_left": window_left,
+            "D": q.shape[3], "D0": low, "D1": high, "DV": v.shape[3], "V0": v_low, "V1": v_high,
+            "UPCAST": upcast, "HAS_SOFTCAP": softcap > 0, "HAS_WINDOW": window_left >= 0,
+        }  # fmt: skip
+
+    def launch(
+        self, name: str, kernel: Any, owner: str, groups: int, strided: dict[str, Tensor], **extra: Any
+    ) -> None:  # fmt: skip
+        """Run a kernel over every (tile, one of `groups` heads, sequence).
+
+        `owner` says which side of the tile a program keeps, `rows` of the map or `keys`; `strided` names the tensors
+        `(B, T, heads, size)` that the kernel takes beside q, k and v.
+        """
+        arch = configs.architecture(self.q.device)
+        bits = 8 * self.q.element_size() if not INTERPRETED else 32
+        tile = configs.choose(name, arch, bits, max(self.q.shape[3], self.v.shape[3]))
+        if self.arguments["HAS_SOFTCAP"] and tile.capped_rows:
+            tile = tile._replace(rows=tile.capped_rows)
+        tiles = -(-self.max_seqlen // getattr(tile, owner))
+        grid = tiles * groups * self.n_sequences
+        if grid == 0:
+            return
+        with _on(self.q.device):
+            kernel[(grid,)](
+                **self.arguments, **extra, **strided, **_strides(q=self.q, k=self.k, v=self.v, **strided),
+                tiles=tiles, groups=groups, ROWS=tile.rows, KEYS=tile.keys, **_options(tile),
+            )  # fmt: skip

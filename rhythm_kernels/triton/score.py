@@ -33,6 +33,17 @@ def locate(seqs, tiles, groups):
 
 
 @triton.jit
+def listed_at(heads, n_heads, head):
+    """The row of the head table that names `head`; -1 where none does."""
+    found = -1
+    for i in range(0, n_heads, 32):
+        entry = i + tl.arange(0, 32)
+        named = tl.load(heads + 2 * entry, mask=entry < n_heads, other=-1) == head
+        found = tl.maximum(found, tl.max(tl.where(named, entry, -1), 0))
+    return found
+
+
+@triton.jit
 def load_tokens(base, first, end, stride, BLOCK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
                 D1: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Tokens `first .. first + BLOCK` of one head, zero from `end` on, as two chunks `(BLOCK, D0)`, `(BLOCK, D1)`.
@@ -64,6 +75,20 @@ def load_tokens(base, first, end, stride, BLOCK: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
+def store_tokens(base, first, end, stride, low, high, BLOCK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
+                 D1: tl.constexpr):  # fmt: skip
+    """Write tokens `first .. first + BLOCK` of one head up to `end`, from the chunks that :func:`load_tokens` makes."""
+    local = tl.arange(0, BLOCK)
+    live = (first + local < end)[:, None]
+    rows = base + tl.cast(first, tl.int64) * stride + (local.to(tl.int64) * stride)[:, None]
+    d = tl.arange(0, D0)[None, :]
+    tl.store(rows + d, low, mask=live & (d < D) if D0 > D else live)
+    if D1 > 0:
+        e = D0 + tl.arange(0, D1)[None, :]
+        tl.store(rows + e, high, mask=live & (e < D) if D0 + D1 > D else live)
+
+
+@triton.jit
 def load_lse(base, first, end, stride, BLOCK: tl.constexpr):
     """The log-sum-exp of rows `first .. first + BLOCK` of one head; infinite from `end` on, where A is then 0.
 
@@ -81,6 +106,16 @@ def products(a_low, a_high, b_low, b_high, D1: tl.constexpr):
     if D1 > 0:
         acc = tl.dot(a_high, tl.trans(b_high), acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def accumulate(low, high, weights, b_low, b_high, D1: tl.constexpr):
+    """Add `weights . b` to the two chunks of a sum over tokens; weights are rounded to b's precision, as is usual."""
+    weights = weights.to(b_low.dtype)
+    low = tl.dot(weights, b_low, low, input_precision="ieee")
+    if D1 > 0:
+        high = tl.dot(weights, b_high, high, input_precision="ieee")
+    return low, high
 
 
 @triton.jit

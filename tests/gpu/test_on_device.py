@@ -43,8 +43,15 @@ def test_random_cases(seed: int, backend: str) -> None:
             raise AssertionError(f"{case}") from error
 
 
-ATTENTION = [case for case in CASES if case.name in ("plain", "multi-query", "softcap", "window below W", "packed")]
-ATTENTION += [Case(f"{dtype}", length=200, dim=64, dtype=dtype) for dtype in (torch.bfloat16, torch.float16)]
+# Every case of the list, and every head size that models have, over several tiles.
+ATTENTION = [
+    *CASES,
+    *(
+        Case(f"{str(dtype)[6:]}, head size {dim}", length=300, dim=dim, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for dim in (64, 80, 96, 112, 128, 192, 256)
+    ),
+]
 
 
 @gpu
@@ -80,21 +87,54 @@ def test_graph_capture(backend: str) -> None:
 
 
 @gpu
-def test_credit_is_captured() -> None:
+@pytest.mark.parametrize("backend", ["cuda", "torch"])
+def test_credit_is_captured(backend: str) -> None:
+    need(backend, "credit")
     static = on_device.credit_inputs("cuda", 0)
-    rk.rhythm_credit(*static)
+    rk.rhythm_credit(*static, backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        gamma = rk.rhythm_credit(*static)
+        gamma = rk.rhythm_credit(*static, backend=backend)
     for target, value in zip(static, on_device.credit_inputs("cuda", 1)):
         target.copy_(value)
     graph.replay()
-    assert torch.equal(gamma, rk.rhythm_credit(*static))
+    assert torch.equal(gamma, rk.rhythm_credit(*static, backend=backend))
 
 
 @gpu
-def test_credit() -> None:
-    on_device.check_credit("cuda")
+@pytest.mark.parametrize("backend", ["cuda", "torch"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_credit(backend: str) -> None:
+    need(backend, "credit")
+    on_device.check_credit(backend, "cuda")
+
+
+@gpu
+def test_credit_of_a_million_tokens() -> None:
+    need("cuda", "credit")
+    generator = torch.Generator("cuda").manual_seed(0)
+    waad, fai, chance = torch.rand(3, 2, 2**20, generator=generator, device="cuda")
+    first, *others = (
+        rk.rhythm_credit(waad, fai, chance > 0.1, backend=backend) for backend in ("torch", *["cuda"] * 5)
+    )
+    assert all(torch.equal(first, gamma) for gamma in others)
+
+
+@gpu
+def test_the_current_stream_and_device_are_used() -> None:
+    """On the last device of several, from a side stream, while the current device is another."""
+    need("cuda", "credit")
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    inputs = on_device.credit_inputs(last, 0)
+    want = rk.rhythm_credit(*inputs, backend="torch")
+    torch.cuda.synchronize(last)
+    with torch.cuda.stream(torch.cuda.Stream(last)):
+        torch.cuda._sleep(10_000_000)  # what the kernel reads is written late, on this stream
+        with torch.cuda.device(0):
+            late = [x.clone() for x in inputs]
+            gamma = rk.rhythm_credit(*late, backend="cuda")
+    torch.cuda.synchronize(last)
+    assert torch.equal(gamma, want)
 
 
 @gpu
@@ -136,4 +176,6 @@ def test_rehearsal(backend: str) -> None:
 def test_rehearsal_of_attention_compilation_and_credit() -> None:
     on_device.check_attention(CASES[0], None, "cpu")
     on_device.check_compiled("torch", "cpu", {"backend": "eager", "dynamic": True})
-    on_device.check_credit("cpu")
+    for backend in ("cpu", "torch"):
+        need(backend, "credit", device="cpu")
+        on_device.check_credit(backend, "cpu")

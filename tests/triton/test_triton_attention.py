@@ -1,0 +1,298 @@
+"""Triton's `attention_with_rhythm`: out, lse, WAAD, span and gradients against the dense float64 definition."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import rhythm_kernels as rk
+from rhythm_kernels import ops, reference
+from rhythm_kernels.canonical import canonical
+from tests.cases import CASES, Case, random_cases
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("out", "lse", "waad", "span", "dq", "dk", "dv")
+NO_OPTIONS = {
+    "softmax_scale": None, "window_size": (-1, -1), "softcap": 0.0, "sinks": None, "cu_seqlens": None,
+    "max_seqlen": None, "seq_start": None, "seq_end": None, "response_start": None,
+}  # fmt: skip
+
+# What the common list does not cross, each with the head size of its values: other sizes than those of keys, windows
+# that reach over several tiles of 32.
+MORE = [
+    (Case("values of another size", dim=24), 9),
+    (Case("192 and 128", dim=192, length=36, heads=2, kv_heads=1), 128),
+    (Case("narrow keys, wide values", dim=8, length=20, heads=2, kv_heads=1), 256),
+    (Case("one value", dim=1, length=33), 1),
+    (Case("head size 96", dim=96, length=34, heads=2, kv_heads=1), 112),
+    (Case("whole tiles between two edges", length=140, batch=1, heads=2, kv_heads=1,
+          options={"window_size": (75, 0)}), 16),
+    (Case("negative scale", options={"softmax_scale": -0.3}, length=40), 16),
+    (Case("every rule", sinks=True, lengths=(70, 1, 0, 44), response=(40, 0, 0, 2), options={"softcap": 3.0,
+          "heads": [3, 1], "window_size": (37, 0), "per_head": True}), 20),
+    (Case("W over several tiles", window=70, length=110, batch=1, options={"heads": [1]}), 16),
+    (Case("float16, 80", dim=80, dtype=torch.float16, length=35, heads=2, kv_heads=1, fused=True), 80),
+    (Case("bfloat16, 112", dim=112, dtype=torch.bfloat16, length=35, heads=2, kv_heads=1, fused=True), 80),
+]  # fmt: skip
+
+
+def inputs(case: Case, size: int) -> tuple[list[Tensor], dict[str, Any]]:
+    """q, k, v of head size `size` and an upstream gradient, and the options of the call."""
+    q, k, options = case.inputs(DEVICE)
+    g = torch.Generator().manual_seed(case.seed + 1)
+    v = torch.randn(*k.shape[:-1], size, generator=g).to(q)
+    upstream = torch.randn(*q.shape[:-1], size, generator=g).to(q)
+    return [q, k, v, upstream], options
+
+
+def run(function: Callable[..., Any], tensors: list[Tensor], dtype: torch.dtype, **options: Any) -> tuple[Tensor, ...]:
+    """out, lse, waad, span and the gradients of q, k and v."""
+    q, k, v, upstream = (x.detach().to(dtype) for x in tensors)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse, stats = function(*leaves, **options)
+    if not out.requires_grad:  # the dense definition of nothing but empty sequences
+        out = out + 0 * sum(x.sum() for x in leaves)
+    return out.detach(), lse, *stats, *torch.autograd.grad(out, leaves, upstream)
+
+
+def check(case: Case, size: int) -> None:
+    """out and gradients err at most twice as much as float32 torch, beside what rounding brings; the rest as ever.
+
+    Rounding is that of the results to their type, and of lse to float32, which the backward pass starts from.
+    """
+    tensors, options = inputs(case, size)
+    options["window"] = case.window
+    want = run(reference.attention_with_rhythm, tensors, torch.float64, **options)
+    plain = run(reference.attention_with_rhythm, tensors, torch.float32, **options)
+    got = run(rk.attention_with_rhythm, tensors, case.dtype, backend="triton", **options)
+    length = tensors[0].shape[-3]
+    size_of_lse = float(torch.where(want[1].isfinite(), want[1], 0.0).abs().max())
+    bounds = {"lse": 1e-4, "waad": 1e-4 * max(1, case.window / 10), "span": 1e-4 * length}
+    # A unit in the last place of the result's type. Interpreted, bfloat16 is multiplied as float32; on a GPU, and
+    # for float16 anywhere, weights and their gradients are rounded once more before each product.
+    rounding = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2**-8 if DEVICE == "cpu" else 2e-2}
+    for name, g, w, p in zip(NAMES, got, want, plain, strict=True):
+        assert g.shape == w.shape, name
+        assert g.dtype == (torch.float32 if name in bounds else case.dtype), name
+        assert torch.equal(g.isfinite(), w.isfinite()), name
+        live = w.isfinite()
+        if not bool(live.any()):
+            continue
+        error = float((g.double() - w)[live].abs().max())
+        largest = float(w[live].abs().max())
+        if name in bounds:
+            bound = bounds[name] * (max(1.0, largest) if name == "lse" else 1.0)
+        else:
+            rounded = rounding[case.dtype] + (size_of_lse * 2**-22 if name != "out" else 0.0)
+            bound = 2 * float((p - w)[live].abs().max()) + rounded * (1 + largest)
+        assert error <= bound, f"{name}: {error:.3g}, at most {bound:.3g}"
+        if name not in bounds:
+            dead = want[1].isinf().all(-2)
+            assert bool((g[dead] == 0).all()), f"{name} is not 0 at tokens without attention"
+
+
+# The rest of the list, in the long tests, differs in what attention does not read, or in what the cases below cross.
+QUICK = {
+    "plain", "one token", "left padding", "padding on both sides, an empty row", "response past the end", "packed",
+    "head subset, any order", "window of one", "window below W", "everything", "bfloat16 with everything", "no scale",
+    "sharp attention",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=[] if c.name in QUICK else pytest.mark.long) for c in CASES]
+)  # fmt: skip
+def test_common_cases(case: Case) -> None:
+    check(case, case.dim)
+
+
+@pytest.mark.parametrize(("case", "size"), [pytest.param(*entry, id=entry[0].name) for entry in MORE])
+def test_cases_of_attention(case: Case, size: int) -> None:
+    check(case, size)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.long) for s in range(1, 6))])
+def test_random_cases(seed: int) -> None:
+    """The list's random crossings; the size of the values is drawn beside them."""
+    for i, case in enumerate(random_cases(seed + 500, 4 if seed == 0 else 8)):
+        try:
+            check(case, (case.dim, 5, 16, 40)[(seed + i) % 4])
+        except AssertionError as error:
+            raise AssertionError(f"{case}") from error
+
+
+def sample(**options: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """q, k, v in canonical form, and the arguments of the op from `seqs` to `sinks`."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (
+        torch.randn(2, 21, heads, size, generator=generator).to(DEVICE) for heads, size in ((4, 8), (2, 8), (2, 6))
+    )
+    form = canonical(q, k, None, heads=[3, 0], **NO_OPTIONS | options)
+    return [q, k, v], (form.seqs, form.heads, form.max_seqlen, *form.score)
+
+
+@pytest.mark.parametrize(
+    ("options", "per_head"),
+    [({}, False), ({"sinks": torch.ones(4, device=DEVICE), "window_size": (5, 0), "softcap": 2.0}, True)],
+    ids=["plain", "rules"],
+)
+def test_opcheck(options: dict[str, Any], per_head: bool) -> None:
+    (q, k, v), rule = sample(**options)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    opcheck(ops.attention, (*leaves, *rule, 10, per_head, "triton"))
+    out, lse, _, _ = ops.attention(q.detach(), k.detach(), v.detach(), *rule, 10, per_head, "triton")
+    seqs, _, *rest = rule
+    opcheck(
+        torch.ops.rhythm_kernels.attention_backward.default,
+        (torch.ones_like(out), q.detach(), k.detach(), v.detach(), out, lse, seqs, *rest, "triton"),
+    )
+
+
+@pytest.mark.parametrize("options", ["padded", "packed"])
+def test_compiles_without_a_graph_break(options: str) -> None:
+    torch._dynamo.reset()
+    (q, k, v), _ = sample()
+    keywords: dict[str, Any] = {
+        "seq_start": torch.tensor([0, 4], dtype=torch.int32, device=DEVICE),
+        "window_size": (7, 0),
+    }
+    if options == "packed":
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        keywords = {"cu_seqlens": torch.tensor([0, 20, 42], dtype=torch.int32, device=DEVICE)}
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, lse, stats = rk.attention_with_rhythm(q, k, v, heads=[2, 1], backend="triton", **keywords)
+        return out.square().sum(), lse, stats.waad, stats.span
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        loss, *rest = function(*leaves)
+        loss.backward()
+        results.append([loss.detach(), *rest, *(x.grad for x in leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def gradients(q: Tensor, k: Tensor, v: Tensor, upstream: Callable[[Tensor], Tensor], **options: Any) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, _, _ = rk.attention_with_rhythm(*leaves, backend="triton", **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream(out))]
+
+
+def test_any_strides() -> None:
+    """q, k, v and the upstream gradient in any layout give the bits of contiguous ones."""
+    (q, k, v), _ = sample()
+    upstream = torch.randn(2, 21, 4, 6, device=DEVICE)
+    want = gradients(q, k, v, lambda out: upstream)
+    fused = torch.cat([q, k, torch.cat([v, v], dim=-1)[..., :8]], dim=2).transpose(1, 2).contiguous().transpose(1, 2)
+    views = fused[:, :, :4], fused[:, :, 4:6], fused[:, :, 6:, :6]
+    assert all(not x.is_contiguous() for x in views)
+    last = v.transpose(2, 3).contiguous().transpose(2, 3)  # the head dimension strided
+    for tensors in (views, (q, k, last)):
+        for seen in (lambda x: x, lambda x: x.transpose(1, 3).contiguous().transpose(1, 3)):
+            for got, expected in zip(gradients(*tensors, lambda out, seen=seen: seen(upstream)), want, strict=True):
+                assert torch.equal(got, expected)
+
+
+def test_expanded_gradients() -> None:
+    """`out.sum().backward()` hands over one number with strides of 0; `out[..., :1].expand` one number a row."""
+    (q, k, v), _ = sample()
+    for shape in ((1, 1, 1, 1), (2, 21, 4, 1)):
+        values = torch.randn(shape, device=DEVICE)
+        want = gradients(q, k, v, lambda out, values=values: values.expand_as(out).contiguous())
+        for got, expected in zip(
+            gradients(q, k, v, lambda out, values=values: values.expand_as(out)), want, strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "rules", [{}, {"window_size": (40, 0)}, {"sinks": torch.full((2,), -300.0)}], ids=["", "window", "sink"]
+)
+def test_large_logits(rules: dict[str, Any]) -> None:
+    """Finite, and no further from the definition than a float32 log-sum-exp allows, for logits of either sign."""
+    magnitude = 1e4
+    q, k, v = (torch.randn(1, 75, heads, 16, device=DEVICE) for heads in (2, 1, 1))
+    rules = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in rules.items()}
+    for shift in (0.0, -1.0, 1.0):
+        # A constant direction in which all logits lie at -magnitude or magnitude, beside a spread of 1 in the others.
+        big_q, big_k = q.clone(), k.clone()
+        if shift:
+            big_q[..., 0], big_k[..., 0] = 2 * magnitude**0.5, 2 * shift * magnitude**0.5
+        else:
+            big_q *= magnitude / 8
+        tensors = [big_q, big_k, v, torch.randn(1, 75, 2, 16, device=DEVICE)]
+        want = run(reference.attention_with_rhythm, tensors, torch.float64, **rules)
+        got = run(rk.attention_with_rhythm, tensors, torch.float32, backend="triton", **rules)
+        largest = float(want[1].abs().max())
+        for name, g, w in zip(NAMES, got, want, strict=True):
+            scale = {"waad": 10.0, "span": 75.0, "lse": 1.0}.get(name, 1 + float(w.abs().max()))
+            scale *= {"dq": float(big_k.abs().max()), "dk": float(big_q.abs().max())}.get(name, 1.0)
+            error = float((g.double() - w).abs().max())
+            assert error <= scale * (largest * 2.0**-21 + 1e-5), f"{name} at {shift}: {error:.3g} of {scale:.3g}"
+
+
+def test_what_is_not_finite_stays_in_its_rows() -> None:
+    (q, k, v), _ = sample()
+    clean = rk.attention_with_rhythm(q, k, v, per_head=True, backend="triton")
+    bad = q.clone()
+    bad[0, 7, 1] = float("nan")
+    out, lse, stats = rk.attention_with_rhythm(bad, k, v, per_head=True, backend="triton")
+    touched = torch.zeros(2, 21, 4, dtype=torch.bool, device=DEVICE)
+    touched[0, 7, 1] = True
+    assert out[touched].isnan().all() and torch.equal(out[~touched], clean[0][~touched])
+    by_head = touched.transpose(1, 2)
+    for got, want in ((lse, clean[1]), (stats.waad, clean[2].waad), (stats.span, clean[2].span)):
+        assert got[by_head].isnan().all() and torch.equal(got[~by_head], want[~by_head])
+
+
+def test_same_bits_every_time() -> None:
+    case = Case("repeated", length=40, batch=1, dtype=torch.bfloat16)
+    tensors, options = inputs(case, 16)
+    first = run(rk.attention_with_rhythm, tensors, case.dtype, backend="triton", **options)
+    for _ in range(2):
+        for got, want in zip(run(rk.attention_with_rhythm, tensors, case.dtype, backend="triton", **options), first):
+            assert torch.equal(got, want)
+
+
+def test_a_repeated_head_leaves_no_output_unwritten() -> None:
+    """A head tensor on a GPU is not read by the host, and may name a head twice: out covers every head all the same."""
+    (q, k, v), (seqs, _, *rest) = sample()
+    want = ops.attention(
+        q,
+        k,
+        v,
+        seqs,
+        torch.tensor([[h, h] for h in range(4)], dtype=torch.int32, device=DEVICE),
+        *rest,
+        10,
+        True,
+        "triton",
+    )
+    twice = torch.tensor([[1, 1], [1, 1], [2, 2], [1, 1]], dtype=torch.int32, device=DEVICE)
+    got = ops.attention(q, k, v, seqs, twice, *rest, 10, True, "triton")
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert torch.isfinite(got[2]).all() and torch.isfinite(got[3]).all()
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Views whose strides pass 2^31 elements, on anonymous memory of which a few pages alone are ever touched."""
+    length, stride, size = 5, 2**29 + 16, 16
+    q, k, v, upstream = (torch.randn(1, length, 1, size, device=DEVICE).half() for _ in range(4))
+    want = run(rk.attention_with_rhythm, [q, k, v, upstream], torch.float16, backend="triton")
+    with mmap.mmap(-1, 2 * ((length - 1) * stride + size)) as memory:
+        far = torch.frombuffer(memory, dtype=torch.float16).as_strided(q.shape, (length * stride, stride, size, 1))
+        for i, tensor in enumerate((q, k, v, upstream)):
+            far.copy_(tensor)
+            tensors = [q, k, v, upstream]
+            tensors[i] = far
+            for got, expected in zip(run(rk.attention_with_rhythm, tensors, torch.float16, backend="triton"), want):
+                assert torch.equal(got, expected)
+        del far, tensors
