@@ -90,11 +90,20 @@ export -f about
 export python
 step about 60 bash -c about
 
-# The compiled kernels, where a compiler is; what is missing is then skipped or unavailable, with its reason.
+# The compiled kernels, the CUDA part where nvcc is; what is missing is then skipped or unavailable, with its reason. An
+# extension that came along with its CUDA part is kept on a machine without nvcc.
+build() {
+  if [ -n "${CUDA_HOME:-}" ] || command -v nvcc || ! "$python" -c 'from rhythm_kernels import build_info
+raise SystemExit(not build_info().get("cuda", {"built": False})["built"])'; then
+    "$python" setup.py build_ext --inplace || return
+  fi
+  "$python" -c 'import rhythm_kernels as rk; print(rk.build_info(), rk.backends())'
+}
+export -f build
 if [ $rehearse = 1 ]; then
   step build 60 "$python" setup.py --version
 else
-  step build 180 "$python" setup.py build_ext --inplace
+  step build 180 bash -c build
 fi
 
 workers=()

@@ -65,7 +65,9 @@ _CUDA = ("cuda",)
 _CPU = ("cpu",)
 
 
-def _ours(pass_name: str, make: Callable[[str], Any]) -> tuple[Rival, ...]:
+def _ours(
+    pass_name: str, make: Callable[[str], Any], backends: tuple[str, ...] = ("cuda", "triton", "cpu", "torch")
+) -> tuple[Rival, ...]:
     """One rival a backend; the dense backend is the definition, not a contender."""
     devices = {"cpu": _CPU, "cuda": _CUDA}
     return tuple(
@@ -77,7 +79,7 @@ def _ours(pass_name: str, make: Callable[[str], Any]) -> tuple[Rival, ...]:
             longest=_LONGEST if backend == "torch" else {},
             graph=backend != "torch",  # it launches a kernel or ten for each tile
         )
-        for backend in ("cuda", "triton", "cpu", "torch")
+        for backend in backends
     )
 
 
@@ -235,7 +237,7 @@ RIVALS: dict[str, tuple[Rival, ...]] = {
         Rival("eager with hooks", models.eager_hooks, memory=lambda shape, device: models.layer_memory(shape)),
     ),
     "credit": (
-        Rival("rhythm torch", credit.ours, graph=True),
+        *(replace(rival, graph=True) for rival in _ours("credit", credit.ours, ("cuda", "cpu", "torch"))),
         Rival("token loop", credit.loop, _CPU),
         *_READ,
         _copy(credit_suite.work),

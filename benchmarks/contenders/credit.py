@@ -1,4 +1,4 @@
-"""Credit: ours, vectorised, and the readable loop over tokens."""
+"""Credit: ours, one contender a backend, and the readable loop over tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Call = Callable[[], Results]
 GATED_ROWS = 16
 
 
-def ours(p: CreditProblem) -> Call:
-    return lambda: {"gamma": rk.rhythm_credit(p.waad, p.fai, p.mask)}
+def ours(backend: str) -> Callable[[CreditProblem], Call]:
+    return lambda p: lambda: {"gamma": rk.rhythm_credit(p.waad, p.fai, p.mask, backend=backend)}
 
 
 def loop(p: CreditProblem) -> Call:

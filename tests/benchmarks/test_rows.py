@@ -99,7 +99,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for _ in range(2):  # a second run adds to the file
         assert main(["--suite", "credit", "--profile", "tiny", "--device", "cpu", "--save", str(path)]) == 0
     found = load([path])
-    assert len(found) == 8
+    assert len(found) == 10
     content = json.loads(path.read_text())[0]
     assert content["environment"]["torch"] == torch.__version__
     for name in ("device", "cpu", "threads", "python", "triton", "cuda", "commit"):
@@ -173,5 +173,5 @@ def test_pytest_benchmark_runs_the_suites(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     found = json.loads(path.read_text())["benchmarks"]
-    assert len(found) == 4
+    assert len(found) == 5
     assert all(entry["stats"]["rounds"] >= 1 and entry["extra_info"]["bytes"] for entry in found)

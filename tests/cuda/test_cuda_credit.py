@@ -19,7 +19,7 @@ from rhythm_kernels.ops import dispatch
 from rhythm_kernels.torch_credit import gamma_levels
 from tests.credit_cases import credit_cases, many_tokens
 
-from .emulated import KERNELS, ORDERS, Emulated, build
+from .emulated import KERNELS, ORDERS, SANITIZED, Emulated, build
 
 _MODES = {"local": 0, "global": 1, "coupled": 2, "random": 3, "entropy": 3}
 _CANARY = 64  # bytes on either side of what the kernel writes
@@ -41,7 +41,7 @@ class CreditProblem(ctypes.Structure):
 
 @functools.cache
 def library() -> Emulated:
-    return Emulated(build([KERNELS / "credit.cu"]))
+    return Emulated(build([KERNELS / "credit.cu"], sanitize=SANITIZED))
 
 
 def emulated_credit(

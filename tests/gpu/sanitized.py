@@ -10,6 +10,7 @@ import sys
 import torch
 
 import rhythm_kernels as rk
+from rhythm_kernels.credit import CREDIT_MODES
 from tests.cases import CASES, Case
 
 from . import on_device
@@ -38,6 +39,15 @@ def run(case: Case, backend: str, device: str) -> None:
         rk.attention_with_rhythm(q, k, k, backend=backend, **options)
 
 
+def run_credit(device: str) -> None:
+    """The best backend of the device: on a GPU the CUDA kernel where it was built."""
+    waad, fai, mask = on_device.credit_inputs(device, 0)
+    for mode in CREDIT_MODES:
+        for dtype in (torch.float32, torch.float64):
+            print("credit", mode, dtype, flush=True)
+            rk.rhythm_credit(waad.to(dtype), fai.to(dtype), mask, mode, entropy=fai)
+
+
 def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backends = [name for name in ("cuda", "triton") if not on_device.lacks(name, device, "band_rows", "band_columns")]
@@ -46,6 +56,7 @@ def main() -> int:
             if case.name in NAMES:
                 print(backend, case.name, flush=True)
                 run(case, backend, device)
+    run_credit(device)
     if device == "cuda":
         torch.cuda.synchronize()
     return 0 if backends else 1
