@@ -89,6 +89,7 @@ CASES = [
     Case("window below W", options={"window_size": (6, -1)}),
     Case("window above W", options={"window_size": (23, 0)}, length=90),
     Case("softcap", options={"softcap": 1.5}, magnitude=2.0),
+    Case("softcap far above the logits", options={"softcap": 1e5}, magnitude=2.0),
     Case("sinks", sinks=True),
     Case("everything", sinks=True, lengths=(40, 3, 30), response=(7, 0, 9), options={"softcap": 3.0, "heads": [3, 1],
          "window_size": (19, 0), "softmax_scale": 0.7}, horizon=(3, 25)),

@@ -10,7 +10,6 @@ from torch import Tensor
 
 import rhythm_kernels as rk
 from rhythm_kernels import reference
-from rhythm_kernels.ops.dispatch import _LACKS
 
 from .packages import flash_attn, require
 
@@ -18,7 +17,7 @@ flash = flash_attn()
 padding = require("flash_attn.bert_padding")
 
 MEASURES = ["reference", "torch", "cpu", "triton"]
-ATTENTION = [None, "torch", "reference", *(["triton"] if ("triton", "attention") not in _LACKS else [])]
+ATTENTION = [None, "torch", "reference", "triton"]
 
 
 class Shape(NamedTuple):
