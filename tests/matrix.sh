@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # The tests under other versions, each in an environment of its own (.venv-NAME, kept for the next time).
 #   bash tests/matrix.sh [PYTHON [NAME ...]]
-# Names: trl-oldest triton-3.6 triton-3.9 peers (CONTRIBUTING.md says what each is for). Prints one line a row at the
-# end and fails if one failed.
+# Names: trl-oldest triton-3.6 triton-3.9 peers abi (CONTRIBUTING.md says what each is for). Prints one line a row at
+# the end and fails if one failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${1:-python3}
 shift || true
 names=("$@")
-[ ${#names[@]} -gt 0 ] || names=(trl-oldest triton-3.6 triton-3.9 peers)
+[ ${#names[@]} -gt 0 ] || names=(trl-oldest triton-3.6 triton-3.9 peers abi)
 torch=${TORCH:-torch==2.13.0}
 export OMP_NUM_THREADS=1
 
@@ -40,6 +40,20 @@ row() {
         FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE ".venv-$1/bin/python" -m pip install \
           --quiet --disable-pip-version-check --no-build-isolation --no-deps "flash-attn==2.8.3" &&
         PEERS=required ".venv-$1/bin/python" -m pytest -q -n auto tests/peers tests/probe/test_probe_flash_package.py
+      ;;
+    abi) # one wheel for every Python and torch: built with $torch, run on the oldest that it is for
+      local oldest=2.10.0 pip="-m pip install --quiet --disable-pip-version-check"
+      rm -rf .venv-abi-wheels
+      # shellcheck disable=SC2086
+      { [ -x .venv-abi-build/bin/python ] || "$python" -m venv .venv-abi-build; } &&
+        { [ -x .venv-abi/bin/python ] || "$python" -m venv .venv-abi; } &&
+        .venv-abi-build/bin/python $pip $torch "setuptools>=77" wheel &&
+        .venv-abi-build/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+          --wheel-dir .venv-abi-wheels . &&
+        ls .venv-abi-wheels/*-cp310-abi3-*.whl &&
+        .venv-abi/bin/python $pip "torch==$oldest" numpy &&
+        .venv-abi/bin/python $pip --force-reinstall --no-deps .venv-abi-wheels/*-cp310-abi3-*.whl &&
+        .venv-abi/bin/python tests/native/self_check.py "$oldest"
       ;;
     *)
       echo "unknown row: $1" >&2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tarfile
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,20 +20,14 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 TORCH_FOLDER = Path(torch.__file__).parents[1]
 SENTENCE = "pip install --no-build-isolation ."
-SELF_CHECK = """
-import torch, rhythm_kernels as rk
-from rhythm_kernels import reference
-assert rk.__file__.startswith({prefix!r}), rk.__file__
-q, k = torch.randn(2, 50, 4, 16), torch.randn(2, 50, 2, 16)
-assert (rk.waad(q, k) - reference.waad(q.double(), k.double())).abs().max() < 1e-4
-assert (rk.fai(q, k) - reference.fai(q.double(), k.double())).abs().max() < 1e-4
-print("cpu:", rk.backends()["cpu"])
-"""
+NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
+SELF_CHECK = Path(__file__).with_name("self_check.py")
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     """Run a command with nothing of this checkout on its path; its output, or a failure that shows it."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CC", "CXX", "CXXFLAGS", "LDFLAGS")}
+    ours = ("PYTHONPATH", "CC", "CXX", "CXXFLAGS", "LDFLAGS", "RHYTHM_CUDA", "RHYTHM_CUDA_ARCHS")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -60,13 +56,13 @@ def build_wheel(source: Path, **variables: str) -> tuple[Path, str]:
     """The wheel, and what the build said."""
     folder = source.parent / "wheels"
     command = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
-    said = run(sys.executable, "-c", command, folder, cwd=source, **variables)
+    said = run(sys.executable, "-c", command, folder, cwd=source, **{"RHYTHM_CUDA": "0"} | variables)
     (wheel,) = folder.glob("*.whl")
     return wheel, said
 
 
-def install_and_check(wheel: Path) -> str:
-    """Install into an empty environment that sees torch, import, and compare with the dense definitions."""
+def install_and_check(wheel: Path) -> dict[str, Any]:
+    """Install into an empty environment that sees torch, compare with the dense definitions; what the check found."""
     home = wheel.parents[1] / "venv"
     venv.create(home, with_pip=False)
     python = home / "bin" / "python"
@@ -74,14 +70,17 @@ def install_and_check(wheel: Path) -> str:
     Path(site, "torch.pth").write_text(f"{TORCH_FOLDER}\n")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index", "--no-deps"]
     run(*pip, wheel, cwd=home)
-    return run(python, "-c", SELF_CHECK.format(prefix=site), cwd=home)
+    return json.loads(run(python, SELF_CHECK, cwd=home).splitlines()[-1])
 
 
 def test_wheel(source: Path) -> None:
-    wheel, said = build_wheel(source)
+    """With the CUDA kernels where nvcc is: the same wheel, on a torch that may not know CUDA."""
+    wheel, said = build_wheel(source, RHYTHM_CUDA="")
     assert "-cp310-abi3-" in wheel.name
     assert SENTENCE not in said
-    assert install_and_check(wheel).strip() == "cpu:"
+    found = install_and_check(wheel)
+    assert found["backends"]["cpu"] == ""
+    assert found["built"]["cuda"]["built"] == (NVCC is not None)
 
 
 def test_sdist(source: Path) -> None:
@@ -95,7 +94,7 @@ def test_sdist(source: Path) -> None:
     theirs = {str(path.relative_to(unpacked)) for path in unpacked.glob("csrc/**/*.*")}
     assert ours == theirs
     wheel, _ = build_wheel(unpacked)
-    assert install_and_check(wheel).strip() == "cpu:"
+    assert install_and_check(wheel)["backends"]["cpu"] == ""
 
 
 @pytest.mark.parametrize("variables", [{"CC": "/bin/false", "CXX": "/bin/false"}, {"CXX": "/no/such/compiler"}])
@@ -104,7 +103,7 @@ def test_without_a_compiler(source: Path, variables: dict[str, str]) -> None:
     assert wheel.name.endswith("py3-none-any.whl")
     assert said.count(SENTENCE) == 1
     assert "cannot build a three-line program" in said
-    assert SENTENCE in install_and_check(wheel)  # and the backend says the same when it is asked for
+    assert SENTENCE in install_and_check(wheel)["backends"]["cpu"]  # and the backend says the same when it is asked for
 
 
 def test_without_torch_in_the_build(source: Path, tmp_path: Path) -> None:
@@ -122,3 +121,76 @@ def test_an_error_of_ours_is_an_error(source: Path) -> None:
         file.write("#error broken\n")
     with pytest.raises(AssertionError, match=r"band_rows\.cpp does not compile"):
         build_wheel(source)
+
+
+@pytest.fixture
+def old_nvcc(tmp_path: Path) -> Path:
+    """A folder with an nvcc of CUDA 12.4 that compiles everything to nothing."""
+    folder = tmp_path / "cuda" / "bin"
+    folder.mkdir(parents=True)
+    run("ar", "cr", folder / "libcudart_static.a", cwd=folder)
+    script = folder / "nvcc"
+    script.write_text(f"""#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release 12.4, V12.4.131" ;;
+  *--list-gpu-arch*) printf 'compute_80\\ncompute_86\\ncompute_90\\n' ;;
+  *--dryrun*) echo '#$ LIBRARIES= "-L{folder}"' ;;
+  *compute_100*|*"${{NVCC_REFUSES:-nothing at all}}"*) exit 1 ;;
+  *) for last; do :; done; exec c++ -x c++ -c /dev/null -o "$last" ;;
+esac
+""")
+    script.chmod(0o755)
+    return folder
+
+
+def test_a_default_architecture_that_nvcc_is_too_old_for_is_left_out(source: Path, old_nvcc: Path) -> None:
+    wheel, said = build_wheel(source, RHYTHM_CUDA="1", CUDA_HOME=str(old_nvcc.parent), CXXFLAGS="-O0")
+    assert "-cp310-abi3-" in wheel.name
+    assert "is too old for compute capability 100: left out" in said
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RHYTHM_CUDA_ARCHS": "100"}, r"RHYTHM_CUDA_ARCHS holds '100', which .* does not know: \[80, 86, 90\]"),
+        ({"RHYTHM_CUDA_ARCHS": "8.0"}, "RHYTHM_CUDA_ARCHS holds '8.0': it must be like 80, 90a or 100"),
+        ({"RHYTHM_CUDA": "yes"}, "RHYTHM_CUDA is 'yes': it must be 0, 1 or unset"),
+        (
+            {"CUDA_HOME": "/no/such/cuda"},
+            "cannot be built: no nvcc was found in CUDA_HOME=/no/such/cuda",
+        ),
+        ({"NVCC_REFUSES": "probe.cu"}, "cannot be built: .* cannot build a three-line program"),
+        ({"NVCC_REFUSES": "credit.cu"}, r"csrc/cuda/credit\.cu does not compile for 80;90a"),
+    ],
+)
+def test_what_cannot_be_built_for_cuda_is_told(
+    source: Path, old_nvcc: Path, variables: dict[str, str], message: str
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        build_wheel(source, **{"RHYTHM_CUDA": "1", "CUDA_HOME": str(old_nvcc.parent), "CXXFLAGS": "-O0"} | variables)
+
+
+def test_what_did_not_change_is_not_compiled_again(source: Path, old_nvcc: Path) -> None:
+    variables = {"RHYTHM_CUDA": "1", "CUDA_HOME": str(old_nvcc.parent), "CXXFLAGS": "-O0"}
+
+    def compiled(**more: str) -> None:
+        run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, **variables, **more)
+
+    def times() -> dict[str, float]:
+        return {path.name: path.stat().st_mtime for path in (source / "build").rglob("kernels/*.o")}
+
+    compiled()
+    first = times()
+    assert {"credit.cuda.o", "band_rows.baseline.o"} <= set(first)
+    compiled()
+    assert times() == first
+    # Other architectures, nothing else: compiled again, which this nvcc refuses.
+    with pytest.raises(AssertionError, match=r"credit\.cu does not compile for 80\n"):
+        compiled(RHYTHM_CUDA_ARCHS="80", NVCC_REFUSES="credit.cu")
+    before = times()
+    (source / "csrc" / "cuda" / "launch.h").touch()
+    compiled()
+    after = times()
+    assert {name for name in after if after[name] != before.get(name)} == {
+        f"{name}.cuda.o" for name in ("band_rows", "band_columns", "credit", "error")
+    }
