@@ -6,8 +6,6 @@ passes cannot run where they cannot.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .interpreted import INTERPRETED
@@ -25,7 +23,7 @@ else:
     _import_error = ""
 
 __all__ = [
-    "attention", "attention_backward", "available", "band_columns", "band_rows", "column_stats", "kernels", "row_stats",
+    "attention", "attention_backward", "available", "band_columns", "band_rows", "column_stats", "row_stats",
 ]  # fmt: skip
 
 
@@ -40,25 +38,3 @@ def available(device: torch.device) -> str:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "Triton kernels need compute capability 8.0 or later"
     return ""
-
-
-def kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Every kernel under the name its launch choices have, and the constants that make it that variant."""
-    from .attention import attention_kernel
-    from .attention_backward import attention_dkv_kernel, attention_dq_kernel
-    from .band_columns import band_columns_kernel
-    from .band_rows import band_rows_kernel
-    from .column_stats import column_stats_kernel
-    from .row_stats import row_stats_kernel
-
-    return {
-        "band_rows": (band_rows_kernel, {}),
-        "band_columns": (band_columns_kernel, {}),
-        "column_stats": (column_stats_kernel, {"MOMENTS": False}),
-        "column_moments": (column_stats_kernel, {"MOMENTS": True}),
-        "row_stats": (row_stats_kernel, {}),
-        "attention": (attention_kernel, {"RHYTHM": True, "ALL": True, "POSITIVE": True}),
-        "attention_alone": (attention_kernel, {"RHYTHM": False, "ALL": False, "POSITIVE": True}),
-        "attention_dq": (attention_dq_kernel, {}),
-        "attention_dkv": (attention_dkv_kernel, {}),
-    }

@@ -30,11 +30,12 @@ def absorb(
         distance = t[:, None] - (s0 + column)[None, :]
         x = tl.where(visible(distance, window_left, HAS_WINDOW), x, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(x, 1))
+    base = new_peak
     if SOME_HIDDEN:
-        # A row that has seen no key yet: subtract 0, not -inf.
-        new_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    p = tl.exp2(x - new_peak[:, None])
-    fade = tl.exp2(peak - new_peak)
+        # A row that has seen no key yet subtracts 0, not -inf. Its peak stays -inf: all its logits may lie far below 0.
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    p = tl.exp2(x - base[:, None])
+    fade = tl.exp2(peak - base)
     tile_mass = tl.sum(p, 1)
     tile_reach = (t - s0).to(tl.float32) * tile_mass - tl.sum(p * column.to(tl.float32)[None, :], 1)
     return new_peak, mass * fade + tile_mass, reach * fade + tile_reach

@@ -14,6 +14,7 @@ from torch.library import opcheck
 import rhythm_kernels as rk
 from rhythm_kernels import ops, reference
 from rhythm_kernels.canonical import canonical
+from rhythm_kernels.triton import configs
 from tests.cases import CASES, Case, random_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -237,6 +238,25 @@ def test_large_logits(rules: dict[str, Any]) -> None:
             scale *= {"dq": float(big_k.abs().max()), "dk": float(big_q.abs().max())}.get(name, 1.0)
             error = float((g.double() - w).abs().max())
             assert error <= scale * (largest * 2.0**-21 + 1e-5), f"{name} at {shift}: {error:.3g} of {scale:.3g}"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's own tiles have these shapes")
+@pytest.mark.parametrize(("rows", "keys"), [(64, 16), (16, 64)])
+def test_tiles_that_are_not_square(rows: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a row may see no key of its tile's first keys, and all its logits may lie far below 0."""
+    for name in ("attention", "attention_alone", "attention_dq", "attention_dkv", "row_stats"):
+        monkeypatch.setitem(configs.TILES["interpreter"], name, {(32, 256): configs.Tile(rows, keys, 1, 1)})
+    options = {"window_size": (21, 0), "softcap": 4.0, "heads": [1]}
+    check(Case("oblong", batch=1, length=130, heads=2, kv_heads=1, sinks=True, options=options), 16)
+    check(Case("oblong, no rule", batch=1, length=130, heads=2, kv_heads=1, window=40), 16)
+    q, k = torch.randn(1, 100, 1, 16), torch.randn(1, 100, 1, 16)
+    q[..., 0], k[..., 0] = 100.0, -100.0
+    want = reference.attention_with_rhythm(q.double(), k.double(), k.double(), window_size=(3, 0))
+    out, lse, stats = rk.attention_with_rhythm(q, k, k, window_size=(3, 0), backend="triton")
+    torch.testing.assert_close(out.double(), want[0], atol=0.1, rtol=0)
+    span = rk.span(q, k, window_size=(3, 0), backend="triton")
+    for got, expected in ((lse, want[1]), (stats.span, want[2].span), (span, want[2].span)):
+        torch.testing.assert_close(got.double(), expected, atol=0.01, rtol=0)
 
 
 def test_what_is_not_finite_stays_in_its_rows() -> None:
