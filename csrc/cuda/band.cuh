@@ -101,7 +101,7 @@ int launch_instance(const DeviceProblem& p, void* stream) {
   int64_t grid = blocks();
   if (grid == 0) return 0;
   grid = grid < 0xffffffff ? grid : 0xffffffff; // more than 2^31 - 1 are refused by the launch
-  return launch(Instance::kernel(), dim3(static_cast<unsigned>(grid)), dim3(32 * band.slabs * band.lanes), 0, stream,
+  return launch(Instance::kernel(), dim3(static_cast<unsigned>(grid)), dim3(32 * band.slabs * band.lanes), stream,
                 band);
 }
 

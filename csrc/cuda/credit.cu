@@ -231,6 +231,6 @@ extern "C" int rhythm_cuda_credit(const rhythm::CreditProblem* problem, void* sc
   while (threads < kMaxThreads && threads * kItems < p.tokens) threads *= 2;
   const dim3 grid(static_cast<unsigned>(p.batch)), block(threads);
   unsigned char* const bytes = static_cast<unsigned char*>(scratch);
-  return p.wide ? launch(credit_kernel<double>, grid, block, 0, stream, p, bytes)
-                : launch(credit_kernel<float>, grid, block, 0, stream, p, bytes);
+  return p.wide ? launch(credit_kernel<double>, grid, block, stream, p, bytes)
+                : launch(credit_kernel<float>, grid, block, stream, p, bytes);
 }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,12 +71,31 @@ def sanitized_environment() -> dict[str, str]:
     }
 
 
+def _shared_variables(path: Path, library: ctypes.CDLL) -> Iterator[tuple[int, int]]:
+    """Address and size of every static variable of a function, which is what `__shared__` makes here."""
+    done = subprocess.run(["nm", "-S", "--defined-only", str(path)], capture_output=True, text=True, check=True)
+    symbols = [line.split() for line in done.stdout.splitlines()]
+    known = next(int(symbol[0], 16) for symbol in symbols if symbol[-1] == "emulation_set_order")
+    base = ctypes.cast(library.emulation_set_order, ctypes.c_void_p).value - known
+    for symbol in symbols:
+        # Not the constants of the standard library's own functions.
+        if len(symbol) == 4 and symbol[2] in "bBdDuV" and re.match(r"_ZZ(?!NK?St)", symbol[3]):
+            if symbol[2] in "bd":
+                address = base + int(symbol[0], 16)
+            else:  # of templates and inline functions: libraries may share one
+                address = ctypes.addressof(ctypes.c_char.in_dll(library, symbol[3]))
+            yield address, int(symbol[1], 16)
+
+
 class Emulated:
     """A built library. `call` runs one of its launchers and raises what the emulation found wrong."""
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.emulation_error.restype = ctypes.c_char_p
+        if not SANITIZED:  # where the bounds of variables are watched
+            for address, size in _shared_variables(library, self.library):
+                self.library.emulation_add_shared(ctypes.c_void_p(address), ctypes.c_size_t(size))
 
     def set_order(self, order: str, seed: int = 0) -> None:
         """In which order a block's threads, and the blocks, run: `forward`, `reverse` or `shuffled` by `seed`."""

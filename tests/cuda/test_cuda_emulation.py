@@ -37,18 +37,18 @@ def test_block_reduction(probes: Emulated, order: str) -> None:
 
 
 def test_exchange_through_shared_memory(probes: Emulated, order: str) -> None:
-    x, out = torch.arange(96, dtype=torch.int32), torch.zeros(96, dtype=torch.int32)
-    probes.call("probe_reversed", pointer(x), pointer(out), 96)
+    x, out = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    probes.call("probe_reversed", pointer(x), pointer(out), 64)
     assert torch.equal(out, x.flip(0))
 
 
 def test_a_missing_barrier_shows_in_the_order_of_threads(probes: Emulated) -> None:
-    x = torch.arange(96, dtype=torch.int32)
+    x = torch.arange(64, dtype=torch.int32)
     results = []
     for order in ORDERS:
         probes.set_order(order, seed=3)
-        out = torch.zeros(96, dtype=torch.int32)
-        probes.call("probe_reversed_without_barrier", pointer(x), pointer(out), 96)
+        out = torch.zeros(64, dtype=torch.int32)
+        probes.call("probe_reversed_without_barrier", pointer(x), pointer(out), 64)
         results.append(out.tolist())
     assert results[0] != results[1] != results[2] != results[0]
 
@@ -74,9 +74,9 @@ def test_what_cannot_be_right_is_an_error(
     given = [pointer(out)] if arguments == 0 else [number] if arguments == 1 else [number, pointer(out)]
     with pytest.raises(KernelError, match=message):
         probes.call(f"probe_{probe}", *given)
-    x = torch.arange(96, dtype=torch.int32)  # and the next launch is none the worse
-    out = torch.zeros(96, dtype=torch.int32)
-    probes.call("probe_reversed", pointer(x), pointer(out), 96)
+    x = torch.arange(64, dtype=torch.int32)  # and the next launch is none the worse
+    out = torch.zeros(64, dtype=torch.int32)
+    probes.call("probe_reversed", pointer(x), pointer(out), 64)
     assert torch.equal(out, x.flip(0))
 
 

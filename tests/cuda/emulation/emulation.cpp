@@ -47,7 +47,7 @@ Thread* running;
 unsigned running_index;
 size_t at_barrier;
 const std::function<void()>* body;
-std::unique_ptr<unsigned char[]> shared; // of exactly the size asked for: AddressSanitizer sees the end
+std::vector<std::pair<void*, size_t>> shared; // variables, filled with 0xff before each block
 
 std::string place(const Site& site) {
   const std::string path = site.file;
@@ -97,8 +97,8 @@ void arrange(std::vector<size_t>& indices) {
   if (order == kShuffled) std::shuffle(indices.begin(), indices.end(), random_source);
 }
 
-void run_block(size_t shared_bytes) {
-  if (shared_bytes) std::memset(shared.get(), 0xff, shared_bytes);
+void run_block() {
+  for (const auto& variable : shared) std::memset(variable.first, 0xff, variable.second);
   at_barrier = 0;
   for (size_t i = 0; i < block_size; ++i) {
     Thread& t = *threads[i];
@@ -192,26 +192,23 @@ const char* cudaGetErrorString(cudaError_t code) { return code == 0 ? "no error"
 namespace rhythm {
 namespace emulation {
 
-void* dynamic_shared() { return shared.get(); }
-
-int launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream, const std::function<void()>& kernel) {
+int launch(dim3 grid, dim3 block, void* stream, const std::function<void()>& kernel) {
   error.clear();
   block_size = size_t(block.x) * block.y * block.z;
   const size_t blocks = size_t(grid.x) * grid.y * grid.z;
   if (stream != nullptr || block_size == 0 || block_size > 1024 || blocks == 0 || grid.x > 0x7fffffffu ||
-      grid.y > 65535 || grid.z > 65535 || shared_bytes > 227 * 1024) {
+      grid.y > 65535 || grid.z > 65535) {
     error = "invalid configuration: " + std::to_string(blocks) + " blocks of " + std::to_string(block_size) +
-            " threads with " + std::to_string(shared_bytes) + " bytes of shared memory";
+            " threads";
     return kInvalidConfiguration;
   }
   while (threads.size() < block_size) threads.push_back(std::make_unique<Thread>());
   gridDim = grid, blockDim = block, body = &kernel;
-  shared.reset(shared_bytes ? new unsigned char[shared_bytes] : nullptr);
   std::vector<size_t> sequence(blocks);
   arrange(sequence);
   for (const size_t i : sequence) {
     blockIdx = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
-    run_block(shared_bytes);
+    run_block();
     if (!error.empty()) {
       threads.clear(); // their stacks hold what the fibers left behind
       return kLaunchFailure;
@@ -281,6 +278,9 @@ extern "C" void emulation_set_order(int which, unsigned seed) {
   order = Order(which);
   random_source.seed(seed);
 }
+
+// Tell of a __shared__ variable: a compiler gives no list of them.
+extern "C" void emulation_add_shared(void* address, size_t size) { shared.emplace_back(address, size); }
 
 // What was wrong with the last launch.
 extern "C" const char* emulation_error() { return error.c_str(); }

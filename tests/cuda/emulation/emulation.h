@@ -7,8 +7,8 @@
 // that no order can end, barriers reached at different places and shuffles that lanes are missing from are errors with
 // the place in the source; they end the launch, never hang it.
 //
-// Not modelled: the memory model (a store is seen at once), clocks, parallel blocks, __shared__ left uninitialised by
-// the first block (zeros here; dynamic shared memory is filled with 0xff).
+// Not modelled: the memory model (a store is seen at once), clocks, parallel blocks, dynamic shared memory. Static
+// shared memory is filled with 0xff before each block: what a block does not write itself it does not find.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static // blocks run one after the other; for extern arrays see dynamic_shared() of launch.h
+#define __shared__ static // blocks run one after the other
 #define __restrict__
 
 struct dim3 {
@@ -149,8 +149,7 @@ T __ldg(const T* address) {
 namespace rhythm {
 namespace emulation {
 
-int launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream, const std::function<void()>& kernel);
-void* dynamic_shared();
+int launch(dim3 grid, dim3 block, void* stream, const std::function<void()>& kernel);
 
 // mma.sync.aligned.m16n8k16.row.col.f32.{bf16,f16}.{bf16,f16}.f32: c += a b, the fragments as in the PTX manual.
 float from_float16(unsigned bits);

@@ -23,7 +23,7 @@ __global__ void block_sum(const int* in, int* out) {
 // out[i] = in[the other end], with or without the barrier that this needs.
 template <bool kBarrier>
 __global__ void reversed(const int* in, int* out) {
-  int* const held = static_cast<int*>(dynamic_shared());
+  __shared__ int held[64];
   held[threadIdx.x] = in[threadIdx.x];
   if (kBarrier) __syncthreads();
   out[threadIdx.x] = held[blockDim.x - 1 - threadIdx.x];
@@ -64,33 +64,33 @@ __global__ void past_the_end(int* out, int n) {
 }
 
 __global__ void past_shared(int* out) {
-  int* const held = static_cast<int*>(dynamic_shared());
+  __shared__ int held[64];
   held[threadIdx.x + 1] = 1;
   out[threadIdx.x] = held[threadIdx.x];
 }
 
 extern "C" {
 int probe_block_sum(const int* in, int* out, int blocks, int block) {
-  return launch(block_sum, blocks, block, 0, nullptr, in, out);
+  return launch(block_sum, blocks, block, nullptr, in, out);
 }
 int probe_reversed(const int* in, int* out, int n) {
-  return launch(reversed<true>, 1, n, n * sizeof(int), nullptr, in, out);
+  return launch(reversed<true>, 1, n, nullptr, in, out);
 }
 int probe_reversed_without_barrier(const int* in, int* out, int n) {
-  return launch(reversed<false>, 1, n, n * sizeof(int), nullptr, in, out);
+  return launch(reversed<false>, 1, n, nullptr, in, out);
 }
-int probe_early_exit(int n) { return launch(early_exit, 1, 64, 0, nullptr, n); }
-int probe_two_barriers(int n) { return launch(two_barriers, 1, 64, 0, nullptr, n); }
-int probe_shuffle_without_lanes(int n, int* out) { return launch(shuffle_without_lanes, 1, 32, 0, nullptr, n, out); }
+int probe_early_exit(int n) { return launch(early_exit, 1, 64, nullptr, n); }
+int probe_two_barriers(int n) { return launch(two_barriers, 1, 64, nullptr, n); }
+int probe_shuffle_without_lanes(int n, int* out) { return launch(shuffle_without_lanes, 1, 32, nullptr, n, out); }
 int probe_shuffle_from_outside_the_mask(int* out) {
-  return launch(shuffle_from_outside_the_mask, 1, 32, 0, nullptr, out);
+  return launch(shuffle_from_outside_the_mask, 1, 32, nullptr, out);
 }
-int probe_warp_against_block(int* out) { return launch(warp_against_block, 1, 32, 0, nullptr, out); }
-int probe_mask_beyond_the_block(int* out) { return launch(mask_beyond_the_block, 1, 16, 0, nullptr, out); }
-int probe_misaligned_load(int* out) { return launch(misaligned_load, 1, 1, 0, nullptr, out); }
-int probe_too_many_threads(int* out) { return launch(misaligned_load, 1, 1025, 0, nullptr, out); }
-int probe_past_the_end(int* out, int n) { return launch(past_the_end, 1, 32, 0, nullptr, out, n); }
-int probe_past_shared(int* out, int n) { return launch(past_shared, 1, n, n * sizeof(int), nullptr, out); }
+int probe_warp_against_block(int* out) { return launch(warp_against_block, 1, 32, nullptr, out); }
+int probe_mask_beyond_the_block(int* out) { return launch(mask_beyond_the_block, 1, 16, nullptr, out); }
+int probe_misaligned_load(int* out) { return launch(misaligned_load, 1, 1, nullptr, out); }
+int probe_too_many_threads(int* out) { return launch(misaligned_load, 1, 1025, nullptr, out); }
+int probe_past_the_end(int* out, int n) { return launch(past_the_end, 1, 32, nullptr, out, n); }
+int probe_past_shared(int* out, int n) { return launch(past_shared, 1, n, nullptr, out); }
 }
 
 // One mma.sync of a warp, each lane's registers as the caller has laid them out.
@@ -111,8 +111,8 @@ __global__ void tanh_of_all(const float* x, float* out) {
 }
 
 extern "C" int probe_mma(const unsigned* a, const unsigned* b, float* c, bool bfloat16) {
-  return launch(bfloat16 ? one_mma<BFloat16> : one_mma<Float16>, 1, 32, 0, nullptr, a, b, c);
+  return launch(bfloat16 ? one_mma<BFloat16> : one_mma<Float16>, 1, 32, nullptr, a, b, c);
 }
 extern "C" int probe_tanh(const float* x, float* out, int blocks) {
-  return launch(tanh_of_all, blocks, 32, 0, nullptr, x, out);
+  return launch(tanh_of_all, blocks, 32, nullptr, x, out);
 }
