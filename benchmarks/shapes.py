@@ -159,7 +159,7 @@ SHAPES: dict[str, dict[tuple[str, str], tuple[Shape, ...]]] = {
     },
     "probe_memory": {
         ("cpu", "quick"): _long_model(1024, 16_384),
-        ("cpu", "full"): _long_model(*(1024 << i for i in range(9))),
+        ("cpu", "full"): _long_model(*(1024 << i for i in range(8))),
         ("cuda", "quick"): (),
         ("cuda", "full"): (),
     },
