@@ -16,10 +16,10 @@ tar cf - --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml README.m
 cd "$copy"
 
 flags="-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
-CFLAGS="$flags" CXXFLAGS="$flags" LDFLAGS="-fsanitize=address,undefined" \
+RHYTHM_CUDA=0 CFLAGS="$flags" CXXFLAGS="$flags" LDFLAGS="-fsanitize=address,undefined" \
     "$python" setup.py -q build_ext --inplace --build-temp "$copy/build"
 
 # libstdc++ goes along: without it every C++ exception would abort. --capture=sys lets the report through.
 LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$copy" \
-    "$python" -m pytest -q --capture=sys -p no:cacheprovider tests/native/test_native_passes.py "$@"
+    "$python" -m pytest -q --capture=sys -p no:cacheprovider tests/native/test_native_passes.py tests/test_credit.py "$@"
