@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
 
       for (int t0 = static_cast<int>(rows_from); any && t0 <= last; t0 += kPassing * kTiles) {
         queries.load(q, t0, lane);
-        float c[kTiles][4], lse[kTiles][2];
+        float x[kTiles][4], lse[kTiles][2];
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
@@ -65,14 +65,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
             const int t = t0 + kPassing * tile + 2 * lane.column + i;
             lse[tile][i] = __ldg(lse_row + (t < last ? t : last) * p.lse_token);
           }
-        products(keys, queries, head_dim, c);
+        products(keys, queries, head_dim, x);
+        logits(x, p);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int t = t0 + kPassing * tile + 2 * lane.column + i % 2;
             const bool inside = static_cast<unsigned>(t - key[i / 2] - lo) <= static_cast<unsigned>(far - lo);
-            const float a = weight(logit(c[tile][i], p), lse[tile][i % 2]);
+            const float a = weight(x[tile][i], lse[tile][i % 2]);
             sum[i / 2] += inside && t <= last ? a : 0.0f;
           }
         }

@@ -53,15 +53,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
       for (int s0 = keys_from; s0 <= last; s0 += kPassing * kTiles) {
         if (kv_head != held) keys.load(k, s0, lane);
         if (one_chunk) held = kv_head;
-        float c[kTiles][4];
-        products(queries, keys, head_dim, c);
+        float x[kTiles][4];
+        products(queries, keys, head_dim, x);
+        logits(x, p);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int distance = row[i / 2] - (s0 + kPassing * tile + 2 * lane.column + i % 2);
             const bool near = static_cast<unsigned>(distance) <= static_cast<unsigned>(far);
-            const float a = weight(logit(c[tile][i], p), lse[i / 2]);
+            const float a = weight(x[tile][i], lse[i / 2]);
             sum[i / 2] += near ? a * static_cast<float>(window - distance) : 0.0f;
           }
         }

@@ -22,9 +22,17 @@ __device__ inline float tanh_of(float x) {
   return size < 0.3f ? near : copysignf(far, x); // a NaN goes through `far`
 }
 
-__device__ inline float logit(float product, const DeviceProblem& p) {
-  if (p.softcap > 0.0f) return p.softcap * tanh_of(product * (p.scale / p.softcap));
-  return product * p.scale;
+// Products become logits in place; the branch is taken once for all of them.
+template <int kTiles>
+__device__ inline void logits(float (&x)[kTiles][4], const DeviceProblem& p) {
+  if (p.softcap > 0.0f) {
+    const float inner = p.scale / p.softcap;
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][i % 4] = p.softcap * tanh_of(x[i / 4][i % 4] * inner);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][i % 4] *= p.scale;
+  }
 }
 
 // A, both arguments in nats: scaling each to bits first would round each at its size.
