@@ -12,7 +12,7 @@ mass ``sum_s exp(x - m)`` and mixture ``sum_s exp(x - m) v_s``, the selected hea
 
 So the products are FlashAttention's own, ``2 T^2 D`` operations in all, and the rhythm costs ``T^2 / 2`` FMA a selected
 head on units that mostly wait for the tensor cores: compiled for sm_90 (bfloat16, D = 128) the loop over whole tiles
-has 440 instructions a warp and tile of 128 x 64, and 373 without the rhythm. Heads that are not selected run the kernel
+has 435 instructions a warp and tile of 128 x 64, and 373 without the rhythm. Heads that are not selected run the kernel
 without it. The mean over heads is taken of per-head values in O(H_selected T) memory, in a fixed order.
 """
 

@@ -21,15 +21,8 @@ from .score import LOG2E, accumulate, load_lse, load_tokens, locate, logit, prod
 
 
 @triton.jit
-def load_unit_lse(base, first, end, BLOCK: tl.constexpr, UNIT: tl.constexpr):
-    """The log-sum-exp of rows of one head in `1 / UNIT` nats: infinite, so that P is 0, past `end` and for no key."""
-    lse = load_lse(base, first, end, 1, BLOCK)
-    return tl.where(lse == float("-inf"), float("inf"), lse * UNIT)
-
-
-@triton.jit
 def probability(product, lse, scale, softcap, UNIT: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """`P` and the slope of the softcap, `dx / d(scale q.k)`; `lse` laid out as `product`."""
+    """`P` and the slope of the softcap, `dx / d(scale q.k)`; `lse` in `1 / UNIT` nats, laid out as `product`."""
     x = logit(product, scale, softcap, UNIT, HAS_SOFTCAP)
     if HAS_SOFTCAP:
         capped = x * (1.0 / (tl.cast(softcap, tl.float32) * UNIT))
@@ -64,7 +57,7 @@ def dq_tile(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_dq_kernel(
-    q, k, v, o, do, dq, seqs, sinks, lse, delta_out, mended_out,
+    q, k, v, o, do, dq, seqs, sinks, lse, delta_out, lse_out, mended_out,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, o_b: tl.int64, o_t: tl.int64, o_h: tl.int64,
     do_b: tl.int64, do_t: tl.int64, do_h: tl.int64, dq_b: tl.int64, dq_t: tl.int64, dq_h: tl.int64,
@@ -100,7 +93,10 @@ def attention_dq_kernel(
     tl.store(delta_out + of_head + t, delta, mask=t < end)
     # In bits, scaling and subtraction are one FMA; in nats less is rounded, which is seen beside float32 inputs.
     UNIT: tl.constexpr = 1.0 if do_low.dtype == tl.float32 else LOG2E
-    row_lse = load_unit_lse(lse + of_head, first, end, ROWS, UNIT)
+    row_lse = load_lse(lse + of_head, first, end, 1, ROWS)
+    # A row that saw no key has -inf; with inf its P is 0.
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * UNIT)
+    tl.store(lse_out + of_head + t, row_lse, mask=t < end)
     q_low, q_high = load_tokens(q, first, end, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
 
     dq_low = tl.zeros([ROWS, D0], tl.float32)
@@ -152,7 +148,7 @@ def dkv_tile(
     local = tl.arange(0, ROWS)
     q_low, q_high = load_tokens(q_head, t0, rows_to, q_stride, ROWS, D, D0, D1, UPCAST)
     do_low, do_high = load_tokens(do_head, t0, rows_to, do_stride, ROWS, DV, V0, V1, UPCAST)
-    lse = load_unit_lse(lse_head, t0, rows_to, ROWS, UNIT)
+    lse = load_lse(lse_head, t0, rows_to, 1, ROWS)
     delta = tl.load(delta_head + t0 + local, mask=t0 + local < rows_to, other=0.0)
     product = products(k_low, k_high, q_low, q_high, D1)
     p, slope = probability(product, lse[None, :], scale, softcap, UNIT, HAS_SOFTCAP)
@@ -250,15 +246,15 @@ def attention_backward(
     problem = AttentionProblem(q, k, v, seqs, max_seqlen, scale, softcap, window_left)
     dq, dk, dv = (x.new_zeros(x.shape, dtype=problem.stored) for x in (q, k, v))
     lse = lse.contiguous()
-    delta, mended = torch.empty_like(lse), torch.empty_like(lse)
+    delta, unit_lse, mended = (torch.empty_like(lse) for _ in range(3))
     strides = {"lse_b": lse.stride(0), "lse_h": lse.stride(1)}
     problem.launch(
         "attention_dq", attention_dq_kernel, "rows", q.shape[2], {"o": out.contiguous(), "do": grad_out, "dq": dq},
-        sinks=sinks, lse=lse, delta_out=delta, mended_out=mended, **strides,
+        sinks=sinks, lse=lse, delta_out=delta, lse_out=unit_lse, mended_out=mended, **strides,
     )  # fmt: skip
-    # Reads what the first has written of every row: delta, and the factor that mends P.
+    # Reads what the first has written of every row: delta, lse as it is used, and the factor that mends P.
     problem.launch(
         "attention_dkv", attention_dkv_kernel, "keys", k.shape[2], {"do": grad_out, "dk": dk, "dv": dv},
-        lse=lse, delta=delta, mended=mended, **strides,
+        lse=unit_lse, delta=delta, mended=mended, **strides,
     )  # fmt: skip
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

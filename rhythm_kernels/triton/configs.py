@@ -31,8 +31,9 @@ class Tile(NamedTuple):
 # a small tile and many threads.
 _FLOAT32 = {(32, 256): Tile(32, 32, 16, 2, 128)}
 _FLOAT32_AMD = {(32, 256): Tile(32, 32, 4, 1)}  # its matrix units do float32
-# Passes that also multiply by what they stream hold an accumulator of a whole head besides.
+# Passes that also multiply by what they stream hold an accumulator of a whole head besides, or two.
 _FLOAT32_STREAM = {(32, 128): Tile(32, 32, 16, 2, 128), (32, 256): Tile(32, 16, 16, 2, 128)}
+_FLOAT32_STREAM_TWO = {(32, 256): Tile(16, 16, 8, 1, 255)}
 _ATTENTION = {
     "sm_80": {(16, 128): Tile(128, 64, 8, 2), (16, 256): Tile(64, 32, 8, 2), **_FLOAT32_STREAM},
     "sm_90": {
@@ -41,7 +42,7 @@ _ATTENTION = {
         (16, 256): Tile(128, 32, 8, 2),
         **_FLOAT32_STREAM,
     },
-    "sm_100": {(16, 128): Tile(64, 32, 8, 2), (16, 256): Tile(32, 32, 8, 2), **_FLOAT32_STREAM},
+    "sm_100": {(16, 128): Tile(128, 64, 8, 3), (16, 256): Tile(64, 32, 8, 2), **_FLOAT32_STREAM},
     "gfx942": {(16, 128): Tile(64, 32, 4, 1), (16, 256): Tile(32, 32, 4, 1), **_FLOAT32_AMD},
 }
 
@@ -64,8 +65,13 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         },
         "attention": _ATTENTION["sm_80"],
         "attention_alone": _ATTENTION["sm_80"],
-        "attention_dq": {(16, 128): Tile(64, 32, 4, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM},
-        "attention_dkv": {(16, 128): Tile(32, 64, 8, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM},
+        "attention_dq": {
+            (16, 64): Tile(128, 64, 8, 2),
+            (16, 128): Tile(128, 32, 8, 2),
+            (16, 256): Tile(32, 32, 4, 2),
+            **_FLOAT32_STREAM,
+        },
+        "attention_dkv": {(16, 128): Tile(32, 64, 8, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM_TWO},
     },
     "sm_90": {
         "band_rows": {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32},
@@ -85,7 +91,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
             (16, 64): Tile(32, 128, 8, 2),
             (16, 128): Tile(32, 128, 8, 2, capped_rows=16),
             (16, 256): Tile(32, 32, 8, 1),
-            **_FLOAT32_STREAM,
+            **_FLOAT32_STREAM_TWO,
         },
     },
     "sm_100": {
@@ -102,7 +108,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "attention": _ATTENTION["sm_100"],
         "attention_alone": _ATTENTION["sm_100"],
         "attention_dq": {(16, 128): Tile(32, 32, 8, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM},
-        "attention_dkv": {(16, 128): Tile(32, 32, 8, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM},
+        "attention_dkv": {(16, 128): Tile(32, 32, 8, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM_TWO},
     },
     "gfx942": {
         "band_rows": {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32_AMD},
