@@ -27,16 +27,16 @@ NO_OPTIONS = {
 # What the common list does not cross, each with the head size of its values: other sizes than those of keys, windows
 # that reach over several tiles of 32.
 MORE = [
-    (Case("values of another size", dim=24), 9),
+    (Case("values of another size", batch=1, dim=24), 9),
     (Case("192 and 128", dim=192, length=36, heads=2, kv_heads=1), 128),
     (Case("narrow keys, wide values", dim=8, length=20, heads=2, kv_heads=1), 256),
     (Case("one value", dim=1, length=33), 1),
     (Case("head size 96", dim=96, length=34, heads=2, kv_heads=1), 112),
     (Case("whole tiles between two edges", length=140, batch=1, heads=2, kv_heads=1,
           options={"window_size": (75, 0)}), 16),
-    (Case("negative scale", options={"softmax_scale": -0.3}, length=40), 16),
-    (Case("every rule", sinks=True, lengths=(70, 1, 0, 44), response=(40, 0, 0, 2), options={"softcap": 3.0,
-          "heads": [3, 1], "window_size": (37, 0), "per_head": True}), 20),
+    (Case("negative scale", batch=1, options={"softmax_scale": -0.3}, length=40), 16),
+    (Case("every rule", sinks=True, lengths=(50, 1, 0, 40), response=(20, 0, 0, 2), options={"softcap": 3.0,
+          "heads": [3, 1], "window_size": (33, 0), "per_head": True}), 20),
     (Case("W over several tiles", window=70, length=110, batch=1, options={"heads": [1]}), 16),
     (Case("float16, 80", dim=80, dtype=torch.float16, length=35, heads=2, kv_heads=1, fused=True), 80),
     (Case("bfloat16, 112", dim=112, dtype=torch.bfloat16, length=35, heads=2, kv_heads=1, fused=True), 80),
@@ -100,9 +100,8 @@ def check(case: Case, size: int) -> None:
 
 # The rest of the list, in the long tests, differs in what attention does not read, or in what the cases below cross.
 QUICK = {
-    "plain", "one token", "left padding", "padding on both sides, an empty row", "response past the end", "packed",
-    "head subset, any order", "window of one", "window below W", "everything", "bfloat16 with everything", "no scale",
-    "sharp attention",
+    "one token", "left padding", "padding on both sides, an empty row", "packed", "everything", "no scale",
+    "bfloat16 with everything", "sharp attention",
 }  # fmt: skip
 
 
@@ -247,7 +246,7 @@ def test_tiles_that_are_not_square(rows: int, keys: int, monkeypatch: pytest.Mon
     for name in ("attention", "attention_alone", "attention_dq", "attention_dkv", "row_stats"):
         monkeypatch.setitem(configs.TILES["interpreter"], name, {(32, 256): configs.Tile(rows, keys, 1, 1)})
     options = {"window_size": (21, 0), "softcap": 4.0, "heads": [1]}
-    check(Case("oblong", batch=1, length=130, heads=2, kv_heads=1, sinks=True, options=options), 16)
+    check(Case("oblong", batch=1, length=130, heads=2, kv_heads=2, sinks=True, options=options), 16)
     check(Case("oblong, no rule", batch=1, length=130, heads=2, kv_heads=1, window=40), 16)
     q, k = torch.randn(1, 100, 1, 16), torch.randn(1, 100, 1, 16)
     q[..., 0], k[..., 0] = 100.0, -100.0
