@@ -43,6 +43,7 @@ def test_an_access_out_of_bounds_is_found(bad: str, n: int, message: str) -> Non
 
 
 @pytest.mark.long
-def test_the_bands_are_clean() -> None:
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda/test_cuda_bands.py", timeout=900)
+@pytest.mark.parametrize("name", ["bands", "credit"])
+def test_the_kernels_are_clean(name: str) -> None:
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/cuda/test_cuda_{name}.py", timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
