@@ -400,7 +400,7 @@ def test_masks_equal_those_of_sdpa():
             utils.sliding_window_causal_mask_function(window),
             utils.chunked_causal_mask_function(window, left_padding),
         ):
-            together = utils.packed_sequence_compatibility_function(function, positions, packed)
+            together = utils.and_masks(function, utils.packed_sequence_mask_function(packed))
             for mask_function, attention_mask in ((function, None), (function, padding), (together, None)):
                 arguments = {"mask_function": mask_function, "attention_mask": attention_mask}
                 arguments["allow_is_causal_skip"] = False
