@@ -26,7 +26,8 @@ class Canonical(NamedTuple):
 
     `q (B, T, H, D)`, `k (B, T, H_kv, D)`, `lse (B, X, T)` or None; packed input is one row of `T = total` tokens.
     `seqs (S, 4)` int32: row, start, end, response_start, with `start <= response_start <= end`, ordered, disjoint.
-    `heads (H_selected, 2)` int32: query head, row of `lse`.
+    `heads (H_selected, 2)` int32: query head, row of `lse`. `score`: the score rule, in the order every pass takes it:
+    scale, softcap, window_left, sinks.
     """
 
     q: Tensor
@@ -35,16 +36,8 @@ class Canonical(NamedTuple):
     seqs: Tensor
     heads: Tensor
     max_seqlen: int
-    scale: float
-    softcap: float
-    window_left: int
-    sinks: Tensor | None
+    score: tuple[float, float, int, Tensor | None]  # no property: torch 2.10 cannot compile one of a named tuple
     packed: bool
-
-    @property
-    def score(self) -> tuple[float, float, int, Tensor | None]:
-        """The score rule, in the order every pass takes it: scale, softcap, window_left, sinks."""
-        return self.scale, self.softcap, self.window_left, self.sinks
 
     def leave(self, result: Tensor) -> Tensor:
         """Lay a result `(B, ...)` out as the caller's input was: packed results lose the row dimension."""
@@ -93,10 +86,12 @@ def canonical(
         seqs=seqs,
         heads=_head_table(heads, n_heads, q),
         max_seqlen=_check_max_seqlen(max_seqlen, cu_seqlens, seqs, length),
-        scale=_check_scale(softmax_scale, dim),
-        softcap=_check_softcap(softcap),
-        window_left=_check_window_size(window_size),
-        sinks=_check_sinks(sinks, n_heads, q.device),
+        score=(
+            _check_scale(softmax_scale, dim),
+            _check_softcap(softcap),
+            _check_window_size(window_size),
+            _check_sinks(sinks, n_heads, q.device),
+        ),
         packed=packed,
     )
 
