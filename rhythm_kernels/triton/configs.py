@@ -43,7 +43,7 @@ _ATTENTION = {
         **_FLOAT32_STREAM,
     },
     "sm_100": {(16, 128): Tile(128, 64, 8, 3), (16, 256): Tile(64, 32, 8, 2), **_FLOAT32_STREAM},
-    "gfx942": {(16, 128): Tile(64, 32, 4, 1), (16, 256): Tile(32, 32, 4, 1), **_FLOAT32_AMD},
+    "gfx942": {(16, 128): Tile(128, 64, 4, 1), (16, 256): Tile(128, 32, 4, 1), **_FLOAT32_AMD},
 }
 
 TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
@@ -107,8 +107,8 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         },
         "attention": _ATTENTION["sm_100"],
         "attention_alone": _ATTENTION["sm_100"],
-        "attention_dq": {(16, 128): Tile(32, 32, 8, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM},
-        "attention_dkv": {(16, 128): Tile(32, 32, 8, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM_TWO},
+        "attention_dq": {(16, 128): Tile(128, 64, 8, 2), (16, 256): Tile(128, 32, 8, 2), **_FLOAT32_STREAM},
+        "attention_dkv": {(16, 256): Tile(32, 32, 8, 2), **_FLOAT32_STREAM_TWO},
     },
     "gfx942": {
         "band_rows": {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32_AMD},
@@ -118,8 +118,8 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "row_stats": {(16, 256): Tile(64, 64, 4, 1), **_FLOAT32_AMD},
         "attention": _ATTENTION["gfx942"],
         "attention_alone": _ATTENTION["gfx942"],
-        "attention_dq": {(16, 128): Tile(32, 32, 4, 1), (16, 256): Tile(32, 32, 4, 1), **_FLOAT32_AMD},
-        "attention_dkv": {(16, 128): Tile(32, 32, 4, 1), (16, 256): Tile(32, 32, 4, 1), **_FLOAT32_AMD},
+        "attention_dq": {(16, 128): Tile(128, 64, 4, 1), (16, 256): Tile(64, 32, 4, 1), (32, 256): Tile(32, 16, 4, 1)},
+        "attention_dkv": {(16, 128): Tile(32, 64, 4, 1), (16, 256): Tile(16, 32, 4, 1), (32, 256): Tile(16, 16, 4, 1)},
     },
     # The interpreter pays by the operation, not by the element: few, small tiles that tests still cross often.
     "interpreter": {
