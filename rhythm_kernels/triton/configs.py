@@ -64,7 +64,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
             **_FLOAT32,
         },
         "attention": _ATTENTION["sm_80"],
-        "attention_alone": _ATTENTION["sm_80"],
+        "attention_alone": {**_ATTENTION["sm_80"], (16, 128): Tile(128, 32, 8, 2)},
         "attention_dq": {
             (16, 64): Tile(128, 64, 8, 2),
             (16, 128): Tile(128, 32, 8, 2),
