@@ -52,7 +52,9 @@ def check_bands(case: Case) -> None:
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
     waad = rk.waad(q, k, lse, window=case.window, backend="cuda", **options)
     want = reference.waad(q64, k64, window=case.window, **options)
-    _close("waad", waad, want, 1e-4 * max(1, case.window / 10))
+    # Logits of 80 and more: a float32 log-sum-exp is itself known to |x| 2^-24, and W rowsum takes W times that.
+    known = case.window * float(lse.nan_to_num(neginf=0).abs().max()) * 2**-22
+    _close("waad", waad, want, max(1e-4 * max(1, case.window / 10), known))
     assert float(waad.min()) >= 0 and float(waad.max()) <= case.window
     if case.horizon[1] is not None:
         fai = rk.fai(q, k, lse, horizon=case.horizon, backend="cuda", **options)
