@@ -94,6 +94,15 @@ def test_targets(rows: list[Row]) -> None:
     assert all(target.bound > 0 for target in TARGETS)
 
 
+def test_cpu_time_counts_where_the_clock_is_too_noisy() -> None:
+    probe = Target("probe", "cpu", 4096, "forward + probe", "forward alone", 1.03, by_cpu_time=True)
+    alone = row("forward alone", 4096, 1.0, suite="probe")
+    for clock, cpu, word in ((1.02, 1.5, "met"), (1.5, 1.02, "met"), (1.5, 1.04, "missed")):
+        found = replace(row("forward + probe", 4096, clock, suite="probe"), cpu=cpu)
+        assert str(verdict(probe, [alone, found])).endswith(word)
+    assert str(verdict(replace(probe, by_cpu_time=False), [alone, replace(found, cpu=1.0)])).endswith("missed")
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
     for _ in range(2):  # a second run adds to the file
