@@ -169,7 +169,7 @@ def attention_kernel(
     tl.store(lse_out + row * lse_b + tl.cast(head, tl.int64) * lse_h + t, lse, mask=live)
     if RHYTHM:
         out = row * out_b + tl.cast(index, tl.int64) * out_h + t
-        scored = live & (t >= response) & (index >= 0)
+        scored = live & (t >= tl.where(index >= 0, response, end))
         tl.store(waad_out + out, clamp_waad(near / mass, width), mask=scored)
         tl.store(span_out + out, reach / mass, mask=scored)
 
