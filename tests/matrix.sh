@@ -1,30 +1,36 @@
 #!/usr/bin/env bash
 # The tests under other versions, each in an environment of its own (.venv-NAME, kept for the next time).
 #   bash tests/matrix.sh [PYTHON [NAME ...]]
-# Names: trl-oldest triton-3.6 triton-3.9 peers abi (CONTRIBUTING.md says what each is for). Prints one line a row at
-# the end and fails if one failed.
+# Names: torch-oldest trl-oldest triton-3.6 triton-3.9 peers abi (CONTRIBUTING.md says what each is for). Prints one
+# line a row at the end and fails if one failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${1:-python3}
 shift || true
 names=("$@")
-[ ${#names[@]} -gt 0 ] || names=(trl-oldest triton-3.6 triton-3.9 peers abi)
+[ ${#names[@]} -gt 0 ] || names=(torch-oldest trl-oldest triton-3.6 triton-3.9 peers abi)
 torch=${TORCH:-torch==2.13.0}
+extras="[train,test]"
 export OMP_NUM_THREADS=1
 
-# environment NAME PACKAGE... : the package with its test extra, then the versions that make the row.
+# environment NAME PACKAGE... : the package with its extras, then the versions that make the row.
 environment() {
   local bin=.venv-$1/bin
   [ -x "$bin/python" ] || "$python" -m venv ".venv-$1"
   # shellcheck disable=SC2086  # TORCH may carry options
   "$bin/python" -m pip install --quiet --disable-pip-version-check $torch "setuptools>=77" wheel ninja &&
-    "$bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[train,test]" &&
+    "$bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".$extras" &&
     "$bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
 }
 
 row() {
   case $1 in
+    torch-oldest) # its CUDA build pins a Triton, the test extra another one
+      torch="torch==2.10.0" extras="" environment "$1" "numpy<2.4" pytest pytest-xdist pytest-benchmark hypothesis \
+        "transformers>=5.5" &&
+        ".venv-$1/bin/python" -m pytest -q -n auto tests/test_*.py tests/native/test_native_passes.py
+      ;;
     trl-oldest)
       environment "$1" "trl==1.0.0" "transformers==5.5.4" requests &&
         ".venv-$1/bin/python" -m pytest -q -n auto tests/integrations tests/probe
