@@ -119,7 +119,11 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "attention": _ATTENTION["gfx942"],
         "attention_alone": _ATTENTION["gfx942"],
         "attention_dq": {(16, 128): Tile(128, 64, 4, 1), (16, 256): Tile(64, 32, 4, 1), (32, 256): Tile(32, 16, 4, 1)},
-        "attention_dkv": {(16, 128): Tile(32, 64, 4, 1), (16, 256): Tile(16, 32, 4, 1), (32, 256): Tile(16, 16, 4, 1)},
+        "attention_dkv": {
+            (16, 128): Tile(32, 64, 4, 1, capped_rows=16),
+            (16, 256): Tile(16, 32, 4, 1),
+            (32, 256): Tile(16, 16, 4, 1),
+        },
     },
     # The interpreter pays by the operation, not by the element: few, small tiles that tests still cross often.
     "interpreter": {
