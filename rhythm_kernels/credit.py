@@ -85,7 +85,7 @@ def rhythm_credit(
             serve.
     """
     _check_measures(waad, fai, response_mask, entropy)
-    _check_options(mode, gamma_amp, top, alpha, neighbors, generator, tau_waad, tau_delta, backend)
+    _check_options(mode, gamma_amp, top, alpha, neighbors, bottom, generator, tau_waad, tau_delta, backend)
     if mode == "entropy" and entropy is None:
         raise ValueError('entropy is None: mode="entropy" needs it as a (B, T) tensor')
     if not torch.compiler.is_compiling():
@@ -201,6 +201,7 @@ def _check_options(
     top: float,
     alpha: float,
     neighbors: int,
+    bottom: bool,
     generator: torch.Generator | None,
     tau_waad: float | None,
     tau_delta: float | None,
@@ -233,6 +234,8 @@ def _check_options(
         raise TypeError(f"neighbors is {neighbors!r}: it must be an int")
     if neighbors < 1:
         raise ValueError(f"neighbors is {neighbors}: it must be at least 1")
+    if not isinstance(bottom, bool):
+        raise TypeError(f"bottom is {bottom!r}: it must be a bool")
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -438,7 +438,7 @@ def rhythm_credit(
     draw = None
     if mode == "random":
         where = waad.device if generator is None else generator.device
-        draw = torch.rand(waad.shape, generator=generator, device=where)
+        draw = torch.rand(waad.shape, dtype=torch.float32, generator=generator, device=where)
     for row in range(waad.shape[0]):
         tokens = [t for t in range(waad.shape[1]) if response_mask[row, t]]
         n, m = len(tokens), math.ceil(top * len(tokens) - 1e-9)

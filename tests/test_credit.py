@@ -267,6 +267,7 @@ def test_gamma_of_one_changes_no_bit():
         ({"tau_delta": math.nan}, ValueError, "tau_delta is nan"),
         ({"mode": "entropy"}, ValueError, "entropy is None"),
         ({"entropy": torch.zeros(1, 9)}, ValueError, r"entropy has shape \(1, 9\): it must be that of waad, \(1, 10\)"),
+        ({"bottom": "no"}, TypeError, "bottom is 'no': it must be a bool"),
         ({"backend": 3}, TypeError, "backend must be a str or None, got int"),
         ({"backend": "cublas"}, ValueError, "backend must be one of .*'torch'.* got 'cublas'"),
         ({"backend": "cuda"}, ValueError, "backend='cuda' cannot run credit on cpu tensors"),
