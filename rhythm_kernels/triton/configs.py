@@ -35,7 +35,13 @@ _FLOAT32_AMD = {(32, 256): Tile(32, 32, 4, 1)}  # its matrix units do float32
 _FLOAT32_STREAM = {(32, 128): Tile(32, 32, 16, 2, 128), (32, 256): Tile(32, 16, 16, 2, 128)}
 _FLOAT32_STREAM_TWO = {(32, 256): Tile(16, 16, 8, 1, 255)}
 _ATTENTION = {
-    "sm_80": {(16, 128): Tile(128, 64, 8, 2), (16, 256): Tile(64, 32, 8, 2, 255), **_FLOAT32_STREAM},
+    "sm_80": {
+        (16, 64): Tile(128, 64, 8, 2),
+        (16, 112): Tile(64, 32, 8, 2),  # two chunks, and a mask: more registers than a head of 128
+        (16, 128): Tile(128, 64, 8, 2),
+        (16, 256): Tile(64, 32, 8, 2, 255),
+        **_FLOAT32_STREAM,
+    },
     "sm_90": {
         (16, 64): Tile(128, 128, 8, 2),
         (16, 128): Tile(128, 64, 8, 3),
@@ -71,7 +77,13 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
             (16, 256): Tile(32, 32, 4, 2),
             **_FLOAT32_STREAM,
         },
-        "attention_dkv": {(16, 128): Tile(32, 64, 8, 2), (16, 256): Tile(32, 32, 8, 1), **_FLOAT32_STREAM_TWO},
+        "attention_dkv": {
+            (16, 64): Tile(32, 64, 8, 2),
+            (16, 112): Tile(32, 32, 8, 1),
+            (16, 128): Tile(32, 64, 8, 2),
+            (16, 256): Tile(32, 32, 8, 1),
+            **_FLOAT32_STREAM_TWO,
+        },
     },
     "sm_90": {
         "band_rows": {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32},
