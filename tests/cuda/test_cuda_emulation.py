@@ -42,15 +42,28 @@ def test_exchange_through_shared_memory(probes: Emulated, order: str) -> None:
     assert torch.equal(out, x.flip(0))
 
 
-def test_a_missing_barrier_shows_in_the_order_of_threads(probes: Emulated) -> None:
-    x = torch.arange(64, dtype=torch.int32)
-    results = []
+@pytest.mark.parametrize(("threads", "outcomes"), [(32, 3), (64, 2)])  # within a warp, and between two
+def test_a_missing_barrier_shows_in_the_order_of_threads(threads: int, outcomes: int, probes: Emulated) -> None:
+    x = torch.arange(threads, dtype=torch.int32)
+    results = set()
+    for order in ORDERS:
+        probes.set_order(order, seed=3)
+        out = torch.zeros(threads, dtype=torch.int32)
+        probes.call("probe_reversed_without_barrier", pointer(x), pointer(out), threads)
+        results.add(tuple(out.tolist()))
+    assert len(results) >= outcomes
+
+
+def test_a_warp_runs_ahead_of_the_others(probes: Emulated) -> None:
+    wrong = []
     for order in ORDERS:
         probes.set_order(order, seed=3)
         out = torch.zeros(64, dtype=torch.int32)
-        probes.call("probe_reversed_without_barrier", pointer(x), pointer(out), 64)
-        results.append(out.tolist())
-    assert results[0] != results[1] != results[2] != results[0]
+        probes.call("probe_rounds", pointer(out))
+        assert out.tolist() == [6] * 64
+        probes.call("probe_rounds_without_barrier", pointer(out))
+        wrong.append(out.tolist() != [6] * 64)
+    assert any(wrong)
 
 
 @pytest.mark.parametrize(

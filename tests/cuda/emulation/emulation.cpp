@@ -115,14 +115,20 @@ void run_block() {
   while (left < block_size) {
     bool progress = false;
     arrange(sequence);
-    for (const size_t i : sequence) {
-      if (threads[i]->state != State::kReady) continue;
-      progress = true;
-      running = threads[i].get(), running_index = unsigned(i);
-      threadIdx = running->index;
-      running->fiber.enter();
-      if (!error.empty()) return;
-      left += running->state == State::kLeft;
+    for (const size_t first : sequence) {
+      // A warp goes as far ahead of the others as barriers let it.
+      for (bool ran = true; ran;) {
+        ran = false;
+        for (const size_t i : sequence) {
+          if (i / 32 != first / 32 || threads[i]->state != State::kReady) continue;
+          progress = ran = true;
+          running = threads[i].get(), running_index = unsigned(i);
+          threadIdx = running->index;
+          running->fiber.enter();
+          if (!error.empty()) return;
+          left += running->state == State::kLeft;
+        }
+      }
     }
     if (!progress) return set_error("nobody can go on: " + describe());
   }

@@ -29,6 +29,22 @@ __global__ void reversed(const int* in, int* out) {
   out[threadIdx.x] = held[blockDim.x - 1 - threadIdx.x];
 }
 
+// out[i] = 0 + 1 + 2 + 3: a word is passed round four times. Without the second barrier a warp that has read a round may
+// write the next one before the others have read; the shuffle keeps threads of one warp together meanwhile.
+template <bool kBarrier>
+__global__ void rounds(int* out) {
+  __shared__ int word;
+  int sum = 0;
+  for (int round = 0; round < 4; ++round) {
+    const int written = __shfl_sync(0xffffffffu, round, 0);
+    if (threadIdx.x == 0) word = written;
+    __syncthreads();
+    sum += word;
+    if (kBarrier) __syncthreads();
+  }
+  out[threadIdx.x] = sum;
+}
+
 __global__ void early_exit(int n) {
   if (int(threadIdx.x) >= n) return;
   __syncthreads();
@@ -79,6 +95,8 @@ int probe_reversed(const int* in, int* out, int n) {
 int probe_reversed_without_barrier(const int* in, int* out, int n) {
   return launch(reversed<false>, 1, n, nullptr, in, out);
 }
+int probe_rounds(int* out) { return launch(rounds<true>, 1, 64, nullptr, out); }
+int probe_rounds_without_barrier(int* out) { return launch(rounds<false>, 1, 64, nullptr, out); }
 int probe_early_exit(int n) { return launch(early_exit, 1, 64, nullptr, n); }
 int probe_two_barriers(int n) { return launch(two_barriers, 1, 64, nullptr, n); }
 int probe_shuffle_without_lanes(int n, int* out) { return launch(shuffle_without_lanes, 1, 32, nullptr, n, out); }
