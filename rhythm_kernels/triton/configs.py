@@ -79,7 +79,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         },
         "attention_dkv": {
             (16, 64): Tile(32, 64, 8, 2),
-            (16, 112): Tile(32, 32, 8, 1),
+            (16, 112): Tile(16, 64, 8, 1),
             (16, 128): Tile(32, 64, 8, 2),
             (16, 256): Tile(32, 32, 8, 1),
             **_FLOAT32_STREAM_TWO,
@@ -120,7 +120,11 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "attention": _ATTENTION["sm_100"],
         "attention_alone": _ATTENTION["sm_100"],
         "attention_dq": {(16, 128): Tile(128, 64, 8, 2), (16, 256): Tile(128, 32, 8, 2), **_FLOAT32_STREAM},
-        "attention_dkv": {(16, 256): Tile(32, 32, 8, 2), **_FLOAT32_STREAM_TWO},
+        "attention_dkv": {
+            (16, 128): Tile(32, 64, 8, 1, 255),
+            (16, 256): Tile(32, 32, 8, 2),
+            **_FLOAT32_STREAM_TWO,
+        },
     },
     "gfx942": {
         "band_rows": {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32_AMD},
