@@ -36,6 +36,7 @@ _FLOAT32_STREAM = {(32, 128): Tile(32, 32, 16, 2, 128), (32, 256): Tile(32, 16, 
 _FLOAT32_STREAM_TWO = {(32, 256): Tile(16, 16, 8, 1, 255)}
 _ATTENTION = {
     "sm_80": {
+        (16, 32): Tile(128, 64, 8, 2, 255),
         (16, 64): Tile(128, 64, 8, 2),
         (16, 112): Tile(64, 32, 8, 2),  # two chunks, and a mask: more registers than a head of 128
         (16, 128): Tile(128, 64, 8, 2),
