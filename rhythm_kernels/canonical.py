@@ -109,6 +109,19 @@ def check_int(name: str, value: Any, low: int) -> int:
     return cast(int, value) if isinstance(value, torch.SymInt) else min(value, MAX_LENGTH)
 
 
+def check_window(window: int, name: str = "window") -> int:
+    """W of eq. 9, in tokens: an int of at least 1, else an error that calls it `name`."""
+    return check_int(name, window, 1)
+
+
+def check_horizon(horizon: Sequence[int | None], name: str = "horizon") -> tuple[int, int | None]:
+    """`(H_lo, H_hi)` of eq. 10, in tokens, `0 <= H_lo <= H_hi` or `H_hi` None, else an error that calls it `name`."""
+    if not isinstance(horizon, tuple | list) or len(horizon) != 2:
+        raise ValueError(f"{name} must be a pair (first, last) of distances, last may be None, got {horizon!r}")
+    low = check_int(f"{name}[0]", horizon[0], 0)
+    return low, None if horizon[1] is None else check_int(f"{name}[1]", horizon[1], low)
+
+
 def check_values(host_tensor: Tensor) -> bool:
     """Whether this tensor's values may be read here: on the CPU, and not while a compiler traces."""
     return host_tensor.device.type == "cpu" and not torch.compiler.is_compiling()

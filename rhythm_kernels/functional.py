@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops, reference
-from .canonical import Canonical, canonical, check_int
+from .canonical import Canonical, canonical, check_horizon, check_int, check_window
 from .reference import AttentionStats, ColumnMoments
 
 __all__ = ["attention_lse", "attention_with_rhythm", "column_moments", "fai", "span", "waad"]
@@ -76,13 +76,6 @@ def _check_per_head(per_head: bool) -> bool:
     return per_head
 
 
-def _check_horizon(horizon: tuple[int, int | None]) -> tuple[int, int | None]:
-    if not isinstance(horizon, tuple | list) or len(horizon) != 2:
-        raise ValueError(f"horizon must be a pair (first, last) of distances, last may be None, got {horizon!r}")
-    lo = check_int("horizon[0]", horizon[0], 0)
-    return lo, None if horizon[1] is None else check_int("horizon[1]", horizon[1], horizon[0])
-
-
 def waad(
     q: Tensor,
     k: Tensor,
@@ -108,7 +101,7 @@ def waad(
 
     Returns float32 `(B, T)` in tokens, within `[0, window]`; see the module for layouts, arguments and errors.
     """
-    window = check_int("window", window, 1)
+    window = check_window(window)
     _check_per_head(per_head)
     arguments: dict[str, Any] = {
         "heads": heads,
@@ -157,7 +150,7 @@ def fai(
 
     Returns float32 `(B, T)`, attention per row, within `[0, 1]`; see the module for layouts, arguments and errors.
     """
-    lo, hi = _check_horizon(horizon)
+    lo, hi = check_horizon(horizon)
     _check_per_head(per_head)
     arguments: dict[str, Any] = {
         "heads": heads,
@@ -346,7 +339,7 @@ def attention_with_rhythm(
 
     See the module for layouts, arguments and errors.
     """
-    window = check_int("window", window, 1)
+    window = check_window(window)
     _check_per_head(per_head)
     arguments: dict[str, Any] = {
         "heads": heads,

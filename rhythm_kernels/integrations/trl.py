@@ -20,7 +20,6 @@ from trl import GRPOTrainer
 
 from ..credit import rhythm_credit, shape_advantages
 from ..heads import HeadGroups, head_groups
-from ..probe import RhythmProbe
 from ..probe.structure import attention_layers, find_decoder
 from .measure import MeasuredPass, PassProbe
 from .trl_config import RhythmGRPOConfig
@@ -63,10 +62,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         self._pass: MeasuredPass | None = None
         self._loss: tuple[dict[str, Any], dict[str, Any]] | None = None  # inputs of the loss, and the copy it reads
         if self._measuring:
-            first = attention_layers(find_decoder(self.model), args.rhythm_layers)[0]
-            low, high = args.rhythm_horizon
-            heads = HeadGroups([(first, 0)], [(first, 0)])  # any: building a probe checks the numbers
-            RhythmProbe(self.model, heads, args.rhythm_window, (low, high))
+            attention_layers(find_decoder(self.model), args.rhythm_layers)  # raises for a wrong choice
             if args.rhythm_groups is not None:
                 self._use_groups(HeadGroups.load(args.rhythm_groups))
 

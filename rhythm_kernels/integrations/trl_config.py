@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+from ..canonical import check_horizon, check_window
 from ..credit import rhythm_credit
 
 __all__ = ["RhythmGRPOConfig"]
@@ -41,13 +42,8 @@ class RhythmGRPOConfig(GRPOConfig):
             raise type(error)(f"rhythm_{error}") from error
         if not 0 < self.rhythm_head_quantile <= 1:
             raise ValueError(f"rhythm_head_quantile is {self.rhythm_head_quantile}: it must be above 0 and at most 1")
-        if len(self.rhythm_horizon) != 2:
-            raise ValueError(f"rhythm_horizon is {self.rhythm_horizon!r}: it must be a pair (first, last)")
-        low, high = self.rhythm_horizon
-        if low < 0 or not (high is None or high >= low):
-            raise ValueError(f"rhythm_horizon is {self.rhythm_horizon!r}: it must be 0 <= first <= last")
-        if self.rhythm_window < 1:
-            raise ValueError(f"rhythm_window is {self.rhythm_window}: it must be at least 1")
+        check_window(self.rhythm_window, "rhythm_window")
+        check_horizon(self.rhythm_horizon, "rhythm_horizon")
         if self.rhythm_groups is not None and not os.path.exists(self.rhythm_groups):
             raise ValueError(f"rhythm_groups is {self.rhythm_groups!r}: there is no such file")
         if self.rhythm_regroup_steps < 0:

@@ -7,6 +7,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from ..canonical import check_horizon, check_window
 from ..functional import fai, waad
 from ..heads import HeadGroups
 from .capture import Capture, LayerCall
@@ -61,12 +62,11 @@ class RhythmProbe:
         response_mask: Tensor | None = None,
     ) -> None:
         _check_groups(groups)
-        _check_measures(window, horizon)
+        self.window = check_window(window)
+        self.horizon = check_horizon(horizon)
         self._decoder = find_decoder(model)
         groups.check(self._decoder)
         self._groups = groups
-        self.window = window
-        self.horizon = horizon
         self.response_mask = response_mask
         self.lse_source: dict[int, str] = {}
         self._local = _by_layer(groups.local)
@@ -183,13 +183,3 @@ def _by_layer(heads: list[tuple[int, int]]) -> dict[int, list[int]]:
     for layer, head in heads:
         layers.setdefault(layer, []).append(head)
     return layers
-
-
-def _check_measures(window: int, horizon: tuple[int, int | None]) -> None:
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        raise ValueError(f"window: {window!r}, must be a number of tokens of at least 1")
-    if not isinstance(horizon, tuple | list) or len(horizon) != 2:
-        raise ValueError(f"horizon: {horizon!r}, must be a pair (first, last) of distances; last may be None")
-    low, high = horizon
-    if not isinstance(low, int) or low < 0 or not (high is None or (isinstance(high, int) and high >= low)):
-        raise ValueError(f"horizon: {horizon!r}, must be 0 <= first <= last, or (first, None)")

@@ -241,16 +241,17 @@ def test_malformed_groups(heads, error):
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("options", "error", "message"),
     [
-        ({"window": 0}, "window"),
-        ({"window": 1.5}, "window"),
-        ({"horizon": (5, 4)}, "horizon"),
-        ({"horizon": 3}, "horizon"),
+        ({"window": 0}, ValueError, "window must be at least 1"),
+        ({"window": 1.5}, TypeError, "window must be an int"),
+        ({"horizon": (5, 4)}, ValueError, r"horizon\[1\] must be at least 5"),
+        ({"horizon": (True, 4)}, TypeError, r"horizon\[0\] must be an int"),
+        ({"horizon": 3}, ValueError, "horizon must be a pair"),
     ],
 )
-def test_wrong_numbers(model, options, name):
-    with pytest.raises(ValueError, match=name):
+def test_wrong_numbers(model, options, error, message):
+    with pytest.raises(error, match=message):
         RhythmProbe(model, GROUPS, **options)
 
 
