@@ -1,0 +1,140 @@
+"""One kernel on one problem: whether a tile runs, spills, gives the results of the table's tile, and how long it takes.
+
+Times are those of a whole pass: `attention_dq` and `attention_dkv` share theirs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import triton as passes
+from . import configs
+from .configs import Tile
+from .interpreted import INTERPRETED
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Kernel: the pass that runs it, what that is given besides, and what its outputs are.
+RUNS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "band_rows": ("band_rows", {}, ("waad",)),
+    "band_columns": ("band_columns", {}, ("fai",)),
+    "column_stats": ("column_stats", {"moments": False}, ("fai",)),
+    "column_moments": ("column_stats", {"moments": True}, ("moments",)),
+    "row_stats": ("row_stats", {}, ("lse", "waad", "span")),
+    "attention": ("attention", {}, ("tokens", "lse", "waad", "span")),
+    "attention_alone": ("attention", {}, ("tokens", "lse", "waad", "span")),
+    "attention_dq": ("attention_backward", {}, ("tokens", "tokens", "tokens")),
+    "attention_dkv": ("attention_backward", {}, ("tokens", "tokens", "tokens")),
+}
+
+
+class Problem(NamedTuple):
+    """What is tuned for; `length` in tokens, one sequence."""
+
+    length: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    dtype: str
+
+
+def arguments(problem: Problem, device: torch.device, rules: bool) -> dict[str, Any]:
+    """What any pass takes, for random tokens, without rules or under all of them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(heads: int) -> Tensor:
+        x = torch.randn(1, problem.length, heads, problem.head_size, generator=generator)
+        return x.to(device, DTYPES[problem.dtype])
+
+    given = {
+        "q": tokens(problem.heads), "k": tokens(problem.kv_heads), "v": tokens(problem.kv_heads),
+        "grad_out": tokens(problem.heads), "max_seqlen": problem.length, "scale": problem.head_size**-0.5,
+        "seqs": torch.tensor([[0, 0, problem.length, 0]], dtype=torch.int32, device=device),
+        "heads": torch.arange(problem.heads, dtype=torch.int32, device=device)[:, None].repeat(1, 2),
+        "softcap": 20.0 if rules else 0.0, "window_left": problem.length // 3 if rules else -1,
+        "sinks": torch.randn(problem.heads, generator=generator).to(device) if rules else None,
+        "window": 10, "lo": 10, "hi": 50, "min_distance": 4, "per_head": False,
+    }  # fmt: skip
+    given["out"], given["lse"] = outputs("attention", given)[:2]
+    return given
+
+
+def outputs(kernel: str, given: dict[str, Any]) -> list[Tensor]:
+    """Run the pass of a kernel."""
+    name, fixed, _ = RUNS[kernel]
+    if kernel == "attention_alone":
+        given = given | {"heads": given["heads"][:1]}  # it runs the heads that are not selected
+    function = getattr(passes, name)
+    wanted = inspect.signature(function).parameters
+    found = function(**{key: value for key, value in (given | fixed).items() if key in wanted})
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def limit(kind: str, want: Tensor, eps: float) -> Tensor:
+    """How far an output may be from the table's: what the tests allow between a kernel and its definition, or less."""
+    size = want.abs()
+    if kind == "tokens":  # a rounding of its dtype, at the size of the vector it is in
+        return 2 * max(eps, 1e-4) * (size.amax(-1, keepdim=True) + size.max() / 64)
+    if kind == "moments":
+        return 1e-3 * torch.maximum(size, size.amax(-1, keepdim=True).clamp(max=1))
+    if kind == "lse":
+        return 1e-4 * size.clamp(min=1)
+    return 1e-4 * (size.max() if kind == "span" else size.max().clamp(max=1))
+
+
+def compiled() -> list[dict[Any, Any]]:
+    """The caches in which Triton keeps the passes' compiled kernels, one for each kernel; none where it interprets."""
+    modules = [sys.modules[f"{passes.__name__}.{name}"] for name in passes.__all__ if name != "available"]
+    return [x.device_caches for module in modules for x in vars(module).values() if hasattr(x, "device_caches")]
+
+
+class Trial:
+    """One kernel on one problem: the table's results, to which those of a candidate are held."""
+
+    def __init__(self, kernel: str, given: dict[str, Any]) -> None:
+        self.kernel, self.given = kernel, given
+        self.want, self.spilled = self._run()
+
+    def _run(self) -> tuple[list[Tensor], int]:
+        """The outputs, and what all the kernels that were launched spill, in 32-bit words."""
+        for cache in compiled():
+            cache.clear()  # what is there afterwards was launched; Triton has the binaries on disk
+        found = outputs(self.kernel, self.given)
+        if not INTERPRETED:
+            torch.cuda.synchronize()
+        kernels = {id(x): x for cache in compiled() for device in cache.values() for x in device[0].values()}
+        return found, sum(kernel.n_spills for kernel in kernels.values())
+
+    def objection(self, tile: Tile) -> str:
+        """Why a tile is out; empty where it is as right as the table's."""
+        from triton.errors import TritonError
+
+        try:
+            with configs.forced({self.kernel: tile}):
+                found, spilled = self._run()
+        except (TritonError, RuntimeError) as error:
+            return f"does not run: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        if spilled > self.spilled:
+            return f"spills: {spilled} words, the table's {self.spilled}"
+        for kind, x, want in zip(RUNS[self.kernel][2], found, self.want):
+            eps = torch.finfo(want.dtype).eps
+            # A NaN is not within anything.
+            if not bool(((x.float() - want.float()).abs() <= limit(kind, want.float(), eps)).all()):
+                return f"wrong: {kind}"
+        return ""
+
+    def milliseconds(self, tile: Tile) -> float:
+        """The median time of the pass; interpreted, of one call by the wall clock."""
+        with configs.forced({self.kernel: tile}):
+            if INTERPRETED:
+                begin = time.perf_counter()
+                outputs(self.kernel, self.given)
+                return 1000 * (time.perf_counter() - begin)
+            from triton.testing import do_bench
+
+            return float(do_bench(lambda: outputs(self.kernel, self.given), warmup=10, rep=60, return_mode="median"))

@@ -1,0 +1,178 @@
+"""Tune the launch choices for the GPU there is: `python -m rhythm_kernels.triton.tune`. Runs only when it is called.
+
+Each kernel's tile of the table is tried against its neighbours, nearest first, within a number of candidates and a
+budget of seconds. A candidate must run, spill no more than the table's tile and give its results; the fastest must also
+do so under every rule (softcap, window, sinks), and win a second measurement, before it is written to a file that
+`RHYTHM_TILES` can name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .. import __version__
+from .. import triton as passes
+from . import configs
+from .configs import Tile
+from .interpreted import INTERPRETED
+from .trial import DTYPES, RUNS, Problem, Trial, arguments
+
+CONFIRMED = 3  # candidates that are measured again at most, the fastest first
+GAIN = 0.99  # of the table's time that a tile may take and still replace it: less is noise
+
+
+class Timed(NamedTuple):
+    """A tile and milliseconds of its pass."""
+
+    tile: Tile
+    ms: float
+
+
+def candidates(tile: Tile, most: int) -> list[Tile]:
+    """Up to `most` neighbours: rows and keys halved or doubled, 4 or 8 warps, 1 to 4 stages; fewest steps first."""
+    warps = {tile.warps} if INTERPRETED else {4, 8, tile.warps}
+    stages = {tile.stages} if INTERPRETED else {1, 2, 3, 4}
+    found: list[tuple[float, Tile]] = []
+    for rows, keys, n_warps, n_stages in itertools.product(
+        (tile.rows // 2, tile.rows, tile.rows * 2), (tile.keys // 2, tile.keys, tile.keys * 2), warps, stages
+    ):  # fmt: skip
+        # More threads cannot each have as many registers: 65536 in all on every chip that has a limit here.
+        registers = min(tile.registers, 2048 // n_warps) if n_warps >= tile.warps else tile.registers and 255
+        capped = min(tile.capped_rows, rows)
+        steps = abs(math.log2(rows / tile.rows)) + abs(math.log2(keys / tile.keys))
+        steps += abs(math.log2(n_warps / tile.warps)) + abs(n_stages - tile.stages)
+        if steps and min(rows, keys) >= 16 and max(rows, keys) <= 256:
+            found.append((steps, Tile(rows, keys, n_warps, n_stages, registers, capped)))
+    return [candidate for _, candidate in sorted(found, key=lambda x: x[0])[:most]]
+
+
+def words(tile: Tile) -> str:
+    registers = f", {tile.registers} registers" if tile.registers else ""
+    return f"{tile.rows} x {tile.keys}, {tile.warps} warps, {tile.stages} stages{registers}"
+
+
+def tune(
+    kernel: str, table: Tile, problem: Problem, device: torch.device, most: int, seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[Timed, Timed]:  # fmt: skip
+    """The table's tile and the best one, which may be the same, with their times; prints every candidate.
+
+    No candidate is begun after `seconds`, of which a tenth is kept for the second measurements.
+    """
+    start = clock()
+    plain = Trial(kernel, arguments(problem, device, rules=False))
+    base = Timed(table, plain.milliseconds(table))
+    print(f"{kernel}\n  {words(table):<44} {base.ms:9.4f} ms  1.00  the table's", flush=True)
+    tried: Counter[str] = Counter()
+    timed: list[Timed] = []
+    listed = candidates(table, most)
+    for tile in listed:
+        if clock() - start > 0.9 * seconds:
+            break
+        objection = plain.objection(tile)
+        tried[objection.partition(":")[0] or "timed"] += 1
+        if objection:
+            print(f"  {words(tile):<44} {objection}", flush=True)
+            continue
+        timed.append(Timed(tile, plain.milliseconds(tile)))
+        print(f"  {words(tile):<44} {timed[-1].ms:9.4f} ms  {timed[-1].ms / base.ms:.2f}", flush=True)
+    best = base
+    ruled: Trial | None = None
+    for tile, ms in sorted(timed, key=lambda x: x.ms)[:CONFIRMED]:
+        if ms >= GAIN * base.ms or clock() - start > seconds:
+            break
+        ruled = ruled or Trial(kernel, arguments(problem._replace(length=min(problem.length, 1024)), device, True))
+        objection = ruled.objection(tile)
+        if objection:
+            print(f"  {words(tile):<44} under every rule {objection}")
+            continue
+        base = Timed(table, min(base.ms, plain.milliseconds(table)))
+        again = Timed(tile, max(ms, plain.milliseconds(tile)))
+        if again.ms < GAIN * base.ms:
+            best = again
+            break
+    tried["not reached"] = len(listed) - tried.total()
+    print("  " + ", ".join(f"{n} {what}" for what, n in tried.items() if n))
+    verdict = "the table's stays" if best.tile == table else f"{words(best.tile)}: {best.ms / base.ms:.2f} of its time"
+    print(f"  -> {verdict}", flush=True)
+    return base, best
+
+
+def main(given: list[str], clock: Callable[[], float] = time.monotonic) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rhythm_kernels.triton.tune", description=__doc__)
+    parser.add_argument("--kernel", action="append", choices=list(RUNS), help="may be given several times; default all")
+    parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--length", type=int, default=8192, help="tokens of one sequence")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for everything; a candidate begun is finished")
+    parser.add_argument("--candidates", type=int, default=24, help="of one kernel at most")
+    parser.add_argument("--save", type=Path, help="default: where RHYTHM_TILES=1 looks")
+    chosen = parser.parse_args(given)
+    if not 1 <= chosen.head_size <= 256:
+        parser.error(f"--head-size is {chosen.head_size}: it must be from 1 to 256")
+    if chosen.kv_heads < 1 or chosen.heads < 2 or chosen.heads % chosen.kv_heads:
+        parser.error(f"--heads is {chosen.heads}: it must be a multiple of --kv-heads {chosen.kv_heads}, at least 2")
+    for name, least in (("length", 16), ("candidates", 1)):
+        if getattr(chosen, name) < least:
+            parser.error(f"--{name} is {getattr(chosen, name)}: it must be at least {least}")
+    if not chosen.seconds > 0:
+        parser.error(f"--seconds is {chosen.seconds}: it must be above 0")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = passes.available(device)
+    if reason:
+        print(f"Nothing to tune: {reason}.", file=sys.stderr)
+        return 2
+    from . import tuned  # needs Triton
+
+    start = clock()
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    arch = configs.architecture(device)
+    problem = Problem(chosen.length, chosen.heads, chosen.kv_heads, chosen.head_size, chosen.dtype)
+    bits = 32 if INTERPRETED else 8 * DTYPES[chosen.dtype].itemsize
+    path = chosen.save or tuned.cache_path()
+    if path.exists():
+        try:
+            tuned.load(path, arch)
+        except ValueError as error:
+            parser.error(f"cannot add to the file that is there: {error}")
+    print(f"{tuned.device_name()}, {arch}: {problem}")
+    if INTERPRETED:
+        print("Triton is interpreted: these times say nothing about any GPU.")
+    kernels = list(dict.fromkeys(chosen.kernel or RUNS))
+    table = {name: configs.listed(name, arch, bits, chosen.head_size) for name in RUNS}
+    # Whatever RHYTHM_TILES says, what is compared with are the tables.
+    with configs.forced(table):
+        for i, kernel in enumerate(kernels):
+            left = chosen.seconds - (clock() - start)
+            if left <= 0:
+                print(f"Out of time before {', '.join(kernels[i:])}: give more --seconds.")
+                break
+            base, best = tune(
+                kernel, table[kernel], problem, device, chosen.candidates, left / (len(kernels) - i), clock
+            )
+            measured = {
+                **problem._asdict(), "ms": best.ms, "table_ms": base.ms, "package": __version__,
+                "torch": torch.__version__, "date": date,
+            }  # fmt: skip
+            key = {"kernel": kernel, "bits": bits, "head_size": chosen.head_size}
+            entries = [] if best.tile == base.tile else [{**key, "tile": best.tile._asdict(), "measured": measured}]
+            tuned.save(path, arch, {(kernel, bits, chosen.head_size)}, entries)
+    print(f"Saved to {path}: RHYTHM_TILES={chosen.save or 1} uses it.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
