@@ -44,6 +44,7 @@ _ATTENTION = {
         (16, 64): Tile(128, 64, 8, 2),
         (16, 112): Tile(64, 32, 8, 2),  # two chunks, and a mask: more registers than a head of 128
         (16, 128): Tile(128, 64, 8, 2),
+        (16, 192): Tile(128, 16, 8, 2, 255),
         (16, 256): Tile(64, 32, 8, 2, 255),
         **_FLOAT32_STREAM,
     },
@@ -53,7 +54,7 @@ _ATTENTION = {
         (16, 256): Tile(128, 32, 8, 2),
         **_FLOAT32_STREAM,
     },
-    "sm_100": {(16, 128): Tile(128, 64, 8, 3), (16, 256): Tile(64, 32, 8, 2, 255), **_FLOAT32_STREAM},
+    "sm_100": {(16, 128): Tile(128, 64, 8, 3, 255), (16, 256): Tile(64, 32, 8, 2, 255), **_FLOAT32_STREAM},
     "gfx942": {(16, 128): Tile(128, 64, 4, 1), (16, 256): Tile(128, 32, 4, 1), **_FLOAT32_AMD},
 }
 
@@ -77,8 +78,9 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "attention": _ATTENTION["sm_80"],
         "attention_alone": {**_ATTENTION["sm_80"], (16, 128): Tile(128, 32, 8, 2)},
         "attention_dq": {
-            (16, 64): Tile(128, 64, 8, 2),
+            (16, 64): Tile(128, 64, 8, 2, 255),
             (16, 128): Tile(128, 32, 8, 2),
+            (16, 192): Tile(64, 32, 8, 2, 255),
             (16, 256): Tile(32, 32, 4, 2),
             **_FLOAT32_STREAM,
         },
@@ -86,6 +88,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
             (16, 64): Tile(32, 64, 8, 2),
             (16, 112): Tile(16, 64, 8, 1),
             (16, 128): Tile(32, 64, 8, 2),
+            (16, 160): Tile(32, 16, 4, 1, 255),
             (16, 256): Tile(32, 32, 8, 1),
             **_FLOAT32_STREAM_TWO,
         },
@@ -106,8 +109,11 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         },
         "attention_dkv": {
             (16, 64): Tile(32, 128, 8, 2),
+            (16, 96): Tile(32, 128, 8, 2, capped_rows=16),
+            (16, 127): Tile(16, 128, 8, 2),  # a mask beside two chunks
             (16, 128): Tile(32, 128, 8, 2, capped_rows=16),
-            (16, 256): Tile(32, 32, 8, 1),
+            (16, 160): Tile(16, 64, 8, 2, 255),
+            (16, 256): Tile(32, 32, 8, 1),  # wgmma, which wants 64 keys, would spill
             **_FLOAT32_STREAM_TWO,
         },
     },
@@ -126,8 +132,9 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "attention_alone": _ATTENTION["sm_100"],
         "attention_dq": {(16, 128): Tile(128, 64, 8, 2), (16, 256): Tile(128, 32, 8, 2), **_FLOAT32_STREAM},
         "attention_dkv": {
-            (16, 128): Tile(32, 64, 8, 1, 255),
-            (16, 256): Tile(32, 32, 8, 2),
+            (16, 160): Tile(32, 64, 8, 1, 255),
+            (16, 192): Tile(32, 64, 8, 1, 255, capped_rows=16),
+            (16, 256): Tile(32, 32, 8, 2),  # tcgen05, which wants 64 keys, would spill
             **_FLOAT32_STREAM_TWO,
         },
     },
