@@ -3,7 +3,7 @@
 Everything else about the package is in pyproject.toml. Nothing is downloaded. Variables:
 
 CXX, CC            the C++ compiler; CXXFLAGS, LDFLAGS: added
-MAX_JOBS           parallel compilations (default: the processors)
+MAX_JOBS           parallel compilations, at least 1 (default: the processors)
 RHYTHM_CUDA        0: without CUDA kernels; 1: an error where they cannot be built; unset: built where nvcc is
                    ($CUDA_HOME/bin/nvcc, else nvcc on the PATH). A CUDA torch is not needed, nor a GPU.
 RHYTHM_CUDA_ARCHS  compute capabilities without the dot, separated by `;`: `80`, `90a` (code for that chip alone),
@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from setuptools import setup
+import setuptools
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
@@ -63,6 +63,8 @@ def output(*command: str) -> str:
 
 def why_not() -> str:
     """Why the kernels cannot be built here, or ""."""
+    if sys.platform != "linux":
+        return f"they are built on Linux, not on {sys.platform}"
     try:
         import torch
     except ImportError:
@@ -84,6 +86,20 @@ def why_not() -> str:
     return ""
 
 
+def max_jobs() -> int:
+    asked = os.environ.get("MAX_JOBS", "")
+    if not re.fullmatch("0*[1-9][0-9]*|", asked):
+        raise SystemExit(f"MAX_JOBS is {asked!r}: it must be a number of at least 1, or unset")
+    return int(asked or os.cpu_count() or 1)
+
+
+def cuda_wanted() -> str:
+    wanted = os.environ.get("RHYTHM_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"RHYTHM_CUDA is {wanted!r}: it must be 0, 1 or unset")
+    return wanted
+
+
 class Cuda(NamedTuple):
     """How the CUDA sources are compiled, or why they are not."""
 
@@ -95,9 +111,7 @@ class Cuda(NamedTuple):
 
     @classmethod
     def found(cls) -> Cuda:
-        wanted = os.environ.get("RHYTHM_CUDA", "")
-        if wanted not in ("", "0", "1"):
-            raise SystemExit(f"RHYTHM_CUDA is {wanted!r}: it must be 0, 1 or unset")
+        wanted = cuda_wanted()
         cuda = cls("RHYTHM_CUDA=0 was set when it was built") if wanted == "0" else cls._of_nvcc()
         if wanted == "1" and cuda.reason:
             raise SystemExit(f"RHYTHM_CUDA=1, but the CUDA kernels cannot be built: {cuda.reason}")
@@ -137,6 +151,8 @@ class Cuda(NamedTuple):
         """nvcc's flags for the architectures, and their names."""
         asked = os.environ.get("RHYTHM_CUDA_ARCHS", "")
         entries = [entry.strip() for entry in (asked or CUDA_ARCHS).split(";") if entry.strip()]
+        if not entries:
+            raise SystemExit(f"RHYTHM_CUDA_ARCHS is {asked!r}: it names no compute capability")
         known = {int(number) for number in re.findall(r"compute_(\d+)", output(nvcc, "--list-gpu-arch"))}
         flags, kept = [], []
         for entry in entries:
@@ -146,6 +162,8 @@ class Cuda(NamedTuple):
                     f"RHYTHM_CUDA_ARCHS holds {entry!r}: it must be like 80, 90a or 100+PTX, separated by ;"
                 )
             name, number, ptx = match.groups()
+            if int(number) < 80:
+                raise SystemExit(f"RHYTHM_CUDA_ARCHS holds {entry!r}: the kernels need 80 or later")
             if int(number) not in known:
                 if asked:
                     raise SystemExit(f"RHYTHM_CUDA_ARCHS holds {entry!r}, which {nvcc} does not know: {sorted(known)}")
@@ -165,7 +183,7 @@ def native() -> dict:
     """The arguments of `setup` that build the extension."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    cuda = Cuda.found()
+    cuda, jobs_at_once = Cuda.found(), max_jobs()
     if cuda.reason:
         print(f"rhythm-kernels: building without the CUDA kernels: {cuda.reason}", file=sys.stderr)
 
@@ -200,7 +218,7 @@ def native() -> dict:
                     defines = [f"-DRHYTHM_CAPABILITY={capability}", f"-DRHYTHM_LANES={lanes}"]
                     command = [*compiler(), "-std=c++17", *FLAGS, *machine, *defines, *more]
                     jobs.append((f"csrc/cpu/{name}.cpp", objects / f"{name}.{capability}.o", command, capability))
-            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            with ThreadPoolExecutor(jobs_at_once) as pool:
                 ext.extra_objects = list(pool.map(lambda job: compiled(*job), jobs))
             super().build_extension(ext)
             settings.write_text(current)
@@ -213,7 +231,7 @@ def native() -> dict:
         "rhythm_kernels._C",
         sources if cuda.reason else [*sources, "csrc/bindings_cuda.cpp"],
         py_limited_api=True,
-        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*"))],
+        depends=["setup.py", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*")))],
         extra_compile_args={"cxx": [*FLAGS, *TARGET, *defines]},
         extra_link_args=[*cuda.link, *(["-s"] if sys.platform == "linux" and "LDFLAGS" not in os.environ else [])],
     )
@@ -224,12 +242,21 @@ def native() -> dict:
     }
 
 
+# pip does not look at pyproject.toml's own requirement where it is told --no-build-isolation.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"rhythm-kernels: setuptools {setuptools.__version__} is too old to build it: run "
+        "`pip install 'setuptools>=77'` and then this again"
+    )
 BUILDING = {"bdist_wheel", "build_ext", "build", "install", "develop", "editable_wheel"} & set(sys.argv)
 reason = why_not() if BUILDING else ""
 if reason:
+    if cuda_wanted() == "1":
+        raise SystemExit(f"RHYTHM_CUDA=1, but no compiled kernels can be built: {reason}")
+    advice = "To build them, install torch>=2.10 and a C++17 compiler, then run `pip install --no-build-isolation .`"
     print(
         f"rhythm-kernels: building without the compiled kernels, because {reason}; everything works, slower. "
-        "To build them, install torch>=2.10 and a C++17 compiler, then run `pip install --no-build-isolation .`",
+        f"{advice if sys.platform == 'linux' else ''}",
         file=sys.stderr,
     )
-setup(**(native() if BUILDING and not reason else {}))
+setuptools.setup(**(native() if BUILDING and not reason else {}))
