@@ -133,13 +133,15 @@ class Cuda(NamedTuple):
                 return cls(f"`{shlex.join([nvcc, *host])}` cannot build a three-line program")
             libraries = re.findall(r'"(-L[^"]+)"', output(nvcc, "--dryrun", str(source)))
         version = re.search(r"release (\d+\.\d+)", output(nvcc, "--version"))
+        if version is None:
+            return cls(f"`{nvcc} --version` names no release")
         gencode, archs = cls._gencode(nvcc)
         flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all", INCLUDE]
         # The runtime is linked in, its symbols hidden: those of torch's own, another version perhaps, must not take
         # their place. Neither torch's CUDA library nor the driver's is linked, so that any machine can load the result.
         link = [*libraries, "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,libcudart_static.a"]
         command = [nvcc, *host, *flags, *gencode]
-        return cls("", tuple(command), version.group(1) if version else "unknown", archs, tuple(link))
+        return cls("", tuple(command), version.group(1), archs, tuple(link))
 
     @staticmethod
     def _builds(nvcc: str, host: list[str], source: Path) -> bool:

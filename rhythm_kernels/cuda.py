@@ -6,6 +6,7 @@ Signatures are those that all backends share.
 
 from __future__ import annotations
 
+import ctypes
 import re
 
 import torch
@@ -30,14 +31,22 @@ def available(device: torch.device) -> str:
         return f"torch {torch.__version__} was built without CUDA"
     if device.type != "cuda":
         return f"the CUDA kernels serve CUDA tensors, not {device.type} ones"
-    return _unserved(torch.cuda.get_device_capability(device), info["cuda"]["archs"])
+    return _unserved(torch.cuda.get_device_capability(device), info["cuda"]["archs"], info["cuda"]["nvcc"], _driver())
 
 
-def _unserved(capability: tuple[int, int], archs: list[str]) -> str:
-    """Why kernels built for `archs` cannot run on a device of this capability; empty where they can."""
+def _driver() -> tuple[int, int]:
+    """The CUDA version that the driver was made for; torch's own tensors on a GPU mean that it is there."""
+    number = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def _unserved(capability: tuple[int, int], archs: list[str], nvcc: str, driver: tuple[int, int]) -> str:
+    """Why kernels built for `archs` by that `nvcc` cannot run on a device and its driver; empty where they can."""
     name = "{}.{}".format(*capability)
     if capability < (8, 0):
         return f"the CUDA kernels need compute capability 8.0 or later, the device has {name}"
+    compiled = later = False  # whether there is machine code for it, PTX for it
     for arch in archs:
         match = re.fullmatch(r"(\d+)(\d)([af]?)(\+PTX)?", arch)
         assert match is not None, arch
@@ -46,11 +55,21 @@ def _unserved(capability: tuple[int, int], archs: list[str]) -> str:
         # of an `f` and plain code on the family. PTX is compiled for any later chip, that of an `a` is not.
         same_chip = capability == built
         family = capability[0] == built[0] and capability >= built and special != "a"
-        if same_chip or family or (ptx and not special and capability >= built):
-            return ""
-    return (
-        f"the CUDA kernels were built for {', '.join(archs)}, the device has {name}: set RHYTHM_CUDA_ARCHS; {_REBUILD}"
-    )
+        compiled |= same_chip or family
+        later |= bool(ptx) and not special and capability >= built
+    if not compiled and not later:
+        return (
+            f"the CUDA kernels were built for {', '.join(archs)}, the device has {name}: set RHYTHM_CUDA_ARCHS; "
+            f"{_REBUILD}"
+        )
+    # A driver runs all code of its major version's nvccs, and compiles the PTX of those no newer than itself.
+    major, minor = (int(part) for part in nvcc.split("."))
+    if driver < (major, 0 if compiled else minor):
+        return (
+            f"the CUDA kernels were built by nvcc {nvcc}, the driver is of CUDA {driver[0]}.{driver[1]}: "
+            f"install a newer driver, or an older nvcc and build again; {_REBUILD}"
+        )
+    return ""
 
 
 def _zeros(q: Tensor, heads: Tensor, per_head: bool) -> Tensor:

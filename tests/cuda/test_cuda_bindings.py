@@ -6,7 +6,9 @@ untested without a GPU is the current device and stream.
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,12 +122,44 @@ CHIPS = {
 
 @pytest.mark.parametrize("capability", CHIPS)
 def test_which_chips_the_default_architectures_serve(capability: tuple[int, int]) -> None:
-    reason = cuda._unserved(capability, ["80", "90a", "100+PTX"])
+    reason = cuda._unserved(capability, ["80", "90a", "100+PTX"], "13.0", (13, 0))
     assert CHIPS[capability] in reason and bool(reason) == bool(CHIPS[capability])
 
 
 def test_which_chips_one_architecture_serves() -> None:
-    assert "built for 80, the device has 9.0" in cuda._unserved((9, 0), ["80"])
-    assert not cuda._unserved((9, 0), ["80+PTX"])
-    assert cuda._unserved((8, 0), ["86+PTX"])
-    assert cuda._unserved((12, 0), ["90a+PTX"])  # what is written for one chip has no later one
+    def unserved(capability: tuple[int, int], arch: str) -> str:
+        return cuda._unserved(capability, [arch], "12.8", (13, 1))
+
+    assert "built for 80, the device has 9.0" in unserved((9, 0), "80")
+    assert not unserved((9, 0), "80+PTX")
+    assert unserved((8, 0), "86+PTX")
+    assert unserved((12, 0), "90a+PTX")  # what is written for one chip has no later one
+    assert not unserved((10, 3), "100f")
+    assert unserved((10, 3), "100a")
+
+
+@pytest.mark.parametrize(
+    ("archs", "nvcc", "driver", "serves"),
+    [
+        (["80"], "12.8", (12, 4), True),  # machine code: any driver of the major version
+        (["80"], "13.0", (12, 9), False),
+        (["70+PTX"], "12.8", (12, 4), False),  # PTX: a driver as new as its nvcc
+        (["70+PTX"], "12.8", (12, 8), True),
+        (["70+PTX"], "12.8", (13, 0), True),
+        (["70+PTX", "80"], "12.8", (12, 4), True),
+    ],
+)
+def test_which_drivers_serve(archs: list[str], nvcc: str, driver: tuple[int, int], serves: bool) -> None:
+    reason = cuda._unserved((8, 6), archs, nvcc, driver)
+    told = f"built by nvcc {nvcc}, the driver is of CUDA {driver[0]}.{driver[1]}: install a newer driver"
+    assert reason == "" if serves else told in reason
+
+
+def test_the_driver_is_asked_for_its_version(tmp_path: Path) -> None:
+    source = tmp_path / "driver.cpp"
+    source.write_text('extern "C" int cuDriverGetVersion(int* version) { *version = 12040; return 0; }\n')
+    subprocess.run([*compiler(), "-shared", "-fPIC", source, "-o", tmp_path / "libcuda.so.1"], check=True)
+    command = [sys.executable, "-c", "from rhythm_kernels import cuda; print(cuda._driver())"]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "(12, 4)\n"
