@@ -4,13 +4,15 @@
 #   bash benchmarks/gpu_session.sh [--rehearse] [--steps about,build,test,...] [--seconds N]
 #
 # No step stops the next: session.json holds each one's exit status and seconds (124: it ran out of its time). Written
-# to $OUT, or to benchmarks/results/session where OUT is unset: session.json, session.log, rows.json, junit.xml.
+# to $OUT, or to benchmarks/results/session where OUT is unset: session.json, session.log, rows.json, junit.xml, and
+# tiles.json where the Triton tiles are tuned, which takes a call of its own: --steps tune.
 # Where .git does not travel, set RHYTHM_COMMIT to the commit that rows shall name.
 #
 # What does not fit one call goes into two, on a machine that keeps its files between them:
 #   --steps about,build,test,quick and --steps sanitize,bands,streams,probe,report
 #
-# --steps     which, in their order; default all: about build test quick sanitize bands streams probe report
+# --steps     which, in their order; default all but tune: about build test quick sanitize bands streams probe tune
+#             report
 # --seconds   for everything (570); each step gets its own limit, or what is left
 # --rehearse  every step on the CPU with tiny shapes, Triton interpreted: checks this script, measures nothing
 set -uo pipefail
@@ -34,7 +36,7 @@ out=$(cd "$out" && pwd)
 log=$out/session.log
 rows=$out/rows.json
 : >"$log"
-rm -f "$rows" "$out/session.json" "$out/junit.xml"
+rm -f "$rows" "$out/session.json" "$out/junit.xml" "$out/tiles.json"
 export PYTHONUNBUFFERED=1 PYTHONPATH=${PYTHONPATH:-}:$PWD
 started=$SECONDS
 results=()
@@ -143,6 +145,18 @@ else
   bench streams 150 --suite row_stats --suite column_stats --suite column_moments --suite attention --seconds 4 \
     --without FlexAttention
   bench probe 120 --suite probe --seconds 8
+fi
+
+tune() { # tune LIMIT ARGUMENTS...
+  local limit=$1
+  shift
+  step tune "$limit" "$python" -m rhythm_kernels.triton.tune --save "$out/tiles.json" "$@"
+}
+if [ $rehearse = 1 ]; then
+  tune 60 --kernel band_rows --candidates 1 --length 40 --head-size 16 --heads 2 --kv-heads 1
+else
+  left=$((seconds - (SECONDS - started) - 30)) # a candidate that is begun is finished
+  tune 560 --seconds $((left > 10 ? left : 10))
 fi
 
 step report 60 "$python" -m benchmarks report "$rows"

@@ -36,6 +36,12 @@ def test_rehearsal(tmp_path: Path) -> None:
     }
 
 
+def test_tuning_is_a_step_when_it_is_named(tmp_path: Path) -> None:
+    rc, found = session(tmp_path, "--rehearse", "--steps", "tune")
+    assert rc == 0 and [step["step"] for step in found["steps"]] == ["tune"]
+    assert json.loads((tmp_path / "tiles.json").read_text())["architecture"] == "interpreter"
+
+
 def test_a_step_that_fails_stops_nothing(tmp_path: Path) -> None:
     """`report` has no rows to read, `build` runs all the same, and the whole says that something failed."""
     rc, found = session(tmp_path, "--rehearse", "--steps", "build,report")

@@ -323,10 +323,31 @@ def test_interpreted_times_are_called_meaningless() -> None:
     assert tuned.cache_path().parent.is_dir()  # of the environment that it inherited
 
 
-@pytest.mark.gpu
-def test_on_the_device(tmp_path: Path) -> None:
-    """Real times of every kernel: whatever wins can be read again."""
+@pytest.mark.long
+def test_compiled_candidates(tmp_path: Path) -> None:
+    """Kernels as they are compiled and kept by Triton itself: spills and what does not fit are found."""
     path = tmp_path / "tiles.json"
-    given = ["--length", "1024", "--head-size", "64", "--candidates", "3", "--seconds", "60", "--save", str(path)]
-    assert tune.main(given) == 0
-    assert tuned.load(path, ARCH).keys() <= {(name, 16, 64) for name in trial.RUNS}
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "triton" / "tune_without_gpu.py", "--length", "64", "--candidates", "7",
+         "--kernel", "column_stats", "--save", path, "--seconds", "300"],
+        env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "spills: 5 words, the table's 0" in done.stdout
+    assert "does not run: out of resource: shared memory" in done.stdout
+    assert "0.50 of its time" in done.stdout
+    [entry] = json.loads(path.read_text())["tiles"]
+    table = configs.listed("column_stats", "sm_80", 16, 128)
+    assert Tile(**entry["tile"]) == table._replace(rows=16) and (entry["bits"], entry["head_size"]) == (16, 128)
+
+
+@pytest.mark.gpu
+def test_on_the_device(tmp_path: Path, capsys: Any) -> None:
+    """Real times: some candidate is right, and whatever wins can be read again."""
+    path = tmp_path / "tiles.json"
+    kernels = ["band_rows", "attention_dkv"]
+    given = ["--length", "1024", "--head-size", "64", "--candidates", "3", "--seconds", "30", "--save", str(path)]
+    assert tune.main([*given, *(word for name in kernels for word in ("--kernel", name))]) == 0
+    assert capsys.readouterr().out.count(" timed") == len(kernels)
+    assert tuned.load(path, ARCH).keys() <= {(name, 16, 64) for name in kernels}
