@@ -93,6 +93,11 @@ def compiled() -> list[dict[Any, Any]]:
     return [x.device_caches for module in modules for x in vars(module).values() if hasattr(x, "device_caches")]
 
 
+def _wait() -> None:
+    if not INTERPRETED:
+        torch.cuda.synchronize()
+
+
 class Trial:
     """One kernel on one problem: the table's results, to which those of a candidate are held."""
 
@@ -102,11 +107,11 @@ class Trial:
 
     def _run(self) -> tuple[list[Tensor], int]:
         """The outputs, and what all the kernels that were launched spill, in 32-bit words."""
+        _wait()  # what is cleared is unloaded
         for cache in compiled():
             cache.clear()  # what is there afterwards was launched; Triton has the binaries on disk
         found = outputs(self.kernel, self.given)
-        if not INTERPRETED:
-            torch.cuda.synchronize()
+        _wait()
         kernels = {id(x): x for cache in compiled() for device in cache.values() for x in device[0].values()}
         return found, sum(kernel.n_spills for kernel in kernels.values())
 
