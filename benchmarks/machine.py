@@ -64,6 +64,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _triton(),
         "triton_interpreted": os.environ.get("TRITON_INTERPRET") == "1",
+        "triton_tiles": os.environ.get("RHYTHM_TILES"),  # tuned tiles, where they were asked for
         "cuda": torch.version.cuda,
         "native": build_info(),
         "commit": commit(),
