@@ -37,6 +37,8 @@ def main(wanted: str) -> None:
     if info["available"]:
         built = hasattr(torch.ops.rhythm_kernels_native, "cuda_credit")
         assert built == info["cuda"]["built"]
+        for name in ("band_rows", "band_columns", "credit") if built else ():
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rhythm_kernels_native::cuda_{name}", "CUDA")
     if torch.version.cuda is not None:  # as csrc/bindings_cuda.cpp looks for the caller's stream
         ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_LAZY | os.RTLD_NOLOAD).aoti_torch_get_current_cuda_stream  # noqa: B018
     print(json.dumps({"torch": torch.__version__, "backends": rk.backends(), "built": info}))
