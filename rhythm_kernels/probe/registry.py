@@ -48,6 +48,14 @@ _installed: dict[tuple[int, str], _Installed] = {}
 _wrappers: dict[tuple[int, str], AttentionFunction] = {}
 
 
+class _WhileMeasuring(dict[str, AttentionFunction]):
+    """What a registry's local mapping is while wrappers are in it.
+
+    Code that torch compiled then looks a name up without a guard that it is there, and would fail once it no longer is
+    (KeyError); but the type of the mapping it does guard.
+    """
+
+
 def registry_of(module: nn.Module) -> Any:
     """The attention registry in the file of `module`'s class: one model of transformers has its own."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -115,6 +123,8 @@ def install(taps: dict[int, Tap], modules: list[nn.Module]) -> list[tuple[Any, s
             if original is None and name != "eager":
                 raise NotImplementedError(f"attention implementation {name!r} is not in transformers' registry")
             _installed[key] = _Installed(original, local, users=1)
+            if not isinstance(registry._local_mapping, _WhileMeasuring):
+                registry._local_mapping = _WhileMeasuring(registry._local_mapping)
             registry[name] = _wrapper(registry, name)
         else:
             entry.users += 1
@@ -134,9 +144,10 @@ def uninstall(taps: dict[int, Tap], used: list[tuple[Any, str]]) -> None:
         if entry.users:
             continue
         del _installed[key]
-        if registry._local_mapping.get(name) is not _wrappers[key]:
-            continue  # someone else put a function there meanwhile: theirs to keep
-        if entry.local:
-            registry[name] = entry.original
-        else:
-            del registry[name]
+        if registry._local_mapping.get(name) is _wrappers[key]:  # else someone put theirs there meanwhile, to keep
+            if entry.local:
+                registry[name] = entry.original
+            else:
+                del registry[name]
+        if not any(place == key[0] for place, _ in _installed):
+            registry._local_mapping = dict(registry._local_mapping)
