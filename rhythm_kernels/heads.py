@@ -160,7 +160,7 @@ def head_groups(
                     )
                 inputs = dict(batch)
                 tally.response_mask = _response_mask(inputs)
-                model(**inputs, use_cache=False)
+                model(**{**inputs, "use_cache": False})
     finally:
         for module in was_training:
             module.training = True

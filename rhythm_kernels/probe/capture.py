@@ -11,7 +11,7 @@ is not met again; forwards that are given a KV cache (`generate`, decoding) are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -238,7 +238,10 @@ class Capture:
                     "attention) and prompts prepended inside the model are not supported by the probe"
                 )
             if self._sequences is None:
-                self._sequences = sequences_of(self._inputs, self._response_mask, flash)
+                inputs = self._inputs
+                if flash and returned.called:  # whatever was asked for, these are the sequences that were kept apart
+                    inputs = replace(inputs, cu_seqlens=returned.cu_seqlens, packs_positions=False)
+                self._sequences = sequences_of(inputs, self._response_mask, flash)
             left = _left_window(self._sequences, module, name, mask, kwargs, flash)
             call = _layer_call(layer, query, key, seen, self._sequences, left, kwargs)
             call.first_head = self._first_head(layer, query)

@@ -33,6 +33,7 @@ class FlashReturns:
         dtype: the dtype in which the function was given q; None where no function was called.
         has_sinks: whether the function was given attention sinks, so that `lse` holds them.
         called: whether a function of the package was called at all.
+        cu_seqlens: int `(S + 1,)`, the bounds of the sequences as the function was given them; None: one a row.
     """
 
     def __init__(self, implementation: str) -> None:
@@ -43,6 +44,7 @@ class FlashReturns:
         self.dtype: torch.dtype | None = None
         self.has_sinks = False
         self.called = False
+        self.cu_seqlens: Tensor | None = None
 
     def __enter__(self) -> FlashReturns:
         from transformers import modeling_flash_attention_utils as utils
@@ -76,7 +78,7 @@ class FlashReturns:
         def call(q: Tensor, *args: Any, **kwargs: Any) -> Any:
             # With dropout, version 2 would return a (T, T) mask as well.
             result = function(q, *args, **kwargs, **({} if kwargs.get("dropout_p") else flags))
-            self.called, self.dtype = True, q.dtype
+            self.called, self.dtype, self.cu_seqlens = True, q.dtype, kwargs.get("cu_seqlens_q")
             self.has_sinks = any(kwargs.get(name) is not None for name in _SINKS)
             if not isinstance(result, tuple):
                 return result

@@ -22,6 +22,7 @@ class ForwardInputs:
     """What the model's forward was given, as far as it decides which token sees which.
 
     `attention_mask` is `(B, T)` bool or None; `position_ids` `(B, T)` or None; `cu_seqlens` int `(S + 1,)` or None.
+    `packs_positions`: whether the model may have told packed sequences by `position_ids` alone.
     """
 
     batch: int
@@ -30,6 +31,7 @@ class ForwardInputs:
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    packs_positions: bool = True
 
 
 @dataclass
@@ -78,7 +80,7 @@ def sequences_of(inputs: ForwardInputs, response_mask: Tensor | None, flash: boo
     if mask is None:
         if inputs.cu_seqlens is not None and flash:
             starts = inputs.cu_seqlens[:-1].to(inputs.device, torch.int64)
-        elif inputs.attention_mask is None or (flash and inputs.batch == 1):
+        elif inputs.packs_positions and (inputs.attention_mask is None or (flash and inputs.batch == 1)):
             starts = _packed_starts(inputs)
     if starts is not None:
         return _packed(inputs, starts, response_mask)
@@ -87,15 +89,39 @@ def sequences_of(inputs: ForwardInputs, response_mask: Tensor | None, flash: boo
             "cu_seq_lens_q: only flash attention reads it; with other implementations pass packed position_ids, "
             "attention_mask=None and use_cache=False"
         )
+    _refuse_unseen_packing(inputs, mask)
     return _padded(inputs, mask, response_mask)
+
+
+def _refuse_unseen_packing(inputs: ForwardInputs, mask: Tensor | None) -> None:
+    """Raise where positions start again within a row that the model attended to as one sequence."""
+    position = _row_positions(inputs)
+    if position is None:
+        return
+    again = position.diff(dim=1) <= 0
+    if mask is not None:  # whatever the positions of padding are
+        again &= mask[:, 1:] & mask[:, :-1]
+    if bool(again.any()):
+        raise ValueError(
+            "position_ids: they start again within a row, but the model does not keep such sequences apart here and "
+            "lets every token see the others: pass attention_mask=None and use_cache=False, and to flash attention "
+            "one row"
+        )
+
+
+def _row_positions(inputs: ForwardInputs) -> Tensor | None:
+    """`(B, T)`, or None where there are no positions of this form."""
+    position = inputs.position_ids
+    if position is None or position.dim() != 2 or position.shape[1] != inputs.length:
+        return None
+    return position.to(inputs.device).expand(inputs.batch, -1)
 
 
 def _packed_starts(inputs: ForwardInputs) -> Tensor | None:
     """Starts of the packed sequences, counted in the flattened batch; None where every row is one sequence."""
-    position = inputs.position_ids
-    if position is None or position.dim() != 2 or position.shape[1] != inputs.length:
+    position = _row_positions(inputs)
+    if position is None:
         return None
-    position = position.to(inputs.device).expand(inputs.batch, -1)
     fresh = torch.ones_like(position, dtype=torch.bool)
     fresh[:, 1:] = position.diff(dim=1) != 1
     starts = fresh.flatten().nonzero().squeeze(1)
@@ -154,7 +180,7 @@ def _packed(inputs: ForwardInputs, starts: Tensor, response_mask: Tensor | None)
     }
     response = (position >= response_start[which]) & (position < response_end[which])
     row = starts // inputs.length
-    in_row = torch.stack([row, starts - row * inputs.length, ends - row * inputs.length], dim=1)
+    in_row = torch.stack([row, starts - row * inputs.length, ends - row * inputs.length], dim=1)[ends > starts]
     shape = (inputs.batch, inputs.length)
     return Sequences(*shape, in_row, True, not bool(inside.all()), arguments, response.view(shape))
 

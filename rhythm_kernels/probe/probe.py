@@ -162,7 +162,8 @@ class RhythmProbe:
         waad_sum, fai_sum = self._sums
         if self._decoder.shards is not None:
             waad_sum, fai_sum = self._decoder.shards.sum(torch.stack(self._sums))
-        self._results = waad_sum / len(self.groups.local), fai_sum / len(self.groups.global_)
+        heads = (sum(map(len, layers.values())) for layers in (self._local, self._global))
+        self._results = waad_sum / next(heads), fai_sum / next(heads)
         self._sums = None
 
     def abandon(self, reason: str) -> None:

@@ -90,9 +90,24 @@ class Decoder:
             after(result is None)
 
         return [
-            target.register_forward_pre_hook(pre_hook, with_kwargs=True).remove,
-            target.register_forward_hook(post_hook, always_call=True).remove,
+            target.register_forward_pre_hook(_Hook(target, pre_hook), with_kwargs=True).remove,
+            target.register_forward_hook(_Hook(target, post_hook), always_call=True).remove,
         ]
+
+
+class _Hook:
+    """A hook of one module. Copies and pickles of the module carry it along; there it does nothing."""
+
+    def __init__(self, module: nn.Module | None = None, hook: Callable[..., None] | None = None) -> None:
+        self._module = module
+        self._hook = hook
+
+    def __call__(self, module: nn.Module, *arguments: Any) -> None:
+        if self._hook is not None and module is self._module:
+            self._hook(module, *arguments)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 def find_decoder(model: nn.Module) -> Decoder:

@@ -227,3 +227,9 @@ def test_errors():
         head_groups(model, [batch], by="entropy")
     with pytest.raises(ValueError, match="response_mask"):
         head_groups(model, [{**batch, "response_mask": torch.ones(2, 29)}])
+
+
+def test_batches_may_say_use_cache():
+    model = models.tiny_model("llama")
+    ids = models.tokens(2, 30)
+    assert head_groups(model, [{"input_ids": ids, "use_cache": True}]) == head_groups(model, [{"input_ids": ids}])

@@ -62,6 +62,21 @@ def test_packed(how):
     check(probe, expected)
 
 
+def test_the_sequences_are_those_that_the_kernel_was_given():
+    """Flash attention packs where positions are at their least, in one row, and by lengths given with their maxima."""
+    model = models.tiny_model("llama", "eager")
+    batch, bounds = models.packed_batch()
+    with pytest.raises(ValueError, match="start again within a row"):
+        probed(model, {name: x.repeat(2, 1) for name, x in batch.items()})
+    ids, length = batch["input_ids"], batch["input_ids"].shape[1]
+    jump = {"input_ids": ids, "position_ids": torch.arange(length)[None] + 9 * (torch.arange(length) > 20)}
+    maps = eager_maps(model, **jump, attention_mask=torch.ones_like(ids))
+    check(probed(model, jump), oracle(maps, GROUPS, [(0, 0, length)]))
+    ends = torch.tensor([0, *(end for _, _, end in bounds)], dtype=torch.int32)
+    incomplete = {"input_ids": ids, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    check(probed(model, incomplete), oracle(eager_maps(model, input_ids=ids), GROUPS, [(0, 0, length)]))
+
+
 def test_query_precision_is_the_kernels():
     """transformers lowers float32 queries for flash-attn under autocast: the measures must be of the lowered ones."""
     model = models.tiny_model("qwen3", "eager")

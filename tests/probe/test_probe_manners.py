@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -202,6 +203,29 @@ def test_groups_that_do_not_fit_are_refused_when_set(model):
         assert probe.groups is GROUPS
 
 
+def test_lists_that_change_after_they_were_given(model):
+    groups = HeadGroups(list(GROUPS.local), list(GROUPS.global_))
+    with RhythmProbe(model, groups) as probe:
+        forward(model)
+        waad = probe.waad
+        groups.local.append((1, 1))
+        forward(model)
+    assert torch.equal(probe.waad, waad)
+
+
+def test_copies_of_a_watched_model_are_models_of_their_own(model):
+    with RhythmProbe(model, GROUPS) as probe:
+        forward(model)
+        waad = probe.waad
+        copied = copy.deepcopy(model)
+        forward(copied, 17)
+        assert probe.waad is waad
+        with RhythmProbe(copied, GROUPS) as other:
+            forward(copied)
+    forward(copied)
+    assert torch.equal(other.waad, waad)
+
+
 def test_no_change_in_the_middle_of_a_forward(model):
     def hook(*_):
         probe.groups = GROUPS
@@ -300,6 +324,23 @@ def test_packing_that_the_model_does_not_see(model):
             model(batch["input_ids"], **lengths, use_cache=False)
         model(**batch, **lengths, use_cache=False)
         assert probe.waad.shape == batch["input_ids"].shape
+
+
+def test_packing_beside_a_mask(model):
+    """transformers does not look at positions then, and every token sees the other sequences."""
+    batch, _ = models.packed_batch()
+    whole, padded = torch.ones(2, 1, batch["input_ids"].shape[1], dtype=torch.long)
+    padded[:, -3:] = 0
+    left = torch.ones(2, 30, dtype=torch.long)
+    left[1, :7] = 0
+    with torch.no_grad(), RhythmProbe(model, GROUPS) as probe:
+        for mask in (whole, padded):
+            with pytest.raises(ValueError, match="start again within a row"):
+                model(**batch, attention_mask=mask, use_cache=False)
+        # Positions of padding may be anything.
+        positions = (left.cumsum(1) - 1).masked_fill(left == 0, 1)
+        model(models.tokens(2, 30), attention_mask=left, position_ids=positions)
+        assert probe.waad.shape == (2, 30)
 
 
 def test_a_mask_that_is_not_causal_attention():
