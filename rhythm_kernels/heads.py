@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ class HeadGroups:
 
 def _heads_of(name: str, heads: Iterable[Sequence[int]]) -> list[Head]:
     try:
-        pairs = [(int(layer), int(head)) for layer, head in heads]
+        pairs = [(operator.index(layer), operator.index(head)) for layer, head in heads]
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: must be a list of (layer, query head) pairs") from error
     if not pairs:

@@ -64,9 +64,16 @@ def is_one_pass(device: torch.device) -> bool:
 
 
 def register() -> None:
-    """Make `attn_implementation="rhythm"` known to transformers; calling it again changes nothing."""
+    """Make `attn_implementation="rhythm"` known to transformers; calling it again changes nothing.
+
+    Raises:
+        RuntimeError: someone else registered a function of that name.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    found = AttentionInterface._global_mapping.get(NAME, rhythm_attention)
+    if found is not rhythm_attention:
+        raise RuntimeError(f"attn_implementation={NAME!r} is taken by {found.__module__}.{found.__qualname__}")
     if NAME not in AttentionInterface._global_mapping:
         AttentionInterface.register(NAME, rhythm_attention)
         AttentionMaskInterface.register(NAME, rhythm_mask)

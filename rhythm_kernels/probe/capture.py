@@ -276,8 +276,10 @@ def _forward_inputs(given: dict[str, Any]) -> ForwardInputs:
         found = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"attention_mask: {found}; the probe needs the two-dimensional (B, T) mask from which transformers makes "
-            "its own"
+            "its own (models that make their masks outside of their language model are not supported)"
         )
+    if tokens.device.type == "meta":
+        raise ValueError("the measured forward runs on the meta device, where there is nothing to measure")
     batch, length = tokens.shape[:2]
     if mask is not None and tuple(mask.shape) != (batch, length):
         raise ValueError(f"attention_mask: shape {tuple(mask.shape)}, must be {(batch, length)} like the tokens")

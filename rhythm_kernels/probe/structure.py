@@ -134,7 +134,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     attentions = _attentions(module)
     if not attentions:
         raise ValueError(
-            f"model: no layer of {type(module).__name__} has softmax attention that goes through transformers' "
+            f"model: no layer of {type(module).__name__} has causal softmax attention that goes through transformers' "
             "attention registry, so there is nothing to measure"
         )
     config = module.config.get_text_config(decoder=True)

@@ -257,7 +257,14 @@ def test_wrong_groups(model, local, message):
 
 @pytest.mark.parametrize(
     ("heads", "error"),
-    [([], ValueError), ([(0, 0), (0, 0)], ValueError), ([(-1, 0)], ValueError), ([3], TypeError), ("ab", TypeError)],
+    [
+        ([], ValueError),
+        ([(0, 0), (0, 0)], ValueError),
+        ([(-1, 0)], ValueError),
+        ([3], TypeError),
+        ("ab", TypeError),
+        ([(0.5, 1)], TypeError),
+    ],
 )
 def test_malformed_groups(heads, error):
     with pytest.raises(error, match="local"):
@@ -359,6 +366,20 @@ def test_a_mask_that_is_not_causal_attention():
     with torch.no_grad(), RhythmProbe(model, HeadGroups([(1, 0)], [(3, 1)])) as probe:
         model(models.tokens(2, 50))
     assert probe.waad.shape == (2, 50)
+
+
+def test_the_meta_device_holds_nothing(model):
+    model.to("meta")
+    with torch.no_grad(), RhythmProbe(model, GROUPS), pytest.raises(ValueError, match="meta device"):
+        model(models.tokens(2, 30).to("meta"))
+
+
+def test_a_name_that_is_taken(monkeypatch):
+    from transformers import AttentionInterface
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "rhythm", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    with pytest.raises(RuntimeError, match=r"is taken by .*sdpa_attention_forward"):
+        register()
 
 
 def test_layers_without_softmax_attention():
