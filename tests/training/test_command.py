@@ -192,7 +192,7 @@ def test_compare_refuses_different_questions(runs, tmp_path, capsys):
         (["train", TINY, "grpo.optimizer=lion"], "grpo.optimizer is 'lion'"),
         (["train", TINY, "grpo.rewards=[luck]"], "grpo.rewards holds 'luck'"),
         (["train", TINY, "grpo.per_device_train_batch_size=3"], "grpo, rhythm: "),
-        (["train", TINY, "eval.split=dev"], "name must be 'train', 'validation' or 'test'"),
+        (["train", TINY, "eval.split=dev"], "eval.split is 'dev': it must be one of train, validation, test"),
         (["train", TINY, "model.dtype=float13"], "model.dtype is 'float13'"),
         (["train", TINY, "model.path=/nowhere/at/all"], "cannot be loaded"),
         (["evaluate", "/nowhere"], "/nowhere: no finished run"),
