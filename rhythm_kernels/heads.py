@@ -142,6 +142,8 @@ def head_groups(
     from .probe.capture import Capture
     from .probe.structure import attention_layers, find_decoder
 
+    if not isinstance(quantile, int | float):
+        raise TypeError(f"quantile: {quantile!r}, must be a number in (0, 1]")
     if not 0 < quantile <= 1:
         raise ValueError(f"quantile: {quantile!r}, must be in (0, 1]")
     if by not in ("span", "receiver"):
@@ -220,8 +222,9 @@ class _Tally:
         shape = (inputs.batch, inputs.length)
         if self.response_mask is None:
             return None
-        if tuple(self.response_mask.shape) != shape:
-            raise ValueError(f"response_mask: shape {tuple(self.response_mask.shape)}, must be {shape} like input_ids")
+        if not isinstance(self.response_mask, Tensor) or tuple(self.response_mask.shape) != shape:
+            found = getattr(self.response_mask, "shape", type(self.response_mask).__name__)
+            raise ValueError(f"response_mask: {found}, must be a tensor of shape {shape} like input_ids")
         return self.response_mask.to(inputs.device, torch.bool)
 
     def wants(self, layer: int) -> Wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -174,6 +175,10 @@ def attention_layers(decoder: Decoder, layers: str | Sequence[int]) -> list[int]
         return _known(decoder, sorted(decoder.attentions), layers)
     if isinstance(layers, str):
         raise ValueError(f"layers: {layers!r}, must be 'middle5', 'all' or a list of layer indices")
+    try:
+        layers = [operator.index(layer) for layer in layers]
+    except TypeError as error:
+        raise TypeError(f"layers: {layers!r}, must be 'middle5', 'all' or a list of layer indices") from error
     for layer in layers:
         if layer not in decoder.attentions:
             raise ValueError(

@@ -233,3 +233,24 @@ def test_batches_may_say_use_cache():
     model = models.tiny_model("llama")
     ids = models.tokens(2, 30)
     assert head_groups(model, [{"input_ids": ids, "use_cache": True}]) == head_groups(model, [{"input_ids": ids}])
+
+
+@pytest.mark.parametrize(
+    ("options", "mask", "error", "name"),
+    [
+        ({"layers": 1}, None, TypeError, "layers: 1"),
+        ({"layers": [1.0]}, None, TypeError, "layers"),
+        ({"quantile": "0.3"}, None, TypeError, "quantile"),
+        ({}, [[True] * 30] * 2, ValueError, "response_mask: list"),
+    ],
+)
+def test_arguments_of_a_wrong_type(options, mask, error, name):
+    batch = {"input_ids": models.tokens(2, 30), "response_mask": mask}
+    with pytest.raises(error, match=name):
+        head_groups(models.tiny_model("llama"), [batch], **options)
+
+
+def test_layers_in_a_tensor_are_saved_as_numbers(tmp_path):
+    groups = head_groups(models.tiny_model("llama"), [{"input_ids": models.tokens(2, 30)}], torch.tensor([1, 2]))
+    groups.save(tmp_path / "groups.json")
+    assert HeadGroups.load(tmp_path / "groups.json").provenance["layers"] == [1, 2]
