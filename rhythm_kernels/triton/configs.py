@@ -28,7 +28,9 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     registers: int = 0  # the most a thread may have; 0: as ptxas likes, which is to spill a little for occupancy
-    capped_rows: int = 0  # `rows` with a softcap, whose slope the backward pass holds as well; 0: as without
+    # `rows` with a softcap, whose slope the backward pass holds as well, or a window, which makes it a third loop;
+    # 0: as without.
+    capped_rows: int = 0
 
 
 # (bits, width): Tile. float32 dots run on the plain FMA units, which hold whole heads of both operands in registers:
@@ -112,6 +114,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
             (16, 96): Tile(32, 128, 8, 2, capped_rows=16),
             (16, 127): Tile(16, 128, 8, 2),  # a mask beside two chunks
             (16, 128): Tile(32, 128, 8, 2, capped_rows=16),
+            (16, 159): Tile(16, 64, 8, 1, 255),  # a mask beside two chunks
             (16, 160): Tile(16, 64, 8, 2, 255),
             (16, 256): Tile(32, 32, 8, 1),  # wgmma, which wants 64 keys, would spill
             **_FLOAT32_STREAM_TWO,
@@ -228,7 +231,11 @@ def listed(kernel: str, arch: str, bits: int, head_size: int) -> Tile:
 
 
 def chunks(head_size: int) -> tuple[int, int]:
-    """Two powers of two, of at least 16, that cover a head: 128 -> (128, 0), 80 -> (64, 16), 192 -> (128, 64)."""
+    """Two powers of two that cover a head: 128 -> (128, 0), 80 -> (64, 16), 192 -> (128, 64).
+
+    Products want 16, and 16 beside 128 makes dk and dv spill on sm_80 with every tile: the second is a quarter of the
+    first at least, 144 -> (128, 32).
+    """
     low = max(16, 1 << (head_size.bit_length() - 1))
     rest = head_size - low
-    return low, max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
+    return low, max(16, low // 4, 1 << (rest - 1).bit_length()) if rest > 0 else 0

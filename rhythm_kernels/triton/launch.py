@@ -149,7 +149,7 @@ class AttentionProblem:
         arch = configs.architecture(self.q.device)
         bits = 8 * self.q.element_size() if not INTERPRETED else 32
         tile = configs.choose(name, arch, bits, max(self.q.shape[3], self.v.shape[3]))
-        if self.arguments["HAS_SOFTCAP"] and tile.capped_rows:
+        if tile.capped_rows and (self.arguments["HAS_SOFTCAP"] or self.arguments["HAS_WINDOW"]):
             tile = tile._replace(rows=tile.capped_rows)
         tiles = -(-self.max_seqlen // getattr(tile, owner))
         grid = tiles * groups * self.n_sequences

@@ -29,6 +29,7 @@ NO_OPTIONS = {
 MORE = [
     (Case("values of another size", batch=1, dim=24), 9),
     (Case("192 and 128", dim=192, length=36, heads=2, kv_heads=1), 128),
+    (Case("144 and 136", dim=144, length=36, heads=2, kv_heads=1), 136),
     (Case("narrow keys, wide values", dim=8, length=20, heads=2, kv_heads=1), 256),
     (Case("one value", dim=1, length=33), 1),
     (Case("head size 96", dim=96, length=34, heads=2, kv_heads=1), 112),
