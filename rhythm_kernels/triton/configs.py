@@ -57,7 +57,12 @@ _ATTENTION = {
         **_FLOAT32_STREAM,
     },
     "sm_100": {(16, 128): Tile(128, 64, 8, 3, 255), (16, 256): Tile(64, 32, 8, 2, 255), **_FLOAT32_STREAM},
-    "gfx942": {(16, 128): Tile(128, 64, 4, 1), (16, 256): Tile(128, 32, 4, 1), **_FLOAT32_AMD},
+    "gfx942": {
+        (16, 128): Tile(128, 64, 4, 1),
+        (16, 192): Tile(128, 32, 4, 1, capped_rows=64),
+        (16, 256): Tile(128, 32, 4, 1),
+        **_FLOAT32_AMD,
+    },
 }
 
 TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
