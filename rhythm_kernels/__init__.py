@@ -16,9 +16,9 @@ from .reference import AttentionStats, ColumnMoments
 
 if TYPE_CHECKING:
     from .credit import rhythm_credit, shape_advantages
-    from .heads import HeadGroups, head_groups
+    from .heads import HeadGroups
     from .native import build_info
-    from .probe import RhythmProbe
+    from .probe import RhythmProbe, head_groups
 
 __version__ = "0.1.0"
 
@@ -45,7 +45,7 @@ _LAZY = {
     "HeadGroups": "heads",
     "RhythmProbe": "probe",
     "build_info": "native",
-    "head_groups": "heads",
+    "head_groups": "probe",
     "rhythm_credit": "credit",
     "shape_advantages": "credit",
 }

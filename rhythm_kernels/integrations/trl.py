@@ -19,7 +19,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from ..credit import rhythm_credit, shape_advantages
-from ..heads import HeadGroups, head_groups
+from ..heads import HeadGroups
+from ..probe import head_groups
 from ..probe.structure import attention_layers, find_decoder
 from .measure import MeasuredPass, PassProbe
 from .trl_config import RhythmGRPOConfig
@@ -179,7 +180,8 @@ class RhythmGRPOTrainer(GRPOTrainer):
         metrics["rhythm/calibration_seconds"].append(time.perf_counter() - started)
 
     def _use_groups(self, groups: HeadGroups) -> None:
-        groups.check(find_decoder(self.model))
+        decoder = find_decoder(self.model)
+        groups.check(decoder.config, decoder.heads)
         self.rhythm_groups, self._grouped_at = groups, self.state.global_step
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
