@@ -24,16 +24,14 @@ SPILLS = 0 if triton.__version__.startswith("3.8.") else 64
 REGISTERS = 40
 EVERY_RULE = "softcap,window,sinks"
 # (architecture, inputs, head sizes of q and k and of v, rules): every architecture with 16-bit and 32-bit inputs, every
-# kind of head size (one chunk, two, a masked one, unequal ones) and both ends of the rules, without their product.
+# kind of head size (one chunk, two, a masked one) and both ends of the rules, without their product.
 POINTS = [
     ("sm_80", "bf16", "16", EVERY_RULE),
     ("sm_80", "bf16", "112", ""),
-    ("sm_80", "bf16", "192,128", ""),
     ("sm_80", "fp32", "160", EVERY_RULE),
     ("sm_90", "bf16", "128", EVERY_RULE),
-    ("sm_90", "fp16", "112", ""),
     ("sm_90", "bf16", "256", ""),
-    ("sm_90", "fp32", "112", EVERY_RULE),
+    ("sm_90", "fp32", "112", ""),
     ("sm_100", "bf16", "128", EVERY_RULE),
     ("sm_100", "fp16", "64", ""),
     ("sm_100", "fp32", "80", ""),
@@ -41,11 +39,12 @@ POINTS = [
     ("gfx942", "fp16", "192", ""),
     ("gfx942", "fp32", "64", EVERY_RULE),
 ]
-# Attention has launch choices for more head sizes and rules, some of whose kernels once spilled.
+# Attention has launch choices for more head sizes and rules, some of whose kernels once spilled, and unequal sizes.
 ATTENTION = {"attention", "attention_alone", "attention_dq", "attention_dkv"}
 ATTENTION_POINTS = [
     ("sm_80", "bf16", "144", EVERY_RULE),
-    ("sm_80", "bf16", "160", ""),
+    ("sm_80", "bf16", "192,128", ""),
+    ("sm_90", "fp16", "112", ""),
     ("sm_90", "bf16", "128", "window"),
     ("sm_90", "bf16", "160", EVERY_RULE),
     ("sm_100", "bf16", "192", ""),
