@@ -25,6 +25,8 @@ from .lse import LseObserver, as_batched
 from .masks import ForwardInputs, Sequences, sequences_of, window_of_layer
 from .structure import Decoder, bind_forward
 
+_CACHES = ("cache", "past_key_values")  # what models call a KV cache since transformers 5.24, and before
+
 _watching: dict[int, list[Capture]] = {}  # id of a decoder -> who watches it; the last one is told of its forwards
 
 
@@ -163,8 +165,8 @@ class Capture:
         if self._depth > 1 or _watching[id(self._decoder.module)][-1] is not self:
             return
         given = bind_forward(module, args, kwargs)
-        if given.get("past_key_values") is not None:
-            self._consumer.abandon("it was given past_key_values, as generate does; only forwards without a cache are")
+        if any(given.get(name) is not None for name in _CACHES):
+            self._consumer.abandon("it was given a KV cache, as generate does; only forwards without one are")
             return
         self._inputs = _forward_inputs(given)
         self._response_mask = self._consumer.begin(self._inputs)

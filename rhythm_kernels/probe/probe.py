@@ -25,7 +25,7 @@ class RhythmProbe:
     In each layer of the groups, q and k (after rotary embedding, as the attention function receives them) are reduced
     within the attention call to sums over the group's heads (eq. 8: the plain mean over all heads of a group) and never
     kept. The model's outputs and gradients are bit for bit those without the probe. Measured is a forward without a KV
-    cache from outside; `generate` and its steps (all of which are given `past_key_values`) pass untouched, as do other
+    cache from outside; `generate` and its steps (all of which are given a cache) pass untouched, as do other
     models and the recomputation of gradient checkpointing. Not thread-safe.
 
     Args:

@@ -180,7 +180,8 @@ def count_passes(kind, config, folder, **changed):
     model, passes = build_model(), []
 
     def count(module, args, kwargs):
-        passes.append(1) if kwargs.get("past_key_values") is None else None
+        if kwargs.get("cache") is None and kwargs.get("past_key_values") is None:
+            passes.append(1)
 
     model.model.register_forward_pre_hook(count, with_kwargs=True)
     train(kind, config, folder, model=model, **changed)

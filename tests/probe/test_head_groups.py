@@ -85,7 +85,8 @@ def test_batches_stream(by):
             del ids
 
     def tensors():
-        return sum(x.numel() for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
+        # Not those of a compiler that an earlier test has used: their sizes are symbols.
+        return sum(x.numel() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter))
 
     groups = head_groups(model, batches(), layers="all", by=by)
     assert max(old for old, _ in alive) <= 1

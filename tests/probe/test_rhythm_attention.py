@@ -13,9 +13,8 @@ import torch
 from probe_oracle import eager_maps, oracle, padded_bounds
 
 from rhythm_kernels import HeadGroups, RhythmProbe, functional, head_groups
-from rhythm_kernels import heads as heads_module
 from rhythm_kernels.integrations.transformers import register
-from rhythm_kernels.probe import attention
+from rhythm_kernels.probe import attention, calibration
 from rhythm_kernels.probe.ranges import RangeMask, rhythm_mask
 
 GROUPS = HeadGroups(local=[(0, 0), (2, 1), (2, 3)], global_=[(1, 0), (2, 2), (3, 3)])
@@ -273,15 +272,15 @@ def test_calibration_in_the_same_pass(family, layout, monkeypatch):
         response = torch.ones_like(batch["input_ids"], dtype=torch.bool)
     response[:, :25] = False
     response[:, 60:] = False
-    calibration = [{**batch, "response_mask": response}]
-    apart = head_groups(model, calibration, layers="all")
+    batches = [{**batch, "response_mask": response}]
+    apart = head_groups(model, batches, layers="all")
     requests = []
     ask = attention.asking
     monkeypatch.setattr(attention, "asking", lambda request: (requests.append(request), ask(request))[1])
     monkeypatch.setattr(attention, "is_one_pass", lambda device: True)
     with monkeypatch.context() as patch:
-        patch.setattr(heads_module, "span", None)  # nobody takes another pass
-        together = head_groups(model, calibration, layers="all")
+        patch.setattr(calibration, "span", None)  # nobody takes another pass
+        together = head_groups(model, batches, layers="all")
     assert together == apart
     for which in ("local", "global"):
         assert together.provenance["span"][which] == pytest.approx(apart.provenance["span"][which], rel=1e-4)
