@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from .interpreted import INTERPRETED
+from .interpreted import INTERPRETED, read_scalars_under_any_numpy
 
 try:
+    if INTERPRETED:
+        read_scalars_under_any_numpy()
     from .attention import attention
     from .attention_backward import attention_backward
     from .band_columns import band_columns
