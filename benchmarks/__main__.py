@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,11 +16,14 @@ import torch
 from . import report
 from .machine import device_name
 from .rows import Row, default_path, load, save
-from .runner import run_suite
+from .runner import BrokenDeviceError, Choice, broken, run_suite
 from .shapes import DEVICES, PROFILES
 from .suites import SUITES
 from .targets import verdicts
 from .timing import BUDGETS, Budget
+
+# Exit status where the CUDA context broke: started again with --resume, the command goes on behind what broke it.
+BROKEN = 75
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,9 +34,12 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--quick", action="store_const", dest="profile", const="quick", help="one small shape a suite")
     parser.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--length", type=int, action="append", help="only shapes of so many tokens; may be repeated")
+    parser.add_argument("--among", action="append", default=[], metavar="RIVAL", help="these rivals alone")
     parser.add_argument("--without", action="append", default=[], metavar="RIVAL", help="leave a rival out")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, help="time for the rounds of one shape")
+    parser.add_argument("--deadline", type=float, help="seconds after which nothing is begun but rounds that must be")
+    parser.add_argument("--resume", action="store_true", help="leave out what the file of --save holds from before")
     parser.add_argument(
         "--save",
         nargs="?",
@@ -48,29 +57,40 @@ def _run(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*flex_attention.*")
     device = torch.device(options.device)
     budget = BUDGETS[options.profile]
+    deadline = math.inf if options.deadline is None else time.monotonic() + options.deadline
     if options.seconds is not None:
-        budget = Budget(options.seconds, min(budget.least, 3), budget.most)
+        budget = Budget(options.seconds, min(budget.least, 3), budget.most, deadline)
+    else:
+        budget = replace(budget, deadline=deadline)
+    choice = Choice(options.length or (), options.among, options.without)
     path = None
     if options.save is not None:
         path = Path(options.save) if options.save else default_path(device_name(device))
     earlier = load([path]) if path is not None and path.exists() else []
     rows: list[Row] = []
-    broken = False
+    failed = False
     for suite in options.suite or [name for name in SUITES if name != "native_targets" or device.type == "cpu"]:
         try:
-            for found in run_suite(suite, options.profile, device, budget, options.length or (), options.without):
+            for found in run_suite(suite, options.profile, device, budget, choice, earlier if options.resume else ()):
                 rows += found
                 print(report.table(found), flush=True)
                 if path is not None:  # after every shape: what is cut short keeps what it has
                     save([*earlier, *rows], path)
+        except BrokenDeviceError as error:
+            print(error, flush=True)
+            if path is not None:
+                save([*earlier, *rows, *error.rows], path)
+            return BROKEN
         except Exception:  # the other suites are still wanted
             traceback.print_exc()
-            broken = True
+            if broken(device):
+                return BROKEN
+            failed = True
     for line in verdicts(rows):
         print(line)
     if path is not None:
         print(f"{len(rows)} rows added to {path}")
-    return 1 if broken or any(row.status in ("wrong", "failed") for row in rows) else 0
+    return 1 if failed or any(row.status in ("wrong", "failed") for row in rows) else 0
 
 
 def _report(arguments: list[str]) -> int:

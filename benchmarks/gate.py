@@ -110,8 +110,21 @@ def tolerance(name: str, want: Tensor, problem: AttentionProblem) -> Tensor | fl
     return 1e-3 * want.abs() + 1e-9 * float(want.abs().max())
 
 
+def worst(found: Tensor, wanted: Tensor, limit: Tensor | float) -> float:
+    """The largest error in units of its limit; infinite where something is NaN or has another shape."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    return float(((found.double() - wanted).abs() / limit).nan_to_num(nan=float("inf")).max())
+
+
+def tail_rows(shape: AttentionShape) -> int:
+    """How many of the last rows are held to complete rows of attention: enough for a horizon, as memory allows."""
+    row_bytes = 8 * shape.batch * shape.heads * shape.length
+    return min(TAIL, max(shape.hi + 14, _TAIL_BYTES // row_bytes))
+
+
 def _worst(got: Results, want: Results, problem: AttentionProblem, part: slice, where: str) -> tuple[float, str]:
-    worst, which = 0.0, ""
+    largest, which = 0.0, ""
     for name, result in got.items():
         # Every result ends in its tokens but the output, (B, T, H, D).
         tokens = 1 if name == "out" else result.dim() - 1
@@ -124,10 +137,10 @@ def _worst(got: Results, want: Results, problem: AttentionProblem, part: slice, 
             found, wanted = found[..., :keep], wanted[..., :keep]
         if found.shape != wanted.shape:
             return float("inf"), f"{name} has shape {tuple(result.shape)}"
-        error = ((found - wanted).abs() / tolerance(name, wanted, problem)).nan_to_num(nan=float("inf"))
-        if float(error.max()) >= worst:
-            worst, which = float(error.max()), f"{name} of the {where}"
-    return worst, which
+        error = worst(found, wanted, tolerance(name, wanted, problem))
+        if error >= largest:
+            largest, which = error, f"{name} of the {where}"
+    return largest, which
 
 
 class AttentionGate:
@@ -146,10 +159,7 @@ class AttentionGate:
         """The largest error in units of its tolerance (above 1: the gate is red), and where it was found."""
         if self.length <= WHOLE:
             return _worst(got, self._head, self.problem, slice(0, self.length), "whole")
-        shape = self.problem.shape
-        row_bytes = 8 * shape.batch * shape.heads * self.length
-        rows = min(TAIL, max(shape.hi + 14, _TAIL_BYTES // row_bytes))
-        first = self.length - rows
+        first = self.length - tail_rows(self.problem.shape)
         with_out = "out" in got
         if with_out not in self._tails:
             self._tails[with_out] = tail_definition(self.problem, first, with_out)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from .contenders import ceilings, chunked, credit, eager, flex, models, ours, peers
+from .contenders import backward, ceilings, chunked, credit, eager, flex, models, ours, peers
 from .gate import Results
 from .shapes import DEVICES, Shape
-from .suites import attention, band_columns, band_rows, column_stats, row_stats
+from .suites import attention, attention_backward, band_columns, band_rows, column_stats, row_stats
 from .suites import credit as credit_suite
 from .work import Work
 
@@ -57,7 +57,7 @@ class Rival:
 # bits, as much again.
 _HALF = {"bfloat16": 2000.0, "float16": 250.0}
 _ROUNDED = {"bfloat16": 10.0, "float16": 10.0}  # float32 inside, the result alone in 16 bits
-_EAGER_LONGEST = {"cpu": 4096}
+_EAGER_LONGEST = {"cpu": 4096, "cuda": 8192}
 _SDPA_LONGEST = {"cpu": 8192, "cuda": 131_072}
 _FLEX_LONGEST = {"cpu": 4096, "cuda": 8192}  # on a GPU each shape is compiled anew
 _LONGEST = {"cpu": 8192, "cuda": 32_768}
@@ -105,6 +105,14 @@ _SDPA = (
     Rival(
         "SDPA FlashAttention",
         peers.sdpa_flash,
+        _CUDA,
+        longest=_SDPA_LONGEST,
+        work=_forward_work,
+        graph=True,
+    ),
+    Rival(
+        "SDPA cuDNN",
+        peers.sdpa_cudnn,
         _CUDA,
         longest=_SDPA_LONGEST,
         work=_forward_work,
@@ -224,6 +232,13 @@ RIVALS: dict[str, tuple[Rival, ...]] = {
         _flex(flex.attention),
         *_SDPA,
         *_ceilings(attention.work),
+    ),
+    "attention_backward": (
+        *(replace(rival, graph=False) for rival in _ours("attention", backward.ours, ("triton", "torch"))),
+        Rival("SDPA backward", backward.sdpa, longest=_SDPA_LONGEST),
+        Rival("SDPA FlashAttention", backward.sdpa_flash, _CUDA, longest=_SDPA_LONGEST),
+        Rival("SDPA cuDNN", backward.sdpa_cudnn, _CUDA, longest=_SDPA_LONGEST),
+        *_ceilings(attention_backward.work),
     ),
     "probe": (
         Rival("forward alone", models.forward),

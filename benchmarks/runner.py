@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import os
+import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,27 +32,69 @@ class _Contender:
     call: Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which shapes and rivals of a suite are wanted; an empty collection says all.
+
+    Attributes:
+        lengths: tokens of the shapes.
+        among, without: names of rivals that compete, and of rivals that do not.
+    """
+
+    lengths: Collection[int] = ()
+    among: Collection[str] = ()
+    without: Collection[str] = ()
+
+    def takes(self, rival: str) -> bool:
+        return (not self.among or rival in self.among) and rival not in self.without
+
+
+class BrokenDeviceError(RuntimeError):
+    """A rival left the CUDA context unusable: nothing else can be measured in this process.
+
+    Attributes:
+        rows: the rows of this shape that say so, to be saved before the process ends.
+    """
+
+    def __init__(self, rows: list[Row]) -> None:
+        super().__init__(f"the CUDA context is broken: {rows[-1].rival}: {rows[-1].reason}")
+        self.rows = rows
+
+
 def run_suite(
     suite: str,
     profile: str,
     device: torch.device,
     budget: Budget,
-    lengths: Collection[int] = (),
-    without: Collection[str] = (),
+    choice: Choice = Choice(),
+    earlier: Collection[Row] = (),
 ) -> Iterator[list[Row]]:
     """The rows of each shape of a suite, in the registry's order, one list a shape.
 
-    Of all its shapes, or those of certain `lengths`; of all its rivals but those named in `without`.
+    Args:
+        budget: of each shape; none is begun after its deadline.
+        earlier: rows of a process that ended before its time. A shape that has a row in which something was measured is
+            not run again; rivals that failed at a shape are left out there.
+
+    Raises:
+        BrokenDeviceError: the process must end; another may go on with `earlier`.
     """
     about = environment(device)
     if SUITES[suite].memory_curve:
         memory.keep_nothing()
     for shape in shapes(suite, device.type, profile):
-        if not lengths or shape.length in lengths:
-            yield compete(suite, shape, device, budget, about, without)[0]
-            gc.collect()  # the timed calls hold the tensors of the shape, some in cycles
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        met = [row for row in earlier if row.suite == suite and row.shape == shape.name]
+        if (choice.lengths and shape.length not in choice.lengths) or any(row.status == "ok" for row in met):
+            continue
+        if time.monotonic() > budget.deadline:
+            print(f"{suite}, {shape.name}: not begun, the time is over", flush=True)
+            continue
+        failed = [row.rival for row in met if row.status == "failed"]
+        wanted = replace(choice, without=[*choice.without, *failed])
+        yield compete(suite, shape, device, budget, about, wanted)[0]
+        gc.collect()  # the timed calls hold the tensors of the shape, some in cycles
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def compete(
@@ -60,7 +103,7 @@ def compete(
     device: torch.device,
     budget: Budget,
     about: dict[str, Any] | None = None,
-    without: Collection[str] = (),
+    choice: Choice = Choice(),
 ) -> tuple[list[Row], dict[str, Samples]]:
     """One row a rival that competes on this device, and the samples of those that were timed, by name."""
     about = environment(device) if about is None else about
@@ -69,7 +112,7 @@ def compete(
     gate = definition.gate(problem)
     rows, contenders = [], []
     for rival in RIVALS[suite]:
-        if device.type not in rival.devices or rival.name in without:
+        if device.type not in rival.devices or not choice.takes(rival.name):
             continue
         work = rival.work(shape, device.type) if rival.work else definition.work(shape)
         row = Row(suite, rival.name, shape.name, shape.dtype, shape.as_dict(), environment=about)
@@ -78,6 +121,8 @@ def compete(
         contender = _admit(rival, row, shape, problem, gate, device)
         if contender is not None:
             contenders.append(contender)
+        elif row.status == "failed" and broken(device):
+            raise BrokenDeviceError([row])
     if definition.memory_curve:
         budget = Budget(0.0, 1, 1)
     timed = contest({c.rival.name: c.call for c in contenders}, device, budget)
@@ -122,6 +167,18 @@ def _admit(rival: Rival, row: Row, shape: Shape, problem: Any, gate: Gate, devic
     except Exception as error:  # a rival that breaks must not take the others' rows along
         row.status, row.reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0][:300]
         return None
+
+
+def broken(device: torch.device) -> bool:
+    """Whether an earlier error left the device unusable in this process, as an illegal address does."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+        torch.ones(1, device=device).sum().item()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _captured_or_plain(call: Callable[[], Results], row: Row) -> Callable[[], object]:

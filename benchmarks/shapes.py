@@ -151,6 +151,7 @@ SHAPES: dict[str, dict[tuple[str, str], tuple[Shape, ...]]] = {
     "column_stats": _STREAMS,
     "column_moments": _STREAMS,
     "attention": _STREAMS,
+    "attention_backward": _STREAMS,
     "probe": {
         ("cpu", "quick"): _small_model(512),
         ("cpu", "full"): _small_model(1024, 4096),

@@ -40,11 +40,19 @@ def quantile(values: list[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Budget:
-    """`seconds` for all rounds of one shape, between `least` and `most` rounds."""
+    """`seconds` for all rounds of one shape, between `least` and `most` rounds.
+
+    `deadline`: the value of `time.monotonic()` after which no round but a shape's first is begun.
+    """
 
     seconds: float
     least: int = 5
     most: int = 50
+    deadline: float = math.inf
+
+    def over(self, done: int, seconds: float) -> bool:
+        """Whether a shape has had its time, after `done` rounds and so many seconds."""
+        return (done >= 1 and time.monotonic() > self.deadline) or (done >= self.least and seconds > self.seconds)
 
 
 # Of each profile of shapes.
@@ -84,7 +92,7 @@ def contest(calls: dict[str, Callable[[], object]], device: torch.device, budget
     shuffle = random.Random(0).shuffle
     start = time.perf_counter()
     for done in range(budget.most):
-        if done >= budget.least and time.perf_counter() - start > budget.seconds:
+        if budget.over(done, time.perf_counter() - start):
             break
         shuffle(order)
         for name in order:

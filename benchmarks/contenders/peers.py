@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..gate import Results
@@ -32,15 +33,33 @@ def sdpa(p: AttentionProblem) -> Call:
     return lambda: {"out": F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)}
 
 
+def _held_to(backend: SDPBackend, p: AttentionProblem) -> Call:
+    """The same, held to one of torch's operators; k and v expanded outside of the timing where it knows no groups."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Results:
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+        return {"out": out.transpose(1, 2)}
+
+    inputs = p.heads_first
+    try:
+        call(*inputs)
+    except RuntimeError as error:
+        if "kernel" not in str(error):  # as in "No available kernel"
+            raise
+        q, k, v = inputs
+        inputs = q, k.repeat_interleave(p.group, dim=1), v.repeat_interleave(p.group, dim=1)
+    return lambda: call(*inputs)
+
+
 def sdpa_flash(p: AttentionProblem) -> Call:
-    """The same, held to torch's FlashAttention."""
-    call = sdpa(p)
+    """torch's FlashAttention 2."""
+    return _held_to(SDPBackend.FLASH_ATTENTION, p)
 
-    def flash() -> Results:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return call()
 
-    return flash
+def sdpa_cudnn(p: AttentionProblem) -> Call:
+    """cuDNN's attention, which torch prefers on some GPUs."""
+    return _held_to(SDPBackend.CUDNN_ATTENTION, p)
 
 
 def flash_attn(p: AttentionProblem) -> Call:

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 
 import torch
 
+from ..contenders.backward import BackwardGate
 from ..contenders.credit import CreditGate
 from ..contenders.models import ModelGate, ModelProblem
 from ..gate import AttentionGate, Results
 from ..problem import AttentionProblem, CreditProblem
 from ..work import Work
-from . import attention, band_columns, band_rows, column_stats, credit, probe, row_stats
+from . import attention, attention_backward, band_columns, band_rows, column_stats, credit, probe, row_stats
 
 
 class Gate(Protocol):
@@ -58,6 +59,13 @@ SUITES: dict[str, Suite] = {
     "column_stats": _attention("Full-horizon FAI given lse", column_stats.work),
     "column_moments": _attention("Moments of attention received, given lse", column_stats.moments_work),
     "attention": _attention("Attention with its rhythm", attention.work),
+    "attention_backward": Suite(
+        "Attention's backward pass",
+        AttentionProblem.draw,
+        BackwardGate,
+        attention_backward.work,
+        _FLASH | {"cpu": "SDPA backward"},
+    ),
     "probe": Suite(
         "Model forward with measures",
         ModelProblem.draw,
