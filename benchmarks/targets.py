@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from .rows import Row
 
@@ -12,59 +14,82 @@ from .rows import Row
 class Target:
     """`rival`'s median over `against`'s at most `bound`; or, with `against` empty, its bandwidth share at least that.
 
-    `length`: the shape's tokens. `as_speedup`: print the ratio the other way round. `by_cpu_time`: met as well where
-    the ratio of the median CPU times is (two long calls on a shared machine: the clock alone is too noisy).
+    `rival`: a name, or several of which the fastest counts. `length`: the shape's tokens; `family`: what the shape's
+    name must hold besides, where a suite has several shapes of one length. `as_speedup`: print the ratio the other way
+    round. `memory`: of the peak memory in place of the time. `by_cpu_time`: met as well where the ratio of the median
+    CPU times is (two long calls on a shared machine: the clock alone is too noisy).
     """
 
     suite: str
     device: str
     length: int
-    rival: str
+    rival: str | tuple[str, ...]
     against: str
     bound: float
     as_speedup: bool = False
     by_cpu_time: bool = False
+    memory: bool = False
+    family: str = ""
 
 
-def _cuda(suite: str, against: str, bound: float, *lengths: int, rival: str = "rhythm triton") -> list[Target]:
-    return [Target(suite, "cuda", length, rival, against, bound) for length in lengths]
+def _cuda(suite: str, against: str, bound: float, *lengths: int, **more: Any) -> list[Target]:
+    rival = more.pop("rival", "rhythm triton")
+    return [Target(suite, "cuda", length, rival, against, bound, **more) for length in lengths]
 
+
+_BANDS = ("rhythm triton", "rhythm cuda")  # whichever is faster serves the users: `ops/dispatch.py` follows
 
 TARGETS: list[Target] = [
     Target("native_targets", "cpu", 8192, "waad: rhythm cpu", "SDPA forward", 0.004),
-    Target("native_targets", "cpu", 8192, "fai: rhythm cpu", "SDPA forward", 0.008),
+    Target("native_targets", "cpu", 8192, "fai: rhythm cpu", "SDPA forward", 0.016),
     Target("native_targets", "cpu", 4096, "waad: rhythm cpu", "waad: eager maps", 1 / 500, as_speedup=True),
     Target("native_targets", "cpu", 4096, "fai: rhythm cpu", "fai: eager maps", 1 / 200, as_speedup=True),
     Target("probe", "cpu", 4096, "forward + probe", "forward alone", 1.03, by_cpu_time=True),
-    *_cuda("band_rows", "", 0.8, 8192, 32_768, 131_072),
-    *_cuda("band_columns", "", 0.8, 8192, 32_768, 131_072),
-    *_cuda("attention", "SDPA FlashAttention", 1.15, 8192, 32_768),
-    *_cuda("row_stats", "SDPA FlashAttention", 0.65, 8192, 32_768),
-    *_cuda("column_stats", "SDPA FlashAttention", 0.65, 8192, 32_768),
-    *_cuda("column_stats", "flash-colreduce", 0.5, 8192, 32_768),
+    *_cuda("band_rows", "", 0.85, 32_768, 131_072, 1_048_576, rival=_BANDS),
+    *_cuda("band_columns", "", 0.75, 32_768, 131_072, 1_048_576, rival=_BANDS),
+    *(
+        target
+        for suite in ("band_rows", "band_columns")
+        for target in (
+            *_cuda(suite, "eager maps", 1 / 100, 8192, rival=_BANDS, as_speedup=True),
+            *_cuda(suite, "eager maps", 1 / 500, 8192, rival=_BANDS, as_speedup=True, memory=True),
+        )
+    ),
+    *_cuda("attention", "SDPA FlashAttention", 1.0, 8192, 32_768, family="D128 bfloat16"),
+    *_cuda("attention", "SDPA cuDNN", 1.6, 8192, 32_768, family="D128 bfloat16"),
+    *_cuda("row_stats", "SDPA FlashAttention", 0.5, 8192, 32_768, family="D128 bfloat16"),
+    *_cuda("column_stats", "flash-colreduce", 0.5, 8192, 32_768, family="D128 bfloat16"),
     *_cuda("probe", "forward alone", 1.02, 8192, 32_768, 131_072, rival="forward + probe"),
 ]
 
 
-def _find(rows: Iterable[Row], target: Target, rival: str) -> Row | None:
-    found = [
-        row
+def _quantity(row: Row, target: Target) -> float | None:
+    return row.peak_bytes if target.memory else row.median
+
+
+def _find(rows: Iterable[Row], target: Target, rival: str | tuple[str, ...]) -> Row | None:
+    """The latest row of each name, and of these the best."""
+    names = (rival,) if isinstance(rival, str) else rival
+    found = {
+        row.rival: row
         for row in rows
         if row.suite == target.suite
         and row.environment.get("device_type") == target.device
         and row.dimensions.get("length") == target.length
-        and row.rival == rival
-        and row.median is not None
-    ]
-    return found[-1] if found else None
+        and target.family in row.shape
+        and row.rival in names
+        and _quantity(row, target)
+    }
+    return min(found.values(), key=lambda row: _quantity(row, target) or 0.0, default=None)
 
 
 def verdict(target: Target, rows: list[Row]) -> str | None:
     """One line, or None where the rows do not hold what the target is about."""
     row = _find(rows, target, target.rival)
-    if row is None or row.median is None:
+    if row is None:
         return None
-    where = f"{target.suite} T={target.length}: {target.rival}"
+    family = f" {target.family}" if target.family else ""
+    where = f"{target.suite}{family} T={target.length}: {row.rival}"
     if not target.against:
         if row.bandwidth_share is None:
             return None
@@ -72,13 +97,14 @@ def verdict(target: Target, rows: list[Row]) -> str | None:
         share = f"{row.bandwidth_share:.1%} of the machine's bandwidth (at least {target.bound:.0%})"
         return f"{where}: {share}: {_word(met)}"
     other = _find(rows, target, target.against)
-    if other is None or other.median is None:
+    if other is None:
         return None
-    ratio = row.median / other.median
+    ratio = (_quantity(row, target) or 0.0) / (_quantity(other, target) or math.inf)
     met = ratio <= target.bound
     if target.as_speedup:
-        speedup = f"{1 / ratio:.0f} times faster than {target.against} (at least {1 / target.bound:.0f})"
-        return f"{where}: {speedup}: {_word(met)}"
+        kind = "less memory" if target.memory else "faster"
+        factor = f"{1 / ratio:.0f} times {kind} than {target.against} (at least {1 / target.bound:.0f})"
+        return f"{where}: {factor}: {_word(met)}"
     if target.by_cpu_time and row.cpu and other.cpu:
         met = met or row.cpu / other.cpu <= target.bound
     percent = f"{ratio:.2%} of {target.against} (at most {target.bound:.1%})"
