@@ -426,7 +426,7 @@ def test_cudnn_is_asked_for_its_log_sum_exp(raised, training, monkeypatch):
     monkeypatch.setattr(lse, "RAISE_CUDNN_FLAG", raised)
     asked = []
     with FakeTensorMode(), torch.set_grad_enabled(training):
-        model = fake_model("qwen3", "sdpa", "cuda").bfloat16()
+        model = fake_model("qwen3", "sdpa", "cuda")
         batch, _ = batch_of("unpadded", "cuda")
         with cudnn_attention(asked), RhythmProbe(model, GROUPS) as probe:
             model(**batch, use_cache=False)
