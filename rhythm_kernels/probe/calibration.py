@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..heads import Head, HeadGroups, architecture
 from ..passes import column_moments, span
 from .capture import Capture, LayerCall, Wanted
+from .checks import on_device
 from .masks import ForwardInputs
 from .structure import HeadShards, attention_layers, find_decoder
 
@@ -132,7 +133,7 @@ class _Tally:
         if not isinstance(self.response_mask, Tensor) or tuple(self.response_mask.shape) != shape:
             found = getattr(self.response_mask, "shape", type(self.response_mask).__name__)
             raise ValueError(f"response_mask: {found}, must be a tensor of shape {shape} like input_ids")
-        return self.response_mask.to(inputs.device, torch.bool)
+        return on_device(self.response_mask, inputs.device)
 
     def wants(self, layer: int) -> Wanted:
         """The span of every head: a calibration's own forward may be computed by any kernel."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..canonical import Canonical, canonical
 from ..reference import AttentionStats
 from . import attention, registry
-from .checks import Checks, Pending, reads_now
+from .checks import Checks, Pending, on_device, reads_now
 from .flash import FlashReturns
 from .lse import LseObserver, as_batched
 from .masks import ForwardInputs, Sequences, sequences_of, window_of_layer
@@ -228,7 +228,7 @@ class Capture:
             )
         self._consumer.end()
         assert inputs is not None
-        pending = self._checks.pending(self._checks.answers(inputs.device))
+        pending = self._checks.pending(inputs.device)
         if pending is not None:
             self._pending.append(pending)
 
@@ -353,7 +353,7 @@ def _forward_inputs(given: dict[str, Any]) -> ForwardInputs:
         batch=batch,
         length=length,
         device=tokens.device,
-        attention_mask=None if mask is None else mask.to(tokens.device, torch.bool),
+        attention_mask=None if mask is None else on_device(mask, tokens.device),
         position_ids=given.get("position_ids"),
         cu_seqlens=given.get("cu_seq_lens_q"),
     )

@@ -24,29 +24,37 @@ def reads_now(device: torch.device) -> bool:
     return device.type != "cuda"
 
 
+def on_device(mask: Tensor, device: torch.device) -> Tensor:
+    """A mask as bool on `device`; on its way there from the host nobody waits for it."""
+    return mask.to(device, torch.bool, non_blocking=mask.device.type == "cpu")
+
+
 class Checks:
     """The checks of one forward."""
 
     def __init__(self) -> None:
         self._answers: list[Tensor] = []
         self._errors: list[Exception] = []
+        self._gathered: Tensor | None = None
 
     def require(self, answer: Tensor, error: Exception) -> None:
         """Raise `error`, now or later, where `answer`, a 0-d bool, is False."""
         if not reads_now(answer.device):
             self._answers.append(answer)
             self._errors.append(error)
+            self._gathered = None
         elif not bool(answer):
             raise error
 
     def answers(self, device: torch.device) -> Tensor | None:
         """`(n,)` bool, what could not be read yet; None where nothing is open."""
-        if not self._answers:
-            return None
-        return torch.stack([answer.to(device, non_blocking=True) for answer in self._answers])
+        if self._answers and self._gathered is None:
+            self._gathered = torch.stack([answer.to(device, non_blocking=True) for answer in self._answers])
+        return self._gathered
 
-    def pending(self, answers: Tensor | None) -> Pending | None:
+    def pending(self, device: torch.device) -> Pending | None:
         """The answers on their way to the host, or None: nothing is open, or the host cannot learn it here."""
+        answers = self.answers(device)
         if answers is None or not ordinary():
             return None
         if answers.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -19,6 +19,7 @@ from ..canonical import SequenceTable, unpadded_table
 from .checks import Checks, reads_now
 
 _CHECKED_SEQUENCES = 16
+CheckedRows = tuple[Tensor, Tensor, Tensor, Tensor]  # row, start, t, alive, as of `rows_to_check`
 
 
 @dataclass
@@ -72,6 +73,11 @@ class Sequences:
     def bounds(self) -> Tensor:
         """`(S, 3)` int: row, start and end of each sequence."""
         return torch.stack([self.row, self.start, self.end], dim=1)
+
+    @cached_property
+    def checked_rows(self) -> CheckedRows:
+        """Where the layers' masks are looked at."""
+        return rows_to_check(self.bounds, self.length)
 
     @cached_property
     def response(self) -> Tensor:
@@ -282,7 +288,7 @@ def window_of_layer(
         left = -1 if hint is None or hint >= sequences.length else hint - 1
         key = (id(mask), left)
         if key not in sequences.checked:  # the mask is kept with its verdict, so that its id stays its own
-            agreed = agrees(_visible_rows(mask, sequences, checks), sequences.bounds, sequences.length, left)
+            agreed = agrees(_visible_rows(mask, sequences, checks), sequences.checked_rows, sequences.length, left)
             if not at_once:
                 checks.require(agreed, error)
             sequences.checked[key] = mask, not at_once or bool(agreed)
@@ -291,22 +297,21 @@ def window_of_layer(
     raise error
 
 
-def rows_to_check(bounds: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rows_to_check(bounds: Tensor, length: int) -> CheckedRows:
     """(row, start, t, alive) of the first, middle and last query of the first few sequences, `(n,)` each.
 
     `bounds` is `(S, 3)` (row, start, end), `length` the tokens of a row; `alive` is False for empty sequences.
     """
-    row, start, end = bounds[:_CHECKED_SEQUENCES].unbind(1)
+    row, start, end = bounds[:_CHECKED_SEQUENCES].long().unbind(1)
     last = (end - 1).clamp(min=0)
     t = torch.stack([start.clamp(max=length - 1), (start + last) // 2, last])
-    alive = (end > start).expand(3, -1)
-    return row.expand(3, -1).flatten(), start.expand(3, -1).flatten(), t.flatten(), alive.flatten()
+    row, start, alive = (x.expand(3, -1).flatten() for x in (row, start, end > start))
+    return row, start, t.flatten(), alive
 
 
 def _visible_rows(mask: Any, sequences: Sequences, checks: Checks) -> Tensor:
     """`(n, T)` bool: the keys that the checked queries see according to `mask`."""
-    row, _, t, alive = rows_to_check(sequences.bounds, sequences.length)
-    row, t = row.long(), t.long()
+    row, _, t, alive = sequences.checked_rows
     mask_mod: Callable[..., Tensor] | None = getattr(mask, "mask_mod", None)
     if mask_mod is not None:
         keys = torch.arange(sequences.length, device=t.device)
@@ -330,9 +335,9 @@ def _visible_rows(mask: Any, sequences: Sequences, checks: Checks) -> Tensor:
     return visible
 
 
-def agrees(rows: Tensor, bounds: Tensor, length: int, left: int | Tensor) -> Tensor:
+def agrees(rows: Tensor, checked: CheckedRows, length: int, left: int | Tensor) -> Tensor:
     """Whether `rows` `(n, T)` bool, the keys that the checked queries see, are ranges with this left window; 0-d."""
-    _, start, t, alive = rows_to_check(bounds, length)
+    _, start, t, alive = checked
     key = torch.arange(length, device=t.device)
     expected = (key >= start[:, None]) & (key <= t[:, None])
     if isinstance(left, Tensor):

@@ -11,6 +11,7 @@ from ..canonical import check_horizon, check_window
 from ..heads import HeadGroups
 from ..passes import fai, waad
 from .capture import Capture, LayerCall
+from .checks import on_device
 from .masks import ForwardInputs
 from .structure import find_decoder
 
@@ -129,7 +130,7 @@ class RhythmProbe:
                     f"response_mask: {found}, must be {shape} like this forward's tokens; "
                     "set probe.response_mask before each forward of another shape"
                 )
-            mask = mask.to(inputs.device, torch.bool)
+            mask = on_device(mask, inputs.device)
         self._sums = (
             torch.zeros(shape, dtype=torch.float32, device=inputs.device),
             torch.zeros(shape, dtype=torch.float32, device=inputs.device),

@@ -155,9 +155,10 @@ def ranges_of(
     def window_of(bounds: Tensor) -> tuple[Tensor, Tensor]:
         """`left` as the longest sequence shows it, and whether the checked rows are ranges with it."""
         left = _left_window(mask_function, bounds, length)
-        rows, _, queries, _ = rows_to_check(bounds, length)
+        checked = rows_to_check(bounds, length)
+        rows, _, queries, _ = checked
         shown = torch.as_tensor(mask_function(rows[:, None], head, queries[:, None], token)).expand(-1, length)
-        return left, agrees(shown & live[rows], bounds, length, left)  # padding is not the function's matter
+        return left, agrees(shown & live[rows], checked, length, left)  # padding is not the function's matter
 
     live = torch.ones(batch, length, dtype=torch.bool, device=device) if attention_mask is None else attention_mask
     begins = live.clone()
