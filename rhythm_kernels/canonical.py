@@ -6,13 +6,14 @@ No backend has a branch for "packed", and no backend checks an argument.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+from .kept import Kept, tracing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
@@ -44,6 +45,18 @@ class Canonical(NamedTuple):
         return result[0] if self.packed else result
 
 
+class SequenceTable(NamedTuple):
+    """The sequences of a batch, as `Canonical` has them: what a caller who measures often makes once."""
+
+    seqs: Tensor
+    max_seqlen: int
+    packed: bool
+
+    def to(self, device: torch.device) -> SequenceTable:
+        """The same on another device."""
+        return self if self.seqs.device == device else self._replace(seqs=self.seqs.to(device, non_blocking=True))
+
+
 def canonical(
     q: Tensor,
     k: Tensor,
@@ -60,23 +73,29 @@ def canonical(
     seq_end: Tensor | None,
     response_start: Tensor | None,
     double: bool = False,
+    table: SequenceTable | None = None,
 ) -> Canonical:
     """Check every argument shared by the measures and build their canonical form.
 
     `double` admits float64 inputs (the dense backend alone takes them). Values of CPU tensors are checked; values of
-    CUDA tensors are never read by the host, so they are clamped into range instead.
+    CUDA tensors are never read by the host, so they are clamped into range instead. A `table` made before stands for
+    the six arguments that tell of sequences.
     """
-    packed = cu_seqlens is not None
+    packed = cu_seqlens is not None if table is None else table.packed
     q, k = _check_qk(q, k, packed, double)
-    batch, length, n_heads, dim = q.shape
+    length, n_heads, dim = q.shape[1:]
     _check_lse(lse, q, packed)
-    if packed:
+    if table is not None:
+        seqs, longest = table.seqs, table.max_seqlen
+    elif packed:
         if seq_start is not None or seq_end is not None:
             name = "seq_start" if seq_start is not None else "seq_end"
             raise ValueError(f"{name} is for padded input: it must be None where cu_seqlens is given")
         seqs = _packed_table(cu_seqlens, response_start, length, q.device)
+        longest = _check_max_seqlen(max_seqlen, cu_seqlens, seqs, length)
     else:
-        seqs = _padded_table(seq_start, seq_end, response_start, batch, length, q.device)
+        seqs = _padded_table(seq_start, seq_end, response_start, q)
+        longest = _check_max_seqlen(max_seqlen, cu_seqlens, seqs, length)
     if lse is not None and packed:
         lse = lse[None]
     return Canonical(
@@ -85,7 +104,7 @@ def canonical(
         lse=None if lse is None else lse.detach(),
         seqs=seqs,
         heads=_head_table(heads, n_heads, q),
-        max_seqlen=_check_max_seqlen(max_seqlen, cu_seqlens, seqs, length),
+        max_seqlen=longest,
         score=(
             _check_scale(softmax_scale, dim),
             _check_softcap(softcap),
@@ -123,8 +142,8 @@ def check_horizon(horizon: Sequence[int | None], name: str = "horizon") -> tuple
 
 
 def check_values(host_tensor: Tensor) -> bool:
-    """Whether this tensor's values may be read here: on the CPU, and not while a compiler traces."""
-    return host_tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether this tensor's values may be read here: on the CPU, and not while something traces."""
+    return host_tensor.device.type == "cpu" and not tracing()
 
 
 def _check_tensor(name: str, value: object) -> Tensor:
@@ -209,34 +228,45 @@ def _index_vector(name: str, value: Tensor, size: int, of: str, device: torch.de
     return value
 
 
-def _padded_table(
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    response_start: Tensor | None,
-    batch: int,
-    length: int,
-    device: torch.device,
-) -> Tensor:
-    def column(name: str, value: Tensor | None, default: int) -> Tensor:
+def _new_unpadded(batch: int, length: int, device: torch.device) -> Tensor:
+    row = torch.arange(batch, dtype=torch.int32, device=device)
+    zero = torch.zeros_like(row)
+    return torch.stack([row, zero, torch.full_like(row, length), zero], dim=1)
+
+
+# `(B, 4)` of a batch without padding and prompts, which its length alone decides.
+unpadded_table = Kept(_new_unpadded, 256, launches=True)
+
+
+def _padded_table(seq_start: Tensor | None, seq_end: Tensor | None, response_start: Tensor | None, q: Tensor) -> Tensor:
+    """`(B, 4)`: kept where nothing is given, else made in three launches (int32 arguments)."""
+    batch, length = q.shape[:2]
+    plain = unpadded_table.like(q, batch, length)
+    given = {"seq_start": seq_start, "seq_end": seq_end, "response_start": response_start}
+    for name, value in given.items():
         if value is None:
-            return torch.full((batch,), default, dtype=torch.int64, device=device)
-        _index_vector(name, value, batch, "(batch,)", device)
+            continue
+        _index_vector(name, value, batch, "(batch,)", q.device)
         if name != "response_start" and check_values(value):
             bad = (value < 0) | (value > length)
             if bool(bad.any()):
-                row = int(bad.nonzero()[0])
-                raise ValueError(f"{name} must be in 0..{length}, got {int(value[row])} in row {row}")
-        return value.long()
-
-    start = column("seq_start", seq_start, 0)
-    end = column("seq_end", seq_end, length)
+                at = int(bad.nonzero()[0])
+                raise ValueError(f"{name} must be in 0..{length}, got {int(value[at])} in row {at}")
+    if all(value is None for value in given.values()):
+        return plain
+    row, zero, full, _ = plain.unbind(1)
+    start, end, first = (
+        default if value is None else value for value, default in zip(given.values(), (zero, full, zero))
+    )
     if seq_start is not None and check_values(start) and check_values(end) and bool((end < start).any()):
-        row = int((end < start).nonzero()[0])
-        raise ValueError(f"seq_end must not lie before seq_start, got {int(end[row])} < {int(start[row])} in row {row}")
-    start = start.clamp(0, length)
-    end = torch.maximum(end.clamp(0, length), start)
-    first = torch.minimum(torch.maximum(column("response_start", response_start, 0), start), end)
-    return torch.stack([torch.arange(batch, device=device), start, end, first], dim=1).int()
+        at = int((end < start).nonzero()[0])
+        raise ValueError(f"seq_end must not lie before seq_start, got {int(end[at])} < {int(start[at])} in row {at}")
+    # Of each column a triple (value, least, greatest), clamped in one launch. Values on a GPU are not read: they are
+    # brought into the row first, and a sequence that would end before its start becomes empty at its end.
+    triples = [row, row, row, start, zero, end, end, end, end, first, start, end]
+    columns = torch.stack(triples, dim=1)
+    columns[:, 3:].clamp_(0, length)
+    return torch.clamp(columns[:, 0::3], columns[:, 1::3], columns[:, 2::3]).int()
 
 
 def _packed_table(cu_seqlens: Tensor | None, response_start: Tensor | None, total: int, device: torch.device) -> Tensor:
@@ -255,13 +285,14 @@ def _packed_table(cu_seqlens: Tensor | None, response_start: Tensor | None, tota
             )
         if any(a > b for a, b in itertools.pairwise(values)):
             raise ValueError("cu_seqlens must not decrease")
-    bounds = torch.cummax(cu.long().clamp(0, total), dim=0).values
+    bounds = torch.cummax(cu.clamp(0, total), dim=0).values
     start, end = bounds[:-1], bounds[1:]
+    zero = torch.zeros_like(start)
     first = start
     if response_start is not None:
         offset = _index_vector("response_start", response_start, cu.shape[0] - 1, "(sequences,)", device)
-        first = torch.minimum(start + offset.long().clamp(min=0), end)
-    return torch.stack([torch.zeros_like(start), start, end, first], dim=1).int()
+        first = start + torch.clamp(offset, zero, end - start)  # clamped before it is added: it may be near 2^63
+    return torch.stack([zero, start, end, first], dim=1).int()
 
 
 def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, q: Tensor) -> Tensor:
@@ -277,8 +308,7 @@ def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, q: Tensor) -
         if not check_values(heads):
             if heads.device != device:
                 raise ValueError(f"heads must be on the device of q, {device}, or on the CPU, got {heads.device}")
-            index = heads.clamp(0, n_heads - 1).int()
-            return torch.stack([index, index], dim=1)
+            return heads[:, None].expand(-1, 2).clamp(0, n_heads - 1).int().contiguous()
         heads = heads.tolist()
     if not isinstance(heads, Iterable):
         raise TypeError(f"heads must be a list or an int tensor of query-head indices, got {type(heads).__name__}")
@@ -300,18 +330,15 @@ def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, q: Tensor) -
 
 
 def _head_rows(index: tuple[int, ...], q: Tensor) -> Tensor:
-    # A fake q (FakeTensorMode) needs a fake table, which no later call may find in the cache; subclasses likewise.
-    if torch.compiler.is_compiling() or type(q) is not Tensor:
-        return _new_head_rows(index, q.device)
-    return _cached_head_rows(index, q.device)
+    return _cached_head_rows.like(q, index)
 
 
 def _new_head_rows(index: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([[h, h] for h in index], dtype=torch.int32, device=device)
 
 
-# A host list becomes a device tensor once: the copy is a synchronisation that a CUDA graph cannot capture.
-_cached_head_rows = functools.lru_cache(maxsize=1024)(_new_head_rows)
+# A host list becomes a device tensor once: the copy is a synchronisation, which a CUDA graph cannot capture.
+_cached_head_rows = Kept(_new_head_rows, 1024, launches=False)
 
 
 def _check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None, seqs: Tensor, length: int) -> int:

@@ -1,4 +1,4 @@
-"""The documented API: arguments are checked and brought to canonical form, passes are composed. No kernel code.
+"""The documented API: arguments are checked and brought to canonical form, on which `passes` works. No kernel code.
 
 Conventions of every function here (those of flash-attn):
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference
+from . import ops, passes, reference
 from .canonical import Canonical, canonical, check_horizon, check_int, check_window
 from .reference import AttentionStats, ColumnMoments
 
@@ -50,15 +50,6 @@ def _canonical(
     if not torch.compiler.is_compiling():
         ops.choose(pass_name, backend, form.q.device)
     return form
-
-
-def _with_lse(form: Canonical, backend: str | None) -> Canonical:
-    """The same form with a log-sum-exp of the selected heads, from the streaming pass where the caller had none."""
-    if form.lse is not None:
-        return form
-    lse, _, _ = ops.row_stats(form.q, form.k, form.seqs, form.heads, form.max_seqlen, *form.score, 1, True, backend)
-    index = torch.arange(form.heads.shape[0], dtype=torch.int32, device=form.heads.device)
-    return form._replace(lse=lse, heads=torch.stack([form.heads[:, 0], index], dim=1))
 
 
 def _dense(name: str, *tensors: Tensor | None, **arguments: Any) -> Any:
@@ -118,10 +109,7 @@ def waad(
     form = _canonical("row_stats" if lse is None else "band_rows", backend, q, k, lse, **arguments)
     if backend == "reference":
         return _dense("waad", q, k, lse, window=window, per_head=per_head, **arguments)
-    head = (form.seqs, form.heads, form.max_seqlen, *form.score)
-    if form.lse is None:
-        return form.leave(ops.row_stats(form.q, form.k, *head, window, per_head, backend)[1])
-    return form.leave(ops.band_rows(form.q, form.k, form.lse, *head, window, per_head, backend))
+    return passes.waad(form, window, per_head, backend)
 
 
 def fai(
@@ -167,11 +155,7 @@ def fai(
     form = _canonical("column_stats" if hi is None else "band_columns", backend, q, k, lse, **arguments)
     if backend == "reference":
         return _dense("fai", q, k, lse, horizon=(lo, hi), per_head=per_head, **arguments)
-    form = _with_lse(form, backend)
-    head = (form.q, form.k, form.lse, form.seqs, form.heads, form.max_seqlen, *form.score)
-    if hi is None:
-        return form.leave(ops.column_stats(*head, lo, False, per_head, backend)[0])
-    return form.leave(ops.band_columns(*head, lo, hi, per_head, backend))
+    return passes.fai(form, (lo, hi), per_head, backend)
 
 
 def span(
@@ -215,8 +199,7 @@ def span(
     form = _canonical("row_stats", backend, q, k, lse, **arguments)
     if backend == "reference":
         return _dense("span", q, k, lse, per_head=per_head, **arguments)
-    head = (form.q, form.k, form.seqs, form.heads, form.max_seqlen, *form.score)
-    return form.leave(ops.row_stats(*head, 1, per_head, backend)[2])
+    return passes.span(form, per_head, backend)
 
 
 def column_moments(
@@ -264,10 +247,7 @@ def column_moments(
     form = _canonical("column_stats", backend, q, k, lse, **arguments)
     if backend == "reference":
         return _dense("column_moments", q, k, lse, min_distance=min_distance, per_head=per_head, **arguments)
-    form = _with_lse(form, backend)
-    head = (form.q, form.k, form.lse, form.seqs, form.heads, form.max_seqlen, *form.score)
-    moments = ops.column_stats(*head, min_distance, True, per_head, backend)
-    return ColumnMoments(*(form.leave(moment) for moment in moments.unbind(0)))
+    return passes.column_moments(form, min_distance, per_head, backend)
 
 
 def attention_lse(
@@ -307,8 +287,7 @@ def attention_lse(
     form = _canonical("row_stats", backend, q, k, None, **arguments)
     if backend == "reference":
         return _dense("attention_lse", q, k, **arguments)
-    head = (form.q, form.k, form.seqs, form.heads, form.max_seqlen, *form.score)
-    return form.leave(ops.row_stats(*head, 1, False, backend)[0])
+    return passes.attention_lse(form, backend)
 
 
 def attention_with_rhythm(

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import column_moments, span
 from ..heads import Head, HeadGroups, architecture
+from ..passes import column_moments, span
 from .capture import Capture, LayerCall, Wanted
+from .checks import on_device
 from .masks import ForwardInputs
 from .structure import HeadShards, attention_layers, find_decoder
 
@@ -60,7 +61,7 @@ def head_groups(
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with Capture(decoder, sampled, tally, aside=True), torch.no_grad():
+        with Capture(decoder, sampled, tally, aside=True) as capture, torch.no_grad():
             for batch in batches:
                 if not isinstance(batch, Mapping):
                     raise TypeError(
@@ -70,6 +71,7 @@ def head_groups(
                 inputs = dict(batch)
                 tally.response_mask = _response_mask(inputs)
                 model(**{**inputs, "use_cache": False})
+                capture.examine(wait=True)
     finally:
         for module in was_training:
             module.training = True
@@ -131,7 +133,7 @@ class _Tally:
         if not isinstance(self.response_mask, Tensor) or tuple(self.response_mask.shape) != shape:
             found = getattr(self.response_mask, "shape", type(self.response_mask).__name__)
             raise ValueError(f"response_mask: {found}, must be a tensor of shape {shape} like input_ids")
-        return self.response_mask.to(inputs.device, torch.bool)
+        return on_device(self.response_mask, inputs.device)
 
     def wants(self, layer: int) -> Wanted:
         """The span of every head: a calibration's own forward may be computed by any kernel."""
@@ -147,20 +149,12 @@ class _Tally:
             self._add_kurtosis(call, heads, here)
         if call.layer == self._first:
             self.tokens += int(call.sequences.response.sum())
-            self.sequences += call.sequences.bounds.shape[0]
+            self.sequences += _sequences(call).shape[0]
 
     def _add_kurtosis(self, call: LayerCall, heads: list[int], here: slice) -> None:
-        moments = column_moments(
-            call.q,
-            call.k,
-            call.lse,
-            heads=heads,
-            per_head=True,
-            **call.score,
-            **call.sequences.arguments,
-        )
+        moments = column_moments(call.form(heads), per_head=True)
         mean, count = call.unpack(moments.mean), call.unpack(moments.count)
-        for row, start, end in call.sequences.bounds.tolist():
+        for row, start, end in _sequences(call).tolist():
             counted = count[row, 0, start:end] > 0
             if int(counted.sum()) < 2:
                 continue
@@ -193,6 +187,12 @@ class _Tally:
         """The receiver score."""
         responses = max(self._responses, 1)
         return {(layer, head): float(self._kurtosis[layer][head]) / responses for layer, head in self.heads}
+
+
+def _sequences(call: LayerCall) -> Tensor:
+    """`(S, 3)` row, start, end: the rows of a padded batch, the sequences of a packed one that hold a token."""
+    bounds = call.sequences.bounds
+    return bounds[bounds[:, 2] > bounds[:, 1]] if call.sequences.packed else bounds
 
 
 def _config_hash(config: Any) -> str:

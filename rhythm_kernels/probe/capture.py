@@ -18,11 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..canonical import Canonical, canonical
 from ..reference import AttentionStats
 from . import attention, registry
+from .checks import Checks, Pending, on_device, reads_now
 from .flash import FlashReturns
 from .lse import LseObserver, as_batched
 from .masks import ForwardInputs, Sequences, sequences_of, window_of_layer
+from .ranges import RangeMask
 from .structure import Decoder, bind_forward
 
 _CACHES = ("cache", "past_key_values")  # what models call a KV cache since transformers 5.24, and before
@@ -58,12 +61,25 @@ class LayerCall:
         """Those of `heads` that q holds, counted within q."""
         return _present(heads, self.first_head, self.q.shape[-2])
 
-    def measure(self, function: Callable[..., Tensor], heads: Sequence[int], **options: Any) -> Tensor:
-        """Call one of the public functions on heads of q: `(B, T)` float32, or `(B, Hs, T)` with `per_head=True`."""
-        result = function(
-            self.q, self.k, self.lse, heads=list(heads), **self.score, **self.sequences.arguments, **options
+    def form(self, heads: Sequence[int]) -> Canonical:
+        """The canonical form of the call for heads of q, as the functions of :mod:`rhythm_kernels.passes` take it."""
+        return canonical(
+            self.q,
+            self.k,
+            self.lse,
+            heads=list(heads),
+            **self.score,
+            cu_seqlens=None,
+            max_seqlen=None,
+            seq_start=None,
+            seq_end=None,
+            response_start=None,
+            table=self.sequences.table.to(self.q.device),
         )
-        return self.unpack(result)
+
+    def measure(self, function: Callable[..., Tensor], heads: Sequence[int], **options: Any) -> Tensor:
+        """Call one of the passes on heads of q: `(B, T)` float32, or `(B, Hs, T)` with `per_head=True`."""
+        return self.unpack(function(self.form(heads), **options))
 
     def unpack(self, result: Tensor) -> Tensor:
         """Undo the flattening of a packed batch: `(..., B * T) -> (B, ..., T)`."""
@@ -125,6 +141,8 @@ class Capture:
         self._inputs: ForwardInputs | None = None
         self._response_mask: Tensor | None = None
         self._sequences: Sequences | None = None
+        self._checks = Checks()
+        self._pending: list[Pending] = []  # what the host does not know yet of earlier forwards
         self._met: set[int] = set()
         self.watch(layers)
 
@@ -159,11 +177,27 @@ class Capture:
         watchers.remove(self)
         if not watchers:
             del _watching[id(self._decoder.module)]
+        if error is None:
+            self.examine()
+
+    def examine(self, wait: bool = False) -> None:
+        """Raise what the checks of earlier forwards found, as far as the host knows; with `wait` it knows all."""
+        while self._pending and self._pending[0].known(wait):
+            self._pending.pop(0).raise_first()
+
+    def valid(self, *results: Tensor) -> tuple[Tensor, ...]:
+        """The results of this forward, NaN where a check failed that could not raise yet."""
+        answers = self._checks.answers(results[0].device)
+        if answers is None:
+            return results
+        held = answers.all()
+        return tuple(torch.where(held, x, float("nan")) for x in results)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
         if self._depth > 1 or _watching[id(self._decoder.module)][-1] is not self:
             return
+        self.examine()
         given = bind_forward(module, args, kwargs)
         if any(given.get(name) is not None for name in _CACHES):
             self._consumer.abandon("it was given a KV cache, as generate does; only forwards without one are")
@@ -171,6 +205,7 @@ class Capture:
         self._inputs = _forward_inputs(given)
         self._response_mask = self._consumer.begin(self._inputs)
         self._sequences = None
+        self._checks = Checks()
         self._met = set()
         self._used = registry.install(self._taps, self._modules)
 
@@ -178,6 +213,7 @@ class Capture:
         self._depth = max(self._depth - 1, 0)
         if self._depth or self._used is None:
             return
+        inputs = self._inputs
         self._disarm()
         if failed:
             self._consumer.abandon("it raised an exception")
@@ -191,6 +227,10 @@ class Capture:
                 "forward, so they cannot be measured: leave them out of the groups"
             )
         self._consumer.end()
+        assert inputs is not None
+        pending = self._checks.pending(inputs.device)
+        if pending is not None:
+            self._pending.append(pending)
 
     def _disarm(self) -> None:
         if self._used is not None:
@@ -213,6 +253,7 @@ class Capture:
         request: attention.Request | None = None
         _refuse_unsupported(self._decoder, layer, name, query, key, kwargs)
         seen: LseObserver | FlashReturns | None
+        returned: FlashReturns | None = None
         if flash:
             with FlashReturns(name) as returned, LseObserver() as observed:
                 out = function(module, query, key, value, mask, **kwargs)
@@ -226,33 +267,56 @@ class Capture:
         else:  # eager computes none, and flex_attention's is rounded to the values' dtype
             seen = None
             out = function(module, query, key, value, mask, **kwargs)
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            self._measure(layer, module, name, query, key, mask, kwargs, seen, returned, request)
+        return out
+
+    def _measure(
+        self,
+        layer: int,
+        module: nn.Module,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+        seen: LseObserver | FlashReturns | None,
+        returned: FlashReturns | None,
+        request: attention.Request | None,
+    ) -> None:
+        """All that is done around one attention call once attention itself is through: ranges, checks, passes, sums.
+
+        Benchmarks wrap this method to time it. No gradients, no autocast, and on CUDA no wait for the device.
+
+        Args:
+            seen: what observed the log-sum-exp, if anything could.
+            returned: what the flash-attention package was given; None under other implementations.
+            request: the statistics that the attention call was asked for.
+        """
         if layer in self._met:
             raise RuntimeError(
                 f"layer {layer} attended twice in one forward; such models are not supported by the probe"
             )
         self._met.add(layer)
         assert self._inputs is not None
-        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            if (query.shape[0], query.shape[2]) != (self._inputs.batch, self._inputs.length):
-                raise ValueError(
-                    f"layer {layer} attends over {(query.shape[0], query.shape[2])} (batch, tokens), the model was "
-                    f"given {(self._inputs.batch, self._inputs.length)}: sequence-parallel layouts (Ulysses, ring "
-                    "attention) and prompts prepended inside the model are not supported by the probe"
-                )
-            if self._sequences is None:
-                inputs = self._inputs
-                if flash and returned.called:  # whatever was asked for, these are the sequences that were kept apart
-                    inputs = replace(inputs, cu_seqlens=returned.cu_seqlens, packs_positions=False)
-                self._sequences = sequences_of(inputs, self._response_mask, flash)
-            left = _left_window(self._sequences, module, name, mask, kwargs, flash)
-            call = _layer_call(layer, query, key, seen, self._sequences, left, kwargs)
-            call.first_head = self._first_head(layer, query)
-            if request is not None and request.stats is not None:
-                response = call.sequences.response[:, None] if request.per_head else call.sequences.response
-                response = response.to(query.device)
-                call.stats = AttentionStats(*(torch.where(response, call.unpack(x), 0.0) for x in request.stats))
-            self._consumer.layer(call)
-        return out
+        if (query.shape[0], query.shape[2]) != (self._inputs.batch, self._inputs.length):
+            raise ValueError(
+                f"layer {layer} attends over {(query.shape[0], query.shape[2])} (batch, tokens), the model was "
+                f"given {(self._inputs.batch, self._inputs.length)}: sequence-parallel layouts (Ulysses, ring "
+                "attention) and prompts prepended inside the model are not supported by the probe"
+            )
+        flash = "flash" in name
+        if self._sequences is None:
+            inputs = _as_attended(self._inputs, flash, mask, returned)
+            self._sequences = sequences_of(inputs, self._response_mask, flash, self._checks)
+        left = _left_window(self._sequences, module, name, mask, kwargs, flash, self._checks)
+        call = _layer_call(layer, query, key, seen, self._sequences, left, kwargs, self._checks)
+        call.first_head = self._first_head(layer, query)
+        if request is not None and request.stats is not None:
+            response = call.sequences.response[:, None] if request.per_head else call.sequences.response
+            response = response.to(query.device)
+            call.stats = AttentionStats(*(torch.where(response, call.unpack(x), 0.0) for x in request.stats))
+        self._consumer.layer(call)
 
     def _first_head(self, layer: int, query: Tensor) -> int:
         if self._decoder.shards is None or query.shape[1] == self._decoder.heads[layer]:
@@ -289,7 +353,7 @@ def _forward_inputs(given: dict[str, Any]) -> ForwardInputs:
         batch=batch,
         length=length,
         device=tokens.device,
-        attention_mask=None if mask is None else mask.to(tokens.device, torch.bool),
+        attention_mask=None if mask is None else on_device(mask, tokens.device),
         position_ids=given.get("position_ids"),
         cu_seqlens=given.get("cu_seq_lens_q"),
     )
@@ -331,8 +395,30 @@ def _refuse_dropped_sinks(layer: int, name: str, returned: FlashReturns, kwargs:
         )
 
 
+def _as_attended(inputs: ForwardInputs, flash: bool, mask: Any, returned: FlashReturns | None) -> ForwardInputs:
+    """The forward's inputs, and what the first measured attention call shows of how they were understood.
+
+    Where the host may not read from the device, that tells it what transformers found there.
+    """
+    if returned is not None and returned.called:  # whatever was asked for, these sequences were kept apart
+        inputs = replace(inputs, cu_seqlens=returned.cu_seqlens, max_seqlen=returned.max_seqlen, packs_positions=False)
+    if reads_now(inputs.device):
+        return inputs
+    if flash:
+        return replace(inputs, shown_whole=mask is None)
+    if mask is None or (isinstance(mask, RangeMask) and not mask.packed):
+        return replace(inputs, packs_positions=False)
+    return inputs
+
+
 def _left_window(
-    sequences: Sequences, module: nn.Module, name: str, mask: Any, kwargs: dict[str, Any], flash: bool
+    sequences: Sequences,
+    module: nn.Module,
+    name: str,
+    mask: Any,
+    kwargs: dict[str, Any],
+    flash: bool,
+    checks: Checks,
 ) -> int:
     """How many keys to the left of its own a query sees; -1: all."""
     window = kwargs.get("sliding_window")
@@ -340,7 +426,23 @@ def _left_window(
         return -1 if window is None or window >= sequences.length else window - 1
     config = module.config
     hints = [window, getattr(module, "sliding_window", None), getattr(config, "sliding_window", None)]
-    return window_of_layer(sequences, mask, [h for h in hints if isinstance(h, int) and h > 0], name)
+    known = [h for h in hints if isinstance(h, int) and h > 0]
+    return window_of_layer(sequences, mask, known, name, checks, _named_window(module, kwargs))
+
+
+def _named_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+    """The sliding window of a layer by what it hands to attention, its own attributes, or its configuration."""
+    config: Any = module.config
+    if "sliding_window" in kwargs:
+        named = kwargs["sliding_window"]
+    elif hasattr(module, "sliding_window"):
+        named = module.sliding_window
+    else:
+        named = getattr(config, "sliding_window", None)
+        types, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+        if types and isinstance(layer, int) and layer < len(types) and "sliding" not in types[layer]:
+            named = None
+    return named if isinstance(named, int) and named > 0 else None
 
 
 def _layer_call(
@@ -351,11 +453,12 @@ def _layer_call(
     sequences: Sequences,
     left: int,
     kwargs: dict[str, Any],
+    checks: Checks,
 ) -> LayerCall:
     sinks = kwargs.get("s_aux")
     lse = None
     if seen is not None and seen.lse is not None and (sinks is None or seen.has_sinks):
-        lse = as_batched(seen.lse, query.shape[0], query.shape[1], query.shape[2], sequences.live)
+        lse = as_batched(seen.lse, query.shape[0], query.shape[1], query.shape[2], sequences.live, checks)
     # The measures must be of the q and k that gave the lse: autocast lowers them inside of the attention function.
     dtype = seen.dtype if lse is not None and seen is not None else torch.promote_types(query.dtype, key.dtype)
     dtype = torch.float32 if dtype == torch.float64 else dtype

@@ -34,6 +34,7 @@ class FlashReturns:
         has_sinks: whether the function was given attention sinks, so that `lse` holds them.
         called: whether a function of the package was called at all.
         cu_seqlens: int `(S + 1,)`, the bounds of the sequences as the function was given them; None: one a row.
+        max_seqlen: at most how many tokens each of these has; None where the host was not told.
     """
 
     def __init__(self, implementation: str) -> None:
@@ -45,6 +46,7 @@ class FlashReturns:
         self.has_sinks = False
         self.called = False
         self.cu_seqlens: Tensor | None = None
+        self.max_seqlen: int | None = None
 
     def __enter__(self) -> FlashReturns:
         from transformers import modeling_flash_attention_utils as utils
@@ -79,6 +81,8 @@ class FlashReturns:
             # With dropout, version 2 would return a (T, T) mask as well.
             result = function(q, *args, **kwargs, **({} if kwargs.get("dropout_p") else flags))
             self.called, self.dtype, self.cu_seqlens = True, q.dtype, kwargs.get("cu_seqlens_q")
+            longest = kwargs.get("max_seqlen_q")
+            self.max_seqlen = longest if isinstance(longest, int) else None  # a tensor may be on the device
             self.has_sinks = any(kwargs.get(name) is not None for name in _SINKS)
             if not isinstance(result, tuple):
                 return result

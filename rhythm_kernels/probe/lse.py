@@ -3,8 +3,13 @@
 `F.scaled_dot_product_attention` and `flash_attn_func` return the output alone, but the operators under them return the
 log-sum-exp beside it. `LseObserver` watches the operators that one attention call runs and keeps the log-sum-exp of the
 attention operator among them. It chooses nothing and replaces nothing: torch picks its kernel as it would without us,
-autograd above is untouched, and the output is bit for bit what it was. Where no operator that returns one ran (torch's
-math path, eager attention, an unknown kernel), the caller streams it from q and k instead.
+and autograd above is untouched. Where no operator that returns one ran (torch's math path, eager attention, an unknown
+kernel), the caller streams it from q and k instead.
+
+Two operators of torch take a flag, `compute_log_sumexp`, which torch raises where gradients are wanted and not
+otherwise; without gradients the observer raises it. The efficient kernel then stores the log-sum-exp beside the same
+output. cuDNN, which torch >= 2.11 prefers on sm_90, builds another graph with it (`is_inference` becomes false), whose
+engine need not round alike: `RAISE_CUDNN_FLAG` says whether to ask.
 """
 
 from __future__ import annotations
@@ -16,10 +21,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .checks import Checks, reads_now
+
 _EFFICIENT = "aten::_scaled_dot_product_efficient_attention"
 _CUDNN = "aten::_scaled_dot_product_cudnn_attention"
 _RHYTHM = "rhythm_kernels::attention"
-_COMPUTE_LSE = 4  # position of `compute_log_sumexp` in the schemas of the two operators above
+_COMPUTE_LSE = 4  # position of `compute_log_sumexp` in the schemas of the two operators above (torch 2.10 to 2.13)
+
+# Whether cuDNN is asked for its log-sum-exp where torch does not ask: if not, it is streamed from q and k in forwards
+# without gradients (two passes O(T^2) a layer). True rests on the output being the same bits with and without the flag:
+# tests/gpu/test_lse_source.py asserts that on a GPU, and no GPU has run it yet.
+RAISE_CUDNN_FLAG = True
 
 # operator -> name of the source reported to the user; the second output of each is the natural log-sum-exp, float32.
 _ATEN_SOURCES = {
@@ -65,8 +77,7 @@ class LseObserver(TorchDispatchMode):
         source = _ATEN_SOURCES.get(name) or _FLASH_SOURCES.get(name.rpartition("::")[2])
         if source is None:
             return func(*args, **kwargs)
-        if name == _EFFICIENT and not args[_COMPUTE_LSE]:
-            # Without gradients torch does not ask for it; the kernel then stores it beside the same output.
+        if name == _EFFICIENT or (name == _CUDNN and RAISE_CUDNN_FLAG):
             args = (*args[:_COMPUTE_LSE], True, *args[_COMPUTE_LSE + 1 :])
         result = func(*args, **kwargs)
         if name != _CUDNN or args[_COMPUTE_LSE]:
@@ -75,7 +86,7 @@ class LseObserver(TorchDispatchMode):
         return result
 
 
-def as_batched(lse: Tensor, batch: int, heads: int, length: int, live: Tensor | None) -> Tensor | None:
+def as_batched(lse: Tensor, batch: int, heads: int, length: int, live: Tensor | None, checks: Checks) -> Tensor | None:
     """Bring an observed log-sum-exp to `(B, H, T)`, or None where its layout is not one we know.
 
     Args:
@@ -95,10 +106,12 @@ def as_batched(lse: Tensor, batch: int, heads: int, length: int, live: Tensor | 
     if lse.dim() == 2 and lse.shape[0] == heads:
         if live is None:
             return lse.unflatten(1, (batch, length)).transpose(0, 1) if lse.shape[1] == batch * length else None
-        index = live.flatten().nonzero().squeeze(1)
-        if lse.shape[1] != index.numel():
+        flat = live.flatten()
+        rank = flat.cumsum(0)
+        fits = rank[-1] == lse.shape[1]
+        if reads_now(lse.device) and not bool(fits):
             return None
-        padded = lse.new_zeros(heads, batch * length)
-        padded[:, index] = lse
-        return padded.unflatten(1, (batch, length)).transpose(0, 1)
+        checks.require(fits, ValueError("attention_mask: the attention kernel left other tokens out than it names"))
+        at = (rank - 1).clamp(0, lse.shape[1] - 1)
+        return torch.where(flat, lse[:, at], 0.0).unflatten(1, (batch, length)).transpose(0, 1)
     return None

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..canonical import check_horizon, check_window
-from ..functional import fai, waad
 from ..heads import HeadGroups
+from ..passes import fai, waad
 from .capture import Capture, LayerCall
+from .checks import on_device
 from .masks import ForwardInputs
 from .structure import find_decoder
 
@@ -115,6 +116,7 @@ class RhythmProbe:
     def _result(self, which: int) -> Tensor:
         if self._results is None:
             raise RuntimeError(f"the probe has nothing to read: {self._why_none}")
+        self._capture.examine()
         return self._results[which]
 
     def begin(self, inputs: ForwardInputs) -> Tensor | None:
@@ -128,7 +130,7 @@ class RhythmProbe:
                     f"response_mask: {found}, must be {shape} like this forward's tokens; "
                     "set probe.response_mask before each forward of another shape"
                 )
-            mask = mask.to(inputs.device, torch.bool)
+            mask = on_device(mask, inputs.device)
         self._sums = (
             torch.zeros(shape, dtype=torch.float32, device=inputs.device),
             torch.zeros(shape, dtype=torch.float32, device=inputs.device),
@@ -163,7 +165,8 @@ class RhythmProbe:
         if self._decoder.shards is not None:
             waad_sum, fai_sum = self._decoder.shards.sum(torch.stack(self._sums))
         heads = (sum(map(len, layers.values())) for layers in (self._local, self._global))
-        self._results = waad_sum / next(heads), fai_sum / next(heads)
+        waad_, fai_ = self._capture.valid(waad_sum / next(heads), fai_sum / next(heads))
+        self._results = waad_, fai_
         self._sums = None
 
     def abandon(self, reason: str) -> None:

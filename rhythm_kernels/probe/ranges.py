@@ -104,11 +104,13 @@ def rhythm_mask(
     mask_function = mask_function or causal_mask_function
     # User-made functions (use_vmap) need not be made of tensor operations; a cache has keys without queries.
     if q_length == kv_length and not use_vmap and _is_zero(q_offset) and _is_zero(kv_offset):
-        no_padding = attention_mask is None or (attention_mask.shape[1] == q_length and bool(attention_mask.all()))
-        if allow_is_causal_skip and no_padding and (local_size is None or local_size >= kv_length):
+        causal_if_whole = allow_is_causal_skip and (local_size is None or local_size >= kv_length)
+        if causal_if_whole and attention_mask is None:
             return None
         if attention_mask is None or attention_mask.shape[1] == q_length:
-            ranges = ranges_of(mask_function, batch_size, q_length, None if no_padding else attention_mask, device)
+            whole, ranges = ranges_of(mask_function, batch_size, q_length, attention_mask, device)
+            if causal_if_whole and whole:
+                return None
             if ranges is not None:
                 return ranges
     return sdpa_mask(
@@ -133,8 +135,11 @@ def _is_zero(offset: Any) -> bool:
 
 def ranges_of(
     mask_function: MaskFunction, batch: int, length: int, attention_mask: Tensor | None, device: torch.device | str
-) -> RangeMask | None:
-    """The ranges that a mask function describes, or None where it describes something else.
+) -> tuple[bool, RangeMask | None]:
+    """Whether there is no padding, and the ranges that a mask function describes; None: it describes something else.
+
+    The host must know which of these it is, to choose the attention that is run: on CUDA it waits for the device once a
+    mask (as transformers does to choose sdpa's mask), and twice more where rows hold several sequences.
 
     Args:
         mask_function: as transformers composes it, without padding.
@@ -147,6 +152,14 @@ def ranges_of(
     def sees(query: Tensor, key: Tensor) -> Tensor:
         return torch.as_tensor(mask_function(row, head, query, key), device=device).expand(batch, query.numel())
 
+    def window_of(bounds: Tensor) -> tuple[Tensor, Tensor]:
+        """`left` as the longest sequence shows it, and whether the checked rows are ranges with it."""
+        left = _left_window(mask_function, bounds, length)
+        checked = rows_to_check(bounds, length)
+        rows, _, queries, _ = checked
+        shown = torch.as_tensor(mask_function(rows[:, None], head, queries[:, None], token)).expand(-1, length)
+        return left, agrees(shown & live[rows], checked, length, left)  # padding is not the function's matter
+
     live = torch.ones(batch, length, dtype=torch.bool, device=device) if attention_mask is None else attention_mask
     begins = live.clone()
     begins[:, 1:] &= ~sees(token[1:], token[:-1]) | ~live[:, :-1]
@@ -154,25 +167,21 @@ def ranges_of(
     start, end = ends(live)
     holes = (live.sum(1) != end - start).any()  # what follows a hole sees what is before it
     one_each = (begins.sum(1) == live.any(1)).all()
-    looks_ahead, holes, one_each = torch.stack([looks_ahead, holes, one_each]).tolist()
+    left, agreed = window_of(torch.stack([row[:, 0], start, end], dim=1))
+    known = torch.stack([live.all(), looks_ahead, holes, one_each, agreed, left]).tolist()
+    whole, looks_ahead, holes, one_each, agreed, left = known
     if looks_ahead or holes:
-        return None
+        return bool(whole), None
     first = torch.where(live, torch.where(begins, token, -1).cummax(dim=1).values, length)
     if one_each:
-        bounds = torch.stack([row[:, 0], start, end], dim=1)
-        arguments: dict[str, Any] = {"seq_start": start.to(torch.int32), "seq_end": end.to(torch.int32)}
-        no_response = end.to(torch.int32)
+        arguments: dict[str, Any] = {"seq_start": start, "seq_end": end}
+        no_response = end
     else:
         bounds, cu_seqlens = _packed_bounds(begins, live)
         no_response = cu_seqlens.diff()
-        arguments = {"cu_seqlens": cu_seqlens, "max_seqlen": int(no_response.max())}
-    left = _left_window(mask_function, bounds, length)
-    rows, _, queries = rows_to_check(bounds, length)
-    shown = torch.as_tensor(mask_function(rows[:, None], head, queries[:, None], token)).expand(-1, length)
-    # Padding is not the function's matter.
-    if not agrees(shown & live[rows], bounds, length, left):
-        return None
-    return RangeMask(first, left, not one_each, arguments, no_response)
+        left, agreed, longest = torch.stack([*window_of(bounds), no_response.max()]).tolist()
+        arguments = {"cu_seqlens": cu_seqlens, "max_seqlen": longest}
+    return bool(whole), RangeMask(first, left, not one_each, arguments, no_response) if agreed else None
 
 
 def _packed_bounds(begins: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,17 +194,17 @@ def _packed_bounds(begins: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     edges[:, 0] = True
     edges[:, 1:] |= live[:, 1:] != live[:, :-1]
     starts = edges.flatten().nonzero().squeeze(1)
-    cu_seqlens = torch.cat([starts, starts.new_tensor([begins.numel()])])
+    cu_seqlens = torch.cat([starts, starts.new_full((1,), begins.numel())])
     row = starts // length
     bounds = torch.stack([row, starts - row * length, cu_seqlens[1:] - row * length], dim=1)
     return bounds[live.flatten()[starts]], cu_seqlens.to(torch.int32)
 
 
-def _left_window(mask_function: MaskFunction, bounds: Tensor, length: int) -> int:
-    """`left` of the window: how many keys the last token of the longest sequence sees before its own; -1: all."""
-    row, start, end = bounds[(bounds[:, 2] - bounds[:, 1]).argmax()].unbind()
+def _left_window(mask_function: MaskFunction, bounds: Tensor, length: int) -> Tensor:
+    """`left` of the window: how many keys the last token of the longest sequence sees before its own; -1: all. 0-d."""
+    row, start, end = bounds.index_select(0, (bounds[:, 2] - bounds[:, 1]).argmax().view(1))[0].unbind()
     key = torch.arange(length, device=bounds.device)
     query = (end - 1).clamp(min=0)
     seen = torch.as_tensor(mask_function(row, torch.zeros_like(row), query, key)) & (key >= start) & (key < end)
-    count, size = torch.stack([seen.expand(length).sum(), end - start]).tolist()
-    return -1 if count >= size else count - 1
+    count = seen.expand(length).sum()
+    return torch.where(count >= end - start, -1, count - 1)

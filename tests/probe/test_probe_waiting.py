@@ -1,0 +1,436 @@
+"""A measured forward on a GPU makes the host wait for nothing, and what could not be read there is not lost.
+
+There is no GPU here: tensors are fake, with the device "cuda" where torch was built with CUDA, and any read of a
+value (`bool`, `item`, `nonzero`) raises. They are fake CPU tensors, too, and the probe is told not to read them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import flash_standin
+import probe_models as models
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
+from rhythm_kernels.integrations.transformers import register
+from rhythm_kernels.probe import capture, checks, lse, masks
+
+GROUPS = HeadGroups(local=[(0, 0), (2, 1)], global_=[(1, 0), (3, 3)])
+CUDA = torch.version.cuda is not None
+register()
+
+
+def forbid_reading(monkeypatch):
+    """Have every device be one that the host must not wait for."""
+    for module in (checks, masks, lse, capture):
+        monkeypatch.setattr(module, "reads_now", lambda device: False)
+
+
+@pytest.fixture(params=["cuda", "cpu"])
+def device(request, monkeypatch):
+    if request.param == "cuda" and not CUDA:
+        pytest.skip("this torch was built without CUDA, and cannot index fake CUDA tensors")
+    if request.param == "cpu":
+        forbid_reading(monkeypatch)
+    return request.param
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raise where a copy between the host and another device would make the host wait; fake tensors raise at reads."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            waits = not (kwargs or {}).get("non_blocking", False) and "cpu" in (source.device.type, result.device.type)
+            assert source.device == result.device or not waits, f"{source.device} to {result.device}"
+        return result
+
+
+def fake_model(family, implementation, device, **overrides):
+    with torch.device(device):
+        return models.tiny_model(family, implementation, **overrides)
+
+
+def batch_of(layout, device):
+    batch = {"input_ids": torch.randint(3, 97, (2, 40), device=device)}
+    response = None
+    if layout != "unpadded":
+        batch["attention_mask"] = torch.ones(2, 40, dtype=torch.long, device=device)
+    if layout == "left":
+        batch["attention_mask"][0, :7] = 0
+    if layout == "right with a response":
+        batch["attention_mask"][1, -5:] = 0
+        response = torch.ones(2, 40, dtype=torch.bool, device=device)
+        response[:, :11] = False
+    return batch, response
+
+
+@pytest.mark.parametrize(
+    ("family", "training", "implementation", "layout"),
+    [
+        *itertools.product(["qwen3"], [False, True], ["sdpa", "eager"], ["unpadded", "left", "right with a response"]),
+        ("mistral", False, "sdpa", "left"),
+        ("mistral", True, "eager", "unpadded"),
+        ("gemma3_text", False, "sdpa", "right with a response"),
+    ],
+)
+def test_nothing_is_read(family, training, implementation, layout, device):
+    with FakeTensorMode():
+        model = fake_model(family, implementation, device).train(training)
+        batch, response = batch_of(layout, device)
+        with torch.set_grad_enabled(training), RhythmProbe(model, GROUPS, response_mask=response) as probe:
+            logits = model(**batch, use_cache=False).logits
+            assert logits.requires_grad == training
+            if training and device == "cpu":  # autograd wants the device's context
+                logits.float().logsumexp(-1).sum().backward()
+    for measure in (probe.waad, probe.fai):
+        assert (measure.shape, measure.dtype, measure.device.type) == ((2, 40), torch.float32, device)
+
+
+@pytest.mark.parametrize("layout", ["unpadded", "left", "right with a response"])
+def test_the_probe_copies_nothing_from_the_host(layout, device, monkeypatch):
+    """Head tables aside, which are copied once a process; only what the probe itself does is watched."""
+    measure = capture.Capture._measure
+
+    def watched(self, *args):
+        with NoWaiting():
+            measure(self, *args)
+
+    monkeypatch.setattr(capture.Capture, "_measure", watched)
+    monkeypatch.setattr(
+        "rhythm_kernels.canonical._head_rows",
+        lambda index, q: torch.zeros(len(index), 2, dtype=torch.int32, device=q.device),
+    )
+    with FakeTensorMode(), torch.no_grad():
+        model = fake_model("mistral", "sdpa", device)
+        batch, response = batch_of(layout, device)
+        with RhythmProbe(model, GROUPS, response_mask=response) as probe:
+            model(**batch, use_cache=False)
+    assert probe.waad.shape == (2, 40)
+
+
+@pytest.fixture
+def fake_flash():
+    """What the stand-in's operators return, for fake tensors."""
+    with torch.library._scoped_library("flash_attn_standin", "FRAGMENT") as library:
+
+        def fake(q, k, v, *rest):
+            return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32), q[:0], q[:0].clone()
+
+        torch.library.register_fake("flash_attn_standin::_flash_attn_varlen_forward", fake, lib=library)
+        yield
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("responses", [False, True])
+def test_nothing_is_read_of_packed_sequences(responses, training, device, fake_flash):
+    with FakeTensorMode():
+        model = fake_model("mistral", "eager", device)
+        ends = torch.tensor([0, 17, 40, 41, 60], dtype=torch.int32, device=device)
+        lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 23, "max_length_k": 23}
+        ids = torch.randint(3, 97, (1, 60), device=device)
+        response = torch.ones(1, 60, dtype=torch.bool, device=device) if responses else None
+        with (
+            flash_standin.installed(model),
+            torch.set_grad_enabled(training and device == "cpu"),  # the stand-in has no backward
+            RhythmProbe(model, GROUPS, response_mask=response) as probe,
+        ):
+            model(ids, position_ids=torch.arange(60, device=device)[None], **lengths, use_cache=False)
+    assert set(probe.lse_source.values()) == {"flash-attn (varlen)"}
+    assert probe.waad.shape == (1, 60)
+
+
+def both_ways(monkeypatch, run):
+    """What `run` gives where values are read at once, and where they are not."""
+    want = run()
+    with monkeypatch.context() as patch:
+        forbid_reading(patch)
+        return want, run()
+
+
+BATCHES = {
+    "unpadded": lambda: {"input_ids": models.tokens(2, 72)},
+    "all true": lambda: {"input_ids": models.tokens(2, 72), "attention_mask": torch.ones(2, 72, dtype=torch.long)},
+    "padded": models.padded_batch,
+    "packed": lambda: models.packed_batch()[0],
+}
+
+
+LAYOUTS = pytest.mark.parametrize(
+    ("layout", "responses"),
+    [("unpadded", False), ("all true", True), ("padded", False), ("padded", True), ("packed", False), ("packed", True)],
+)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention", "rhythm"])
+def test_the_numbers_are_the_same(implementation, responses, layout, monkeypatch):
+    if implementation == "flex_attention" and (layout, responses) != ("padded", True):
+        pytest.skip("its masks are made slowly; one layout shows that they are read as the others'")
+    model, batch = models.tiny_model("mistral", implementation), BATCHES[layout]()
+    response = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(3)) > 0.7
+    response = response if responses else None
+
+    def run():
+        with torch.no_grad(), RhythmProbe(model, GROUPS, response_mask=response) as probe:
+            model(**batch, use_cache=False)
+        return probe
+
+    want, got = both_ways(monkeypatch, run)
+    assert torch.equal(got.waad, want.waad)
+    assert torch.equal(got.fai, want.fai)
+    assert got.waad.any()
+    assert got.lse_source == want.lse_source
+
+
+@LAYOUTS
+def test_the_numbers_are_the_same_with_flash_attention(responses, layout, monkeypatch):
+    model, batch = models.tiny_model("mistral", "eager"), BATCHES[layout]()
+    response = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(3)) > 0.7
+    response = response if responses else None
+
+    def run():
+        with (
+            torch.no_grad(),
+            flash_standin.installed(model),
+            RhythmProbe(model, GROUPS, response_mask=response) as probe,
+        ):
+            model(**batch, use_cache=False)
+        return probe
+
+    want, got = both_ways(monkeypatch, run)
+    assert torch.equal(got.waad, want.waad)
+    assert torch.equal(got.fai, want.fai)
+    assert got.waad.any()
+    assert got.lse_source == want.lse_source
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_calibration_is_the_same(layout, monkeypatch):
+    model, batch = models.tiny_model("qwen3"), BATCHES[layout]()
+    want, got = both_ways(monkeypatch, lambda: head_groups(model, [batch], layers="all", by="receiver"))
+    assert got == want
+    assert got.provenance == want.provenance
+
+
+@pytest.mark.parametrize("family", [*models.FAMILIES, "cohere2", "ministral", "starcoder2", "smollm3", "exaone4"])
+def test_the_window_of_each_layer_is_known_by_name(family, monkeypatch):
+    """Where masks may not be read, the window is taken from the layer; there it must be the one that the mask shows."""
+    overrides = {"sliding_window": 9} if family in ("cohere2", "ministral", "starcoder2") else {}
+    model = models.tiny_model(family, "eager", **overrides)
+    batch = models.padded_batch()
+
+    def run():
+        found = []
+        decide = capture.window_of_layer
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(capture, "window_of_layer", lambda *args: (found.append(decide(*args)), found[-1])[1])
+            every = [(layer, 0) for layer in range(4)]
+            with RhythmProbe(model, HeadGroups(every, every)) as probe:
+                model(**batch, use_cache=False)
+        assert probe.waad.isfinite().all()
+        return found
+
+    want, got = both_ways(monkeypatch, run)
+    assert got == want
+    assert len(got) == 4
+
+
+def holes():
+    batch = {"input_ids": models.tokens(2, 30), "attention_mask": torch.ones(2, 30, dtype=torch.long)}
+    batch["attention_mask"][1, 7] = 0
+    return "llama", batch, "masked tokens between live ones"
+
+
+def unseen_packing():
+    batch, _ = models.packed_batch()
+    return "llama", {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}, "start again within a row"
+
+
+def chunks():
+    return "llama4_text", {"input_ids": models.tokens(2, 50)}, "chunked"
+
+
+LLAMA4 = {
+    "intermediate_size_mlp": 96,
+    "head_dim": 16,
+    "num_local_experts": 2,
+    "attention_chunk_size": 16,
+    "layer_types": ["chunked_attention", "full_attention"] * 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize("case", [holes, unseen_packing, chunks])
+def test_what_is_not_measurable_is_nan_and_raises_later(case, monkeypatch):
+    family, batch, message = case()
+    overrides = LLAMA4 if family == "llama4_text" else {}
+    model, fine = models.tiny_model(family, **overrides), {"input_ids": models.tokens(1, 12)}
+    forbid_reading(monkeypatch)
+
+    def measured(probe):
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+        return [x.clone() for x in probe._results]
+
+    with pytest.raises(ValueError, match=message), RhythmProbe(model, GROUPS) as probe:
+        assert all(x.isnan().all() for x in measured(probe))
+    # Before the next forward, and where results are read.
+    with RhythmProbe(model, GROUPS) as probe:
+        measured(probe)
+        with pytest.raises(ValueError, match=message):
+            model(**fine, use_cache=False)
+        measured(probe)
+        with pytest.raises(ValueError, match=message):
+            probe.waad  # noqa: B018
+        assert probe.waad.isnan().all()  # told once; the numbers stay what they are
+        model(**fine, use_cache=False)
+        assert probe.waad.isfinite().all()
+    # An error on its way does not hide the one that the block is left with.
+    probe = RhythmProbe(model, GROUPS).__enter__()
+    measured(probe)
+    probe.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+
+
+def test_calibration_refuses_what_it_learns_later(monkeypatch):
+    _, batch, message = holes()
+    model = models.tiny_model("llama")
+    forbid_reading(monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        head_groups(model, [batch])
+
+
+class Slow:
+    """In the place of a CUDA event: the answers arrive when the test says so."""
+
+    arrived = False
+
+    def query(self):
+        return self.arrived
+
+    def synchronize(self):
+        self.arrived = True
+
+
+def test_nothing_waits_for_answers_that_are_on_their_way(monkeypatch):
+    _, batch, message = holes()
+    model = models.tiny_model("llama")
+    forbid_reading(monkeypatch)
+    start = checks.Pending.__init__
+    event = Slow()
+
+    def slow(self, *args):
+        start(self, *args)
+        self._arrived = event
+
+    monkeypatch.setattr(checks.Pending, "__init__", slow)
+    with torch.no_grad(), RhythmProbe(model, GROUPS) as probe:
+        model(**batch, use_cache=False)
+        assert probe.waad.isnan().all()
+        model(**batch, use_cache=False)
+        assert len(probe._capture._pending) == 2
+    assert probe.fai.isnan().all()
+    event.arrived = True
+    with pytest.raises(ValueError, match=message):
+        probe.fai  # noqa: B018
+    probe._capture._pending.clear()
+
+
+def test_one_table_a_forward(monkeypatch):
+    """Every measured layer reads the table that the first one made."""
+    model, batch = models.tiny_model("qwen3"), models.padded_batch()
+    tables = []
+    make = capture.canonical
+    monkeypatch.setattr(capture, "canonical", lambda *args, **kw: (tables.append(kw["table"]), make(*args, **kw))[1])
+    with torch.no_grad(), RhythmProbe(model, GROUPS):
+        model(**batch, use_cache=False)
+    assert len(tables) == 4
+    assert len({id(table.seqs) for table in tables}) == 1
+
+
+class Launches(TorchDispatchMode):
+    """Count the operators that compute: each is at least one kernel on a GPU; views and allocations are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        free = func.is_view or func._schema.name.rpartition("::")[2] in ("empty", "empty_like", "new_empty", "detach")
+        self.count += not free
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_measured_layer_adds_few_launches():
+    """After the first layer of a forward, a layer costs its pass and the addition to the sums; no table is made."""
+    model, batch = models.tiny_model("qwen3"), models.padded_batch()
+    counts = []
+    measure = capture.Capture._measure
+
+    def counted(self, *args):
+        with Launches() as launches:
+            measure(self, *args)
+        counts.append(launches.count)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(capture.Capture, "_measure", counted)
+        with RhythmProbe(model, GROUPS):
+            model(**batch, use_cache=False)
+    first, *later = counts
+    assert len(later) == 3
+    assert all(count <= 4 for count in later), counts
+    assert first <= 70, counts
+
+
+@contextlib.contextmanager
+def cudnn_attention(asked):
+    """Have scaled_dot_product_attention call cuDNN's operator as it does on sm_90, on fake CUDA tensors."""
+    from torch.overrides import TorchFunctionMode
+
+    class Routed(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is not torch.nn.functional.scaled_dot_product_attention:
+                return func(*args, **(kwargs or {}))
+            q, k, v = args
+            group = q.shape[1] // k.shape[1]
+            k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+            ask = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+            causal, scale = kwargs["is_causal"], kwargs["scale"]
+            return torch.ops.aten._scaled_dot_product_cudnn_attention(
+                q, k, v, kwargs["attn_mask"], ask, 0.0, causal, False, scale=scale
+            )[0]
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._scaled_dot_product_cudnn_attention.default:
+                asked.append(args[lse._COMPUTE_LSE])
+                if not args[lse._COMPUTE_LSE]:  # on a GPU there is no such output then; the fake kernel has one always
+                    result = (result[0], None, *result[2:])
+            return result
+
+    with Asked(), Routed():
+        yield
+
+
+@pytest.mark.skipif(not CUDA, reason="this torch was built without CUDA, and cannot index fake CUDA tensors")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("raised", [True, False])
+def test_cudnn_is_asked_for_its_log_sum_exp(raised, training, monkeypatch):
+    monkeypatch.setattr(lse, "RAISE_CUDNN_FLAG", raised)
+    asked = []
+    with FakeTensorMode(), torch.set_grad_enabled(training):
+        model = fake_model("qwen3", "sdpa", "cuda")
+        batch, _ = batch_of("unpadded", "cuda")
+        with cudnn_attention(asked), RhythmProbe(model, GROUPS) as probe:
+            model(**batch, use_cache=False)
+    seen = raised or training
+    assert asked == [seen] * 4
+    source = "sdpa: cuDNN attention" if seen else "streamed from q and k"
+    assert probe.lse_source == dict.fromkeys(range(4), source)
