@@ -49,6 +49,9 @@ class Choice:
         return (not self.among or rival in self.among) and rival not in self.without
 
 
+EVERYTHING = Choice()
+
+
 class BrokenDeviceError(RuntimeError):
     """A rival left the CUDA context unusable: nothing else can be measured in this process.
 
@@ -66,7 +69,7 @@ def run_suite(
     profile: str,
     device: torch.device,
     budget: Budget,
-    choice: Choice = Choice(),
+    choice: Choice = EVERYTHING,
     earlier: Collection[Row] = (),
 ) -> Iterator[list[Row]]:
     """The rows of each shape of a suite, in the registry's order, one list a shape.
@@ -103,7 +106,7 @@ def compete(
     device: torch.device,
     budget: Budget,
     about: dict[str, Any] | None = None,
-    choice: Choice = Choice(),
+    choice: Choice = EVERYTHING,
 ) -> tuple[list[Row], dict[str, Samples]]:
     """One row a rival that competes on this device, and the samples of those that were timed, by name."""
     about = environment(device) if about is None else about

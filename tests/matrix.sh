@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # The tests under other versions, each in an environment of its own (.venv-NAME, kept for the next time).
 #   bash tests/matrix.sh [PYTHON [NAME ...]]
-# Names: torch-oldest trl-oldest triton-3.6 triton-3.9 peers abi (CONTRIBUTING.md says what each is for). Prints one
-# line a row at the end and fails if one failed.
+# Names: torch-oldest trl-oldest triton-3.6 triton-3.9 peers abi gpu-machine (CONTRIBUTING.md says what each is for).
+# Prints one line a row at the end and fails if one failed. PYTHON_GPU names the Python 3.12 of gpu-machine.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${1:-python3}
 shift || true
 names=("$@")
-[ ${#names[@]} -gt 0 ] || names=(torch-oldest trl-oldest triton-3.6 triton-3.9 peers abi)
+[ ${#names[@]} -gt 0 ] || names=(torch-oldest trl-oldest triton-3.6 triton-3.9 peers abi gpu-machine)
 torch=${TORCH:-torch==2.13.0}
 extras="[train,test]"
 export OMP_NUM_THREADS=1
@@ -60,6 +60,13 @@ row() {
         .venv-abi/bin/python $pip "torch==$oldest" numpy &&
         .venv-abi/bin/python $pip --force-reinstall --no-deps .venv-abi-wheels/*-cp310-abi3-*.whl &&
         .venv-abi/bin/python tests/native/self_check.py "$oldest"
+      ;;
+    gpu-machine) # the software beside the GPU that figures come from: both calls of docs/gpu.md, rehearsed
+      python=${PYTHON_GPU:-python3.12} torch="torch==2.11.0" extras="" environment "$1" "triton==3.6.0" \
+        "numpy==2.5.2" "transformers==5.17.0" "trl==1.16.0" "datasets<5" "flash-colreduce==0.2.2" accelerate pyyaml \
+        pytest pytest-xdist pytest-benchmark hypothesis matplotlib &&
+        ".venv-$1/bin/python" -m benchmarks.gpu right --rehearse --out ".venv-$1/results" &&
+        ".venv-$1/bin/python" -m benchmarks.gpu fast --rehearse --out ".venv-$1/results"
       ;;
     *)
       echo "unknown row: $1" >&2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.contenders import backward
 from benchmarks.gate import WHOLE, AttentionGate, head_definition, tail_definition
 from benchmarks.problem import AttentionProblem, attention_lse
 from benchmarks.shapes import AttentionShape
@@ -55,3 +56,25 @@ def test_what_is_not_a_result_does_not_pass(length: int) -> None:
     assert gate.error({"fai": torch.zeros(1, length)})[0] > 1
     assert gate.error({"fai_full": torch.zeros(1, length)})[0] > 1
     assert gate.error({"waad": torch.zeros(2, length)})[0] > 1
+
+
+@pytest.mark.parametrize("length", [60, LONG.length])
+def test_gradients_at_both_ends(length: int) -> None:
+    """The definition's gradients, by autograd through the dense float64 forward, pass; a late error does not."""
+    problem = AttentionProblem.draw(AttentionShape(length, batch=2, heads=4, kv_heads=2, dim=8), CPU)
+    inputs = [x.double().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    out = reference.attention_with_rhythm(*inputs)[0]
+    right = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, inputs, backward.upstream(problem).double())))
+    gate = backward.BackwardGate(problem)
+    assert gate.error(right)[0] < 1e-6
+    for name, result in right.items():
+        for token in (-1, -30):
+            wrong = result.clone()
+            wrong[:, token] += 0.02 * result.abs().max()
+            error, where = gate.error({**right, name: wrong})
+            assert error > 1 and where == f"{name} of the tail"
+        assert gate.error({**right, name: torch.full_like(result, float("nan"))})[0] > 1
+        assert gate.error({**right, name: result[:, 1:]})[0] > 1
+    early = right["dq"].clone()
+    early[:, 3] = 0
+    assert gate.error({**right, "dq": early})[0] > 1

@@ -33,6 +33,7 @@ def test_bytes_are_those_of_the_tensors() -> None:
         "column_stats": q + k + lse + one,
         "column_moments": q + k + lse + 5 * one,
         "attention": 2 * q + k + v + lse + 2 * one,
+        "attention_backward": 4 * q + 2 * k + 2 * v + lse,  # q, out, its gradient, dq; k, v, dk, dv
     }
     assert {name: SUITES[name].work(SHAPE).bytes for name in want} == want
     assert attention.forward_work(SHAPE).bytes == 2 * q + k + v

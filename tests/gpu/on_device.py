@@ -52,10 +52,15 @@ def check_case(case: Case, backend: str, device: Device) -> None:
         check(case, backend, device)
 
 
+def value_size(case: Case) -> int:
+    """The head size of v: that of q and k, but for 192, where multi-head latent attention has 128."""
+    return 128 if case.dim == 192 else case.dim
+
+
 def check_attention(case: Case, backend: str | None, device: Device) -> None:
     """`out`, its gradients and the statistics against float64: twice the error of float32 PyTorch, and rounding."""
     q, k, options = case.inputs(device)
-    size = 128 if case.dim == 192 else case.dim  # as multi-head latent attention has it
+    size = value_size(case)
     v = torch.randn(*k.shape[:-1], size, generator=torch.Generator().manual_seed(1)).to(k)
     upstream = torch.randn(*q.shape[:-1], size, generator=torch.Generator().manual_seed(2)).to(q)
 

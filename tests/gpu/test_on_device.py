@@ -12,6 +12,7 @@ from tests.cases import CASES, Case, random_cases
 from . import on_device
 
 BACKENDS = ("cuda", "triton", "torch")
+SEEDS = range(8)  # of random cases
 gpu = pytest.mark.gpu
 
 
@@ -32,7 +33,7 @@ def test_case(case: Case, backend: str) -> None:
 
 @gpu
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_random_cases(seed: int, backend: str) -> None:
     need(backend)
