@@ -24,7 +24,7 @@ class AttentionShape:
     dtype: str = "float32"
     window: int = 10
     lo: int = 10
-    hi: int = 50
+    hi: int = 100
 
     @property
     def name(self) -> str:
@@ -58,7 +58,7 @@ class ModelShape:
     dtype: str = "float32"
     window: int = 10
     lo: int = 10
-    hi: int = 50
+    hi: int = 100
 
     @property
     def name(self) -> str:

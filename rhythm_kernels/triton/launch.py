@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ UNSPECIALIZED = (
     *(f"{name}_{axis}" for name in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for axis in "bth"),
     "lse_b", "lse_h", "lse_t", "out_b", "out_h", "out_m", "out_scale", "tiles", "groups", "n_heads", "group_heads",
     "kv_group", "scale", "softcap", "window_left", "window", "lo", "hi", "min_distance",
+    "bits", "to_bits", "to_bits_rest",
 )  # fmt: skip
 
 
@@ -30,6 +32,18 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
         f"{name}_{axis}": stride // align for name, x in tensors.items() for axis, stride in zip("bth", x.stride())
     }
     return {"ALIGN": align, **named}
+
+
+def bits_of(scale: float, softcap: float) -> dict[str, float]:
+    """What `score.weight_in_bits` multiplies by: `bits`, the last factor of a logit (softcap, or scale) over ln 2 in
+    float32, and `to_bits + to_bits_rest`, the exact ratio of that rounded number to the factor in two float32 parts.
+    """
+    factor = softcap if softcap > 0 else scale
+    bits = ctypes.c_float(factor / math.log(2)).value
+    # A factor that float32 takes for 0 leaves every logit 0.
+    ratio = bits / factor if bits and math.isfinite(bits) else 1 / math.log(2)
+    to_bits = ctypes.c_float(ratio).value
+    return {"bits": bits, "to_bits": to_bits, "to_bits_rest": ratio - to_bits}
 
 
 def _options(tile: configs.Tile) -> dict[str, int]:
@@ -48,9 +62,14 @@ class Problem:
     def __init__(
         self, name: str, q: Tensor, k: Tensor, lse: Tensor | None, seqs: Tensor, heads: Tensor,
         max_seqlen: int, scale: float, softcap: float, window_left: int, sinks: Tensor | None,
-        *, owner: str = "rows",
+        *, owner: str = "rows", heads_apart: bool = False,
     ) -> None:  # fmt: skip
-        """`owner` says which side of the tile a program keeps: `rows` of the map or `keys`."""
+        """`owner` says which side of the tile a program keeps: `rows` of the map or `keys`.
+
+        `heads_apart`: a program has one head, whatever the number of tiles. Where a program runs for long, a number a
+        token and head costs nothing, and what a loop over heads would keep in registers throughout is saved.
+        """
+        self.heads_apart = heads_apart
         self.batch, self.length, n_heads, head_size = q.shape
         self.q, self.seqs, self.heads = q, seqs, heads
         self.n_selected = heads.shape[0]
@@ -79,7 +98,7 @@ class Problem:
 
     def group_heads(self, per_head: bool) -> int:
         """How many heads one program sums: one where each is an output, else all, or fewer to fill the device."""
-        if per_head:
+        if per_head or self.heads_apart:
             return 1
         return -(-self.n_selected // min(self.groups, self.n_selected))
 
