@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .column_moments import column_moments_kernel
-from .launch import UNSPECIALIZED, Problem, bits_of
-from .score import in_bits, load_lse, load_tokens, locate, products, visible, weight_in_bits
+from .launch import UNSPECIALIZED, Problem, bits_of, over_heads
+from .score import in_bits, load_lse, load_tokens, locate, of_head, products, visible, weight_in_bits
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -25,13 +25,13 @@ def column_stats_kernel(
     q, k, lse, seqs, heads, sinks, out,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, out_b: tl.int64, out_h: tl.int64,
-    tiles: tl.int32, groups: tl.int32, n_heads: tl.int32, group_heads: tl.int32, kv_group: tl.int32,
-    scale: tl.float32, softcap: tl.float32, window_left: tl.int32, out_scale: tl.float32,
+    tiles: tl.int32, n_heads: tl.int32, kv_group: tl.int32,
+    scale: tl.float32, softcap: tl.float32, window_left: tl.int32,
     min_distance: tl.int32, bits: tl.float32, to_bits: tl.float32, to_bits_rest: tl.float32,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    row, _, end, response, tile, listed = locate(seqs, tiles, groups)
+    row, _, end, response, tile, listed = locate(seqs, tiles, n_heads, False)
     first = response + tile * KEYS
     if first >= end:
         return
@@ -49,13 +49,11 @@ def column_stats_kernel(
     n_whole = tl.maximum(whole_to - whole_from, 0) // ROWS
     n_edges = tl.cdiv(tl.maximum(rows_to - rows_from, 0), ROWS) - n_whole
 
-    head = tl.load(heads + 2 * listed)
-    q += row * q_b * ALIGN + tl.cast(head, tl.int64) * q_h * ALIGN
-    k += row * k_b * ALIGN + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
-    lse += row * lse_b + tl.load(heads + 2 * listed + 1).to(tl.int64) * lse_h
+    _, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    lse += row * lse_b + lse_head * lse_h
     k_low, k_high = load_tokens(k, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
     received = tl.zeros([ROWS, KEYS], tl.float32)
-    for edge in range(0, n_edges):
+    for edge in range(n_edges):
         t0 = rows_from + (edge + tl.where(edge < n_before, 0, n_whole)) * ROWS
         lse_bits = in_bits(load_lse(lse, t0, rows_to, lse_t, ROWS), to_bits, to_bits_rest)
         q_low, q_high = load_tokens(q, t0, rows_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
@@ -77,7 +75,7 @@ def column_stats_kernel(
 
     count = tl.maximum(end - (s + min_distance), 0).to(tl.float32)
     mean = tl.where(count > 0, tl.sum(received, 0) / tl.maximum(count, 1.0), 0.0)
-    tl.store(out + row * out_b + tl.cast(listed, tl.int64) * out_h + s, mean * out_scale, mask=s < end)
+    tl.store(out + row * out_b + tl.cast(listed, tl.int64) * out_h + s, mean, mask=s < end)
 
 
 def column_stats(
@@ -98,29 +96,11 @@ def column_stats(
         where fewer than two rows count or their variance is 0.
     """
     name = "column_moments" if moments else "column_stats"
-    problem = Problem(
-        name,
-        q,
-        k,
-        lse,
-        seqs,
-        heads,
-        max_seqlen,
-        scale,
-        softcap,
-        window_left,
-        sinks,
-        owner="keys",
-        heads_apart=not moments,
-    )
-    partial = problem.partial(per_head, 5 if moments else 1)
+    problem = Problem(name, q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, owner="keys")
+    out = problem.output(5 if moments else 1)
     min_distance = min(min_distance, problem.length)
     if moments:
-        problem.launch(
-            column_moments_kernel, partial, per_head, out=partial, out_m=partial.stride(0), min_distance=min_distance
-        )
+        problem.launch(column_moments_kernel, out, out=out, out_m=out.stride(0), min_distance=min_distance)
     else:
-        problem.launch(
-            column_stats_kernel, partial, per_head, out=partial, min_distance=min_distance, **bits_of(scale, softcap)
-        )
-    return problem.finish(partial, per_head)
+        problem.launch(column_stats_kernel, out, out=out, min_distance=min_distance, **bits_of(scale, softcap))
+    return over_heads(out, per_head)

@@ -17,19 +17,34 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def locate(seqs, tiles, groups):
-    """Which work a program has: its sequence `(row, start, end, response_start)`, its tile and its group of heads.
+def locate(seqs, tiles, n_heads, HEADS_FIRST: tl.constexpr):
+    """Which work a program has: its sequence `(row, start, end, response_start)`, its tile and its place among heads.
 
-    Tiles vary fastest, so that neighbouring programs share keys in the cache. Everything sits on grid x: y and z
-    end at 65,535.
+    What varies fastest is what neighbouring programs, which run at the same time, share in the cache: where a program
+    streams a whole sequence, tiles, which then read the same tokens of one head; in a band, heads (`HEADS_FIRST`),
+    whose kv head is the same, and whose tokens lie side by side in memory. Everything sits on grid x: y and z end at
+    65,535.
     """
     pid = tl.program_id(0)
-    tile = pid % tiles
-    pid = pid // tiles
-    group = pid % groups
-    entry = seqs + (pid // groups).to(tl.int64) * 4
+    if HEADS_FIRST:
+        head = pid % n_heads
+        tile = pid // n_heads % tiles
+    else:
+        tile = pid % tiles
+        head = pid // tiles % n_heads
+    entry = seqs + (pid // n_heads // tiles).to(tl.int64) * 4
     row = tl.load(entry).to(tl.int64)
-    return row, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tile, group
+    return row, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tile, head
+
+
+@triton.jit
+def of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN: tl.constexpr):
+    """Of the `listed`-th entry of the head table: the query head, where it has its queries and its keys in a row of
+    the batch, and its row of lse."""
+    head = tl.load(heads + 2 * listed)
+    q += row * q_b * ALIGN + tl.cast(head, tl.int64) * q_h * ALIGN
+    k += row * k_b * ALIGN + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
+    return head, q, k, tl.load(heads + 2 * listed + 1).to(tl.int64)
 
 
 @triton.jit
