@@ -48,7 +48,7 @@ def absorb(
 ):  # fmt: skip
     """One tile of keys into the running maximum (in bits) of every row and the sums that are relative to it."""
     column = tl.arange(0, KEYS)
-    k_low, k_high = load_tokens(k_head, s0, keys_to, k_stride, KEYS, D, D0, D1, UPCAST)
+    k_low, k_high = load_tokens(k_head, s0, keys_to, k_stride, KEYS, D, D0, D1, UPCAST, SOME_HIDDEN)
     product = products(q_low, q_high, k_low, k_high, D1)
     if SOME_HIDDEN or HAS_SOFTCAP or not POSITIVE:
         x = logit(product, scale, softcap, LOG2E, HAS_SOFTCAP)
@@ -75,7 +75,7 @@ def absorb(
         reach = reach * fade + (from_s0 * tile_mass - tl.sum(p * column_of_key, 1))
         if NEAR:
             near = near * fade + tl.sum(p * tl.minimum(from_s0[:, None] - column_of_key, width), 1)
-    v_low, v_high = load_tokens(v_head, s0, keys_to, v_stride, KEYS, DV, V0, V1, UPCAST)
+    v_low, v_high = load_tokens(v_head, s0, keys_to, v_stride, KEYS, DV, V0, V1, UPCAST, SOME_HIDDEN)
     o_low = o_low * fade[:, None]
     if V1 > 0:
         o_high = o_high * fade[:, None]
@@ -95,7 +95,7 @@ def attention_kernel(
     V1: tl.constexpr, UPCAST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     POSITIVE: tl.constexpr, RHYTHM: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    row, start, end, response, tile, head = locate(seqs, tiles, groups)
+    row, start, end, response, tile, head = locate(seqs, tiles, groups, False)
     # Later rows have more keys: they go first, so that no long program is left at the end.
     first = start + (tiles - 1 - tile) * ROWS
     if first >= end:

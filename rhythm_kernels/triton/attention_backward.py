@@ -67,7 +67,7 @@ def attention_dq_kernel(
     V1: tl.constexpr, UPCAST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    row, start, end, _, tile, head = locate(seqs, tiles, groups)
+    row, start, end, _, tile, head = locate(seqs, tiles, groups, False)
     # Later rows have more keys: they go first.
     first = start + (tiles - 1 - tile) * ROWS
     if first >= end:
@@ -178,7 +178,7 @@ def attention_dkv_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     # Earlier keys have more rows, and come first as it is.
-    row, start, end, _, tile, kv_head = locate(seqs, tiles, groups)
+    row, start, end, _, tile, kv_head = locate(seqs, tiles, groups, False)
     first = start + tile * KEYS
     if first >= end:
         return

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import UNSPECIALIZED, Problem
-from .score import load_lse, load_tokens, locate, logit, products, weight
+from .launch import UNSPECIALIZED, Problem, bits_of, over_heads
+from .score import in_bits, load_lse, load_tokens, locate, of_head, products, weight_in_bits
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -19,13 +19,13 @@ def band_columns_kernel(
     q, k, lse, seqs, heads, sinks, out,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, out_b: tl.int64, out_h: tl.int64,
-    tiles: tl.int32, groups: tl.int32, n_heads: tl.int32, group_heads: tl.int32, kv_group: tl.int32,
-    scale: tl.float32, softcap: tl.float32, window_left: tl.int32, out_scale: tl.float32,
-    lo: tl.int32, hi: tl.int32,
+    tiles: tl.int32, n_heads: tl.int32, kv_group: tl.int32,
+    scale: tl.float32, softcap: tl.float32, window_left: tl.int32,
+    lo: tl.int32, hi: tl.int32, bits: tl.float32, to_bits: tl.float32, to_bits_rest: tl.float32,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    row, _, end, response, tile, group = locate(seqs, tiles, groups)
+    row, _, end, response, tile, listed = locate(seqs, tiles, n_heads, True)
     first = response + tile * KEYS
     if first >= end:
         return
@@ -38,28 +38,25 @@ def band_columns_kernel(
     # Rows after s are rows of the response, because s is in it.
     rows_to = tl.minimum(end, first + KEYS + farthest)
 
-    q += row * q_b * ALIGN
-    k += row * k_b * ALIGN
-    lse += row * lse_b
-    total = tl.zeros([KEYS], tl.float32)
-    for i in range(group * group_heads, tl.minimum(n_heads, (group + 1) * group_heads)):
-        head = tl.load(heads + 2 * i)
-        q_head = q + tl.cast(head, tl.int64) * q_h * ALIGN
-        k_head = k + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
-        lse_head = lse + tl.load(heads + 2 * i + 1).to(tl.int64) * lse_h
-        k_low, k_high = load_tokens(k_head, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
-        for t0 in range(first + lo, rows_to, ROWS):
-            q_low, q_high = load_tokens(q_head, t0, rows_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
-            row_lse = load_lse(lse_head, t0, rows_to, lse_t, ROWS)
-            x = logit(products(k_low, k_high, q_low, q_high, D1), scale, softcap, 1.0, HAS_SOFTCAP)
-            # One unsigned comparison for both ends. Rows past `rows_to` read an infinite lse.
-            beyond_lo = (t0 - lo + tl.arange(0, ROWS))[None, :] - s[:, None]
-            inside = beyond_lo.to(tl.uint32) < n_distances
-            total += tl.sum(tl.where(inside, weight(x, row_lse[None, :], 1.0), 0.0), 1)
+    _, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    lse += row * lse_b + lse_head * lse_h
+    k_low, k_high = load_tokens(k, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
+    received = tl.zeros([ROWS, KEYS], tl.float32)
+    # The log-sum-exp of a tile is asked for a tile ahead: nothing else would wait for it.
+    next_lse = load_lse(lse, first + lo, rows_to, lse_t, ROWS)
+    for t0 in range(first + lo, rows_to, ROWS):
+        lse_bits = in_bits(next_lse, to_bits, to_bits_rest)
+        next_lse = load_lse(lse, t0 + ROWS, rows_to, lse_t, ROWS)
+        q_low, q_high = load_tokens(q, t0, rows_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
+        product = products(q_low, q_high, k_low, k_high, D1)
+        a = weight_in_bits(product, lse_bits[:, None], scale, softcap, bits, HAS_SOFTCAP)
+        # One unsigned comparison for both ends. Rows past `rows_to` read an infinite lse.
+        beyond_lo = (t0 - lo + tl.arange(0, ROWS))[:, None] - s[None, :]
+        received += tl.where(beyond_lo.to(tl.uint32) < n_distances, a, 0.0)
 
     count = tl.minimum(end - 1, s + hi) - (s + lo) + 1
-    mean = tl.where(count > 0, total / tl.maximum(count, 1).to(tl.float32), 0.0)
-    tl.store(out + row * out_b + tl.cast(group, tl.int64) * out_h + s, mean * out_scale, mask=s < end)
+    mean = tl.where(count > 0, tl.sum(received, 0) / tl.maximum(count, 1).to(tl.float32), 0.0)
+    tl.store(out + row * out_b + tl.cast(listed, tl.int64) * out_h + s, mean, mask=s < end)
 
 
 def band_columns(
@@ -80,7 +77,14 @@ def band_columns(
     problem = Problem(
         "band_columns", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, owner="keys"
     )
-    partial = problem.partial(per_head)
+    out = problem.output()
     length = problem.length
-    problem.launch(band_columns_kernel, partial, per_head, out=partial, lo=min(lo, length), hi=min(hi, length))
-    return problem.finish(partial, per_head)
+    problem.launch(
+        band_columns_kernel,
+        out,
+        out=out,
+        lo=min(lo, length),
+        hi=min(hi, length),
+        **bits_of(scale, softcap),
+    )
+    return over_heads(out, per_head)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import UNSPECIALIZED, Problem
-from .score import band_sum, clamp_waad, load_tokens, locate, sink_mass
+from .launch import UNSPECIALIZED, Problem, over_heads
+from .score import band_sum, clamp_waad, load_tokens, locate, of_head, sink_mass
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -19,13 +19,13 @@ def band_rows_kernel(
     q, k, lse, seqs, heads, sinks, out,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, out_b: tl.int64, out_h: tl.int64,
-    tiles: tl.int32, groups: tl.int32, n_heads: tl.int32, group_heads: tl.int32, kv_group: tl.int32,
-    scale: tl.float32, softcap: tl.float32, window_left: tl.int32, out_scale: tl.float32,
+    tiles: tl.int32, n_heads: tl.int32, kv_group: tl.int32,
+    scale: tl.float32, softcap: tl.float32, window_left: tl.int32,
     window: tl.int32,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    row, start, end, response, tile, group = locate(seqs, tiles, groups)
+    row, start, end, response, tile, listed = locate(seqs, tiles, n_heads, True)
     first = response + tile * ROWS
     if first >= end:
         return
@@ -37,22 +37,15 @@ def band_rows_kernel(
     keys_to = tl.minimum(end, first + ROWS)
     width = tl.cast(window, tl.float32)
 
-    q += row * q_b * ALIGN
-    k += row * k_b * ALIGN
-    lse += row * lse_b + t.to(tl.int64) * lse_t
-    total = tl.zeros([ROWS], tl.float32)
-    for i in range(group * group_heads, tl.minimum(n_heads, (group + 1) * group_heads)):
-        head = tl.load(heads + 2 * i)
-        q_head = q + tl.cast(head, tl.int64) * q_h * ALIGN
-        k_head = k + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
-        row_lse = tl.load(lse + tl.load(heads + 2 * i + 1).to(tl.int64) * lse_h, mask=live, other=0.0)
-        q_low, q_high = load_tokens(q_head, first, end, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
-        band = band_sum(
-            q_low, q_high, k_head, k_t * ALIGN, t, keys_from, keys_to, row_lse, scale, softcap, window_left, window,
-            D, D0, D1, UPCAST, 1.0, HAS_SOFTCAP, HAS_WINDOW, KEYS,
-        )  # fmt: skip
-        total += clamp_waad(width * (1.0 - sink_mass(sinks, head, row_lse)) - band, width)
-    tl.store(out + row * out_b + tl.cast(group, tl.int64) * out_h + t, total * out_scale, mask=live)
+    head, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    row_lse = tl.load(lse + row * lse_b + lse_head * lse_h + t.to(tl.int64) * lse_t, mask=live, other=0.0)
+    q_low, q_high = load_tokens(q, first, end, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
+    band = band_sum(
+        q_low, q_high, k, k_t * ALIGN, t, keys_from, keys_to, row_lse, scale, softcap, window_left, window,
+        D, D0, D1, UPCAST, 1.0, HAS_SOFTCAP, HAS_WINDOW, KEYS,
+    )  # fmt: skip
+    waad = clamp_waad(width * (1.0 - sink_mass(sinks, head, row_lse)) - band, width)
+    tl.store(out + row * out_b + tl.cast(listed, tl.int64) * out_h + t, waad, mask=live)
 
 
 def band_rows(
@@ -70,6 +63,6 @@ def band_rows(
         `(B, T)` float32, the mean over the heads, or `(B, Hs, T)` with `per_head`; 0 outside the responses.
     """
     problem = Problem("band_rows", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
-    partial = problem.partial(per_head)
-    problem.launch(band_rows_kernel, partial, per_head, out=partial, window=min(window, problem.length))
-    return problem.finish(partial, per_head)
+    out = problem.output()
+    problem.launch(band_rows_kernel, out, out=out, window=min(window, problem.length))
+    return over_heads(out, per_head)

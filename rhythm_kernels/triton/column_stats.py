@@ -1,9 +1,12 @@
-"""Full-horizon FAI, and the central moments of the attention a token receives: one pass over the columns, O(T^2 D).
+"""Full-horizon FAI: the mean attention every token receives from all later rows of the response, O(T^2 D).
 
-A program keeps a tile of keys and streams the later rows past it. Over the rows ``t in [s + min_distance, end)`` of
-``A[t, s]`` it sums (the mean), or merges count, mean and central moments tile by tile with Chan's formulas: raw power
-sums in float32 give kurtoses below zero. Rows count by position, so those that a sliding window keeps from seeing s
-count with ``A = 0``; they are merged at once, as one tile of zeros.
+A program keeps a tile of keys and streams the later rows past it. ``FAI[s]`` is the mean of ``A[t, s]`` over the rows
+``t in [s + min_distance, end)``; rows count by position, so those that a sliding window keeps from seeing s count with
+``A = 0``.
+
+Rows stand along the first axis of a product, keys along the second, and the sum over rows stays a tile `(ROWS, KEYS)`
+until the end: a lane of a tensor-core result holds many keys of two rows. So it reads two numbers of lse a tile, sums
+with one addition a pair, and talks to no other lane inside of the loop.
 """
 
 from __future__ import annotations
@@ -12,64 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import UNSPECIALIZED, Problem
-from .score import load_lse, load_tokens, locate, logit, products, visible, weight
-
-# Moments are those of 2^20 A: the fourth power of A = 1e-10 would leave float32.
-UNITS = tl.constexpr(2.0**20)
-
-
-@triton.jit
-def received(
-    k_low, k_high, q_head, q_stride, lse_head, lse_stride, s, t0, rows_to, min_distance, scale, softcap, window_left,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, SOME_OUTSIDE: tl.constexpr,
-):  # fmt: skip
-    """`A` of a tile of rows `t0 ..`, as `(keys, rows)`, and which rows count for which key.
-
-    `SOME_OUTSIDE`: some row may be too near to a key, past `rows_to`, or not see it. Rows past `rows_to` alone need no
-    mask: they read an infinite lse.
-    """
-    t = t0 + tl.arange(0, ROWS)
-    q_low, q_high = load_tokens(q_head, t0, rows_to, q_stride, ROWS, D, D0, D1, UPCAST)
-    row_lse = load_lse(lse_head, t0, rows_to, lse_stride, ROWS)
-    x = logit(products(k_low, k_high, q_low, q_high, D1), scale, softcap, 1.0, HAS_SOFTCAP)
-    a = weight(x, row_lse[None, :], 1.0)
-    counted = (t < rows_to)[None, :]
-    if SOME_OUTSIDE:
-        distance = t[None, :] - s[:, None]
-        counted = counted & (distance >= min_distance)
-        a = tl.where(counted & visible(distance, window_left, HAS_WINDOW), a, 0.0)
-    return a, counted
-
-
-@triton.jit
-def merge(n, mean, m2, m3, m4, n_b, mean_b, m2_b, m3_b, m4_b):
-    """Count, mean and sums of central powers of two sets of values, joined (Chan; Pebay)."""
-    total = n + n_b
-    some = tl.maximum(total, 1.0)
-    f, f_b = n / some, n_b / some
-    delta = mean_b - mean
-    square = delta * delta
-    return (
-        total,
-        mean + delta * f_b,
-        m2 + m2_b + square * n * f_b,
-        m3 + m3_b + square * delta * n * f_b * (f - f_b) + 3.0 * delta * (f * m2_b - f_b * m2),
-        m4 + m4_b + square * square * n * f_b * (f * f - f * f_b + f_b * f_b)
-        + 6.0 * square * (f * f * m2_b + f_b * f_b * m2) + 4.0 * delta * (f * m3_b - f_b * m3),
-    )  # fmt: skip
-
-
-@triton.jit
-def merge_tile(n, mean, m2, m3, m4, a, counted, n_rows):
-    """A tile `(keys, rows)` of A, of which `n_rows` of each key count, joined to count, mean and sums of powers."""
-    a *= UNITS
-    n_b = tl.maximum(n_rows, 0).to(tl.float32)
-    mean_b = tl.sum(a, 1) / tl.maximum(n_b, 1.0)
-    c = tl.where(counted, a - mean_b[:, None], 0.0)
-    c2 = c * c
-    return merge(n, mean, m2, m3, m4, n_b, mean_b, tl.sum(c2, 1), tl.sum(c2 * c, 1), tl.sum(c2 * c2, 1))
+from .column_moments import column_moments_kernel
+from .launch import UNSPECIALIZED, Problem, bits_of, over_heads
+from .score import in_bits, load_lse, load_tokens, locate, of_head, products, visible, weight_in_bits
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -77,14 +25,13 @@ def column_stats_kernel(
     q, k, lse, seqs, heads, sinks, out,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, out_b: tl.int64, out_h: tl.int64,
-    tiles: tl.int32, groups: tl.int32, n_heads: tl.int32, group_heads: tl.int32, kv_group: tl.int32,
-    scale: tl.float32, softcap: tl.float32, window_left: tl.int32, out_scale: tl.float32,
-    min_distance: tl.int32, out_m: tl.int64,
+    tiles: tl.int32, n_heads: tl.int32, kv_group: tl.int32,
+    scale: tl.float32, softcap: tl.float32, window_left: tl.int32,
+    min_distance: tl.int32, bits: tl.float32, to_bits: tl.float32, to_bits_rest: tl.float32,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    MOMENTS: tl.constexpr,
 ):  # fmt: skip
-    row, _, end, response, tile, group = locate(seqs, tiles, groups)
+    row, _, end, response, tile, listed = locate(seqs, tiles, n_heads, False)
     first = response + tile * KEYS
     if first >= end:
         return
@@ -92,76 +39,43 @@ def column_stats_kernel(
     # Rows after s are rows of the response, because s is in it.
     rows_from = first + min_distance
     rows_to = end
+    whole_to = end
     if HAS_WINDOW:
         rows_to = tl.minimum(end, first + KEYS + window_left)
-    # From here on every row is far enough from every key.
-    inner = rows_from + tl.cdiv(KEYS - 1, ROWS) * ROWS
+        whole_to = tl.minimum(end, first + window_left + 1)
+    # Tiles of rows that are far enough from every key of the tile, and seen by them: no mask. The others are edges.
+    n_before = (KEYS - 1 + ROWS - 1) // ROWS
+    whole_from = rows_from + n_before * ROWS
+    n_whole = tl.maximum(whole_to - whole_from, 0) // ROWS
+    n_edges = tl.cdiv(tl.maximum(rows_to - rows_from, 0), ROWS) - n_whole
 
-    q += row * q_b * ALIGN
-    k += row * k_b * ALIGN
-    lse += row * lse_b
-    zero = tl.zeros([KEYS], tl.float32)
-    count_total, mean_total, variance_total, skewness_total, kurtosis_total = zero, zero, zero, zero, zero
-    for i in range(group * group_heads, tl.minimum(n_heads, (group + 1) * group_heads)):
-        head = tl.load(heads + 2 * i)
-        q_head = q + tl.cast(head, tl.int64) * q_h * ALIGN
-        k_head = k + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
-        lse_head = lse + tl.load(heads + 2 * i + 1).to(tl.int64) * lse_h
-        k_low, k_high = load_tokens(k_head, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
-        if MOMENTS:
-            n, mean, m2, m3, m4 = zero, zero, zero, zero, zero
-            for t0 in range(rows_from, tl.minimum(inner, rows_to), ROWS):
-                a, counted = received(
-                    k_low, k_high, q_head, q_t * ALIGN, lse_head, lse_t, s, t0, rows_to, min_distance,
-                    scale, softcap, window_left, D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, ROWS, True,
-                )  # fmt: skip
-                n_rows = tl.minimum(t0 + ROWS, rows_to) - tl.maximum(t0, s + min_distance)
-                n, mean, m2, m3, m4 = merge_tile(n, mean, m2, m3, m4, a, counted, n_rows)
-            for t0 in range(inner, rows_to, ROWS):
-                a, counted = received(
-                    k_low, k_high, q_head, q_t * ALIGN, lse_head, lse_t, s, t0, rows_to, min_distance,
-                    scale, softcap, window_left, D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, ROWS, HAS_WINDOW,
-                )  # fmt: skip
-                n_rows = zero.to(tl.int32) + (tl.minimum(t0 + ROWS, rows_to) - t0)
-                n, mean, m2, m3, m4 = merge_tile(n, mean, m2, m3, m4, a, counted, n_rows)
-            hidden = tl.maximum(end - tl.maximum(rows_to, s + min_distance), 0).to(tl.float32)
-            n, mean, m2, m3, m4 = merge(n, mean, m2, m3, m4, hidden, zero, zero, zero, zero)
-            m2, m3, m4 = m2 / tl.maximum(n, 1.0), m3 / tl.maximum(n, 1.0), m4 / tl.maximum(n, 1.0)
-            # NaN is not 0: it goes on into all three.
-            flat = (m2 == 0.0) | (n < 2.0)
-            safe = tl.where(flat, 1.0, m2)
-            count_total += n
-            mean_total += mean / UNITS
-            variance_total += tl.where(n < 2.0, 0.0, m2 / (UNITS * UNITS))
-            skewness_total += tl.where(flat, 0.0, m3 / safe / tl.sqrt(safe))
-            kurtosis_total += tl.where(flat, 0.0, m4 / safe / safe)
-        else:
-            for t0 in range(rows_from, tl.minimum(inner, rows_to), ROWS):
-                a, _counted = received(
-                    k_low, k_high, q_head, q_t * ALIGN, lse_head, lse_t, s, t0, rows_to, min_distance,
-                    scale, softcap, window_left, D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, ROWS, True,
-                )  # fmt: skip
-                mean_total += tl.sum(a, 1)
-            for t0 in range(inner, rows_to, ROWS):
-                a, _counted = received(
-                    k_low, k_high, q_head, q_t * ALIGN, lse_head, lse_t, s, t0, rows_to, min_distance,
-                    scale, softcap, window_left, D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, ROWS, HAS_WINDOW,
-                )  # fmt: skip
-                mean_total += tl.sum(a, 1)
+    _, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    lse += row * lse_b + lse_head * lse_h
+    k_low, k_high = load_tokens(k, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
+    received = tl.zeros([ROWS, KEYS], tl.float32)
+    for edge in range(n_edges):
+        t0 = rows_from + (edge + tl.where(edge < n_before, 0, n_whole)) * ROWS
+        lse_bits = in_bits(load_lse(lse, t0, rows_to, lse_t, ROWS), to_bits, to_bits_rest)
+        q_low, q_high = load_tokens(q, t0, rows_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
+        product = products(q_low, q_high, k_low, k_high, D1)
+        a = weight_in_bits(product, lse_bits[:, None], scale, softcap, bits, HAS_SOFTCAP)
+        t = t0 + tl.arange(0, ROWS)
+        distance = t[:, None] - s[None, :]
+        counted = (t < rows_to)[:, None] & (distance >= min_distance)
+        received += tl.where(counted & visible(distance, window_left, HAS_WINDOW), a, 0.0)
+    # The log-sum-exp of a tile is asked for a tile ahead: it comes from far, and nothing else would wait for it.
+    whole_to = whole_from + n_whole * ROWS
+    next_lse = load_lse(lse, whole_from, whole_to, lse_t, ROWS)
+    for t0 in range(whole_from, whole_to, ROWS):
+        lse_bits = in_bits(next_lse, to_bits, to_bits_rest)
+        next_lse = load_lse(lse, t0 + ROWS, whole_to, lse_t, ROWS)
+        q_low, q_high = load_tokens(q, t0, whole_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST, False)
+        product = products(q_low, q_high, k_low, k_high, D1)
+        received += weight_in_bits(product, lse_bits[:, None], scale, softcap, bits, HAS_SOFTCAP)
 
     count = tl.maximum(end - (s + min_distance), 0).to(tl.float32)
-    live = s < end
-    some = count > 0
-    out += row * out_b + tl.cast(group, tl.int64) * out_h + s
-    if MOMENTS:
-        tl.store(out, count_total * out_scale, mask=live)
-        tl.store(out + out_m, tl.where(some, mean_total * out_scale, 0.0), mask=live)
-        tl.store(out + 2 * out_m, tl.where(some, variance_total * out_scale, 0.0), mask=live)
-        tl.store(out + 3 * out_m, tl.where(some, skewness_total * out_scale, 0.0), mask=live)
-        tl.store(out + 4 * out_m, tl.where(some, kurtosis_total * out_scale, 0.0), mask=live)
-    else:
-        mean_total = tl.where(some, mean_total / tl.maximum(count, 1.0), 0.0)
-        tl.store(out, mean_total * out_scale, mask=live)
+    mean = tl.where(count > 0, tl.sum(received, 0) / tl.maximum(count, 1.0), 0.0)
+    tl.store(out + row * out_b + tl.cast(listed, tl.int64) * out_h + s, mean, mask=s < end)
 
 
 def column_stats(
@@ -183,9 +97,10 @@ def column_stats(
     """
     name = "column_moments" if moments else "column_stats"
     problem = Problem(name, q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, owner="keys")
-    partial = problem.partial(per_head, 5 if moments else 1)
-    problem.launch(
-        column_stats_kernel, partial, per_head,
-        out=partial, out_m=partial.stride(0), min_distance=min(min_distance, problem.length), MOMENTS=moments,
-    )  # fmt: skip
-    return problem.finish(partial, per_head)
+    out = problem.output(5 if moments else 1)
+    min_distance = min(min_distance, problem.length)
+    if moments:
+        problem.launch(column_moments_kernel, out, out=out, out_m=out.stride(0), min_distance=min_distance)
+    else:
+        problem.launch(column_stats_kernel, out, out=out, min_distance=min_distance, **bits_of(scale, softcap))
+    return over_heads(out, per_head)

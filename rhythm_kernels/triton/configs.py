@@ -33,6 +33,12 @@ class Tile(NamedTuple):
     capped_rows: int = 0
 
 
+def words(tile: Tile) -> str:
+    """A tile as people read it."""
+    registers = f", {tile.registers} registers" if tile.registers else ""
+    return f"{tile.rows} x {tile.keys}, {tile.warps} warps, {tile.stages} stages{registers}"
+
+
 # (bits, width): Tile. float32 dots run on the plain FMA units, which hold whole heads of both operands in registers:
 # a small tile and many threads.
 _FLOAT32 = {(32, 256): Tile(32, 32, 16, 2, 128)}
@@ -101,11 +107,11 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         },
     },
     "sm_90": {
-        "band_rows": {(16, 256): Tile(64, 32, 4, 2), **_FLOAT32},
-        "band_columns": {(16, 128): Tile(32, 64, 4, 3), (16, 256): Tile(32, 64, 4, 2), **_FLOAT32},
-        "column_stats": {(16, 128): Tile(64, 128, 8, 2), (16, 256): Tile(32, 128, 8, 2), **_FLOAT32},
-        "column_moments": {(16, 128): Tile(64, 128, 8, 2), (16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
-        "row_stats": {(16, 256): Tile(128, 64, 8, 2), **_FLOAT32},
+        "band_rows": {(16, 256): Tile(64, 32, 4, 3), **_FLOAT32},
+        "band_columns": {(16, 128): Tile(64, 128, 4, 3), (16, 256): Tile(64, 64, 4, 2), **_FLOAT32},
+        "column_stats": {(16, 128): Tile(64, 128, 4, 3), (16, 256): Tile(64, 64, 4, 3), **_FLOAT32},
+        "column_moments": {(16, 128): Tile(64, 128, 8, 3), (16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
+        "row_stats": {(16, 256): Tile(128, 64, 8, 3), **_FLOAT32},
         "attention": _ATTENTION["sm_90"],
         "attention_alone": _ATTENTION["sm_90"],
         "attention_dq": {
@@ -175,9 +181,24 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
     },
 }
 
-# Programs that fill the device. Where the tiles of all sequences are fewer, the heads are split between programs
-# into groups, whose partial sums are added in a fixed order: still no atomics, still the same bits every time.
-MIN_PROGRAMS = {"sm_80": 432, "sm_90": 528, "sm_100": 592, "gfx942": 608, "interpreter": 1}
+# Tiles that read as well as the table's in machine code, for 16-bit inputs and heads of 128: what a GPU must decide.
+# `python -m rhythm_kernels.triton.tune --shortlist` times them beside the table's.
+CANDIDATES: dict[str, dict[str, tuple[Tile, ...]]] = {
+    "sm_90": {
+        "band_rows": (Tile(64, 32, 4, 2), Tile(64, 32, 4, 4), Tile(128, 32, 8, 3)),
+        "band_columns": (Tile(64, 64, 4, 2, 128), Tile(64, 128, 8, 2, 128), Tile(64, 256, 8, 2)),
+        "column_stats": (Tile(64, 128, 4, 2), Tile(64, 256, 8, 3), Tile(128, 128, 8, 3)),
+        "column_moments": (Tile(64, 64, 4, 3),),
+        "row_stats": (Tile(128, 128, 8, 3), Tile(64, 128, 4, 3), Tile(128, 64, 8, 2)),
+        "attention": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(64, 64, 4, 2)),
+        "attention_alone": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 3)),
+    },
+    "interpreter": {
+        "band_rows": (Tile(16, 32, 1, 1), Tile(32, 16, 1, 1)),
+        "band_columns": (Tile(16, 32, 1, 1),),
+        "column_stats": (Tile(16, 32, 1, 1),),
+    },
+}
 
 
 def architecture(device: torch.device) -> str:

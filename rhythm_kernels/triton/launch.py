@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from typing import Any
 
@@ -18,8 +19,9 @@ from .interpreted import INTERPRETED
 UNSPECIALIZED = (
     "lse", "seqs", "heads", "sinks",
     *(f"{name}_{axis}" for name in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for axis in "bth"),
-    "lse_b", "lse_h", "lse_t", "out_b", "out_h", "out_m", "out_scale", "tiles", "groups", "n_heads", "group_heads",
-    "kv_group", "scale", "softcap", "window_left", "window", "lo", "hi", "min_distance",
+    "lse_b", "lse_h", "lse_t", "out_b", "out_h", "out_m", "tiles", "groups", "n_heads", "kv_group",
+    "scale", "softcap", "window_left", "window", "lo", "hi", "min_distance",
+    "bits", "to_bits", "to_bits_rest",
 )  # fmt: skip
 
 
@@ -30,6 +32,18 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
         f"{name}_{axis}": stride // align for name, x in tensors.items() for axis, stride in zip("bth", x.stride())
     }
     return {"ALIGN": align, **named}
+
+
+def bits_of(scale: float, softcap: float) -> dict[str, float]:
+    """What `score.weight_in_bits` multiplies by: `bits`, the last factor of a logit (softcap, or scale) over ln 2 in
+    float32, and `to_bits + to_bits_rest`, the exact ratio of that rounded number to the factor in two float32 parts.
+    """
+    factor = softcap if softcap > 0 else scale
+    bits = ctypes.c_float(factor / math.log(2)).value
+    # A factor that float32 takes for 0 leaves every logit 0.
+    ratio = bits / factor if bits and math.isfinite(bits) else 1 / math.log(2)
+    to_bits = ctypes.c_float(ratio).value
+    return {"bits": bits, "to_bits": to_bits, "to_bits_rest": ratio - to_bits}
 
 
 def _options(tile: configs.Tile) -> dict[str, int]:
@@ -61,7 +75,6 @@ class Problem:
         arch = configs.architecture(q.device)
         self.tile = configs.choose(name, arch, 8 * q.element_size() if not INTERPRETED else 32, head_size)
         self.tiles = -(-self.max_seqlen // getattr(self.tile, owner))
-        self.groups = -(-configs.MIN_PROGRAMS[arch] // max(1, self.tiles * seqs.shape[0]))
 
         low, high = configs.chunks(head_size)
         self.arguments: dict[str, Any] = {
@@ -77,39 +90,28 @@ class Problem:
         if lse is not None:
             self.arguments.update(lse=lse, lse_b=lse.stride(0), lse_h=lse.stride(1), lse_t=lse.stride(2))
 
-    def group_heads(self, per_head: bool) -> int:
-        """How many heads one program sums: one where each is an output, else all, or fewer to fill the device."""
-        if per_head:
-            return 1
-        return -(-self.n_selected // min(self.groups, self.n_selected))
+    def output(self, *leading: int) -> Tensor:
+        """`(*leading, B, Hs, T)` float32 zeros: positions outside the responses are nobody's to write."""
+        return self.q.new_zeros((*leading, self.batch, self.n_selected, self.length), dtype=torch.float32)
 
-    def partial(self, per_head: bool, *leading: int) -> Tensor:
-        """`(*leading, B, groups, T)` float32 zeros: positions outside the responses are nobody's to write."""
-        groups = -(-self.n_selected // self.group_heads(per_head))
-        return self.q.new_zeros((*leading, self.batch, groups, self.length), dtype=torch.float32)
+    def launch(self, kernel: Any, like: Tensor, **extra: Any) -> None:
+        """Run the kernel over every (tile, selected head, sequence); its outputs are laid out as `like`.
 
-    def launch(self, kernel: Any, partial: Tensor, per_head: bool, **extra: Any) -> None:
-        """Run the kernel over every (tile, group of heads, sequence), writing what `partial` is laid out for."""
-        groups = partial.shape[-2]
-        grid = self.tiles * groups * self.seqs.shape[0]
+        A program has one head. A loop over heads would have to keep in registers, through the loop over tiles, what
+        it needs again for the next one, and its first loads would wait for the last tile of the head before.
+        """
+        grid = self.tiles * self.n_selected * self.seqs.shape[0]
         if grid == 0:
             return
         with _on(self.q.device):
-            kernel[(grid,)](
-                **self.arguments,
-                **extra,
-                groups=groups,
-                group_heads=self.group_heads(per_head),
-                out_b=partial.stride(-3),
-                out_h=partial.stride(-2),
-                out_scale=1.0 if per_head else 1.0 / self.n_selected,
-            )
+            kernel[(grid,)](**self.arguments, **extra, out_b=like.stride(-3), out_h=like.stride(-2))
 
-    def finish(self, partial: Tensor, per_head: bool) -> Tensor:
-        """Add the groups up, in their order; `per_head` keeps them."""
-        if per_head:
-            return partial
-        return partial.squeeze(-2) if partial.shape[-2] == 1 else partial.sum(-2)
+
+def over_heads(out: Tensor, per_head: bool) -> Tensor:
+    """`(..., B, Hs, T)` as it is, or its mean over the heads, `(..., B, T)`, in their order."""
+    if per_head:
+        return out
+    return out.squeeze(-2) if out.shape[-2] == 1 else out.mean(-2)
 
 
 class AttentionProblem:

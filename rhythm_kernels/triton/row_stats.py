@@ -12,29 +12,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import UNSPECIALIZED, Problem
-from .score import LN2, LOG2E, band_sum, clamp_waad, load_tokens, locate, logit, products, visible
+from .launch import UNSPECIALIZED, Problem, over_heads
+from .score import LN2, LOG2E, band_sum, clamp_waad, load_tokens, locate, logit, of_head, products, visible
 
 
 @triton.jit
 def absorb(
     peak, mass, reach, q_low, q_high, k_head, k_stride, t, s0, keys_to, scale, softcap, window_left,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, KEYS: tl.constexpr, SOME_HIDDEN: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, POSITIVE: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running maximum (in bits), mass and reach of every row."""
+    """One tile of keys into the running maximum (in bits), mass and reach of every row; `WHOLE`: all rows see all."""
     column = tl.arange(0, KEYS)
-    k_low, k_high = load_tokens(k_head, s0, keys_to, k_stride, KEYS, D, D0, D1, UPCAST)
-    x = logit(products(q_low, q_high, k_low, k_high, D1), scale, softcap, LOG2E, HAS_SOFTCAP)
-    if SOME_HIDDEN:
-        distance = t[:, None] - (s0 + column)[None, :]
-        x = tl.where(visible(distance, window_left, HAS_WINDOW), x, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(x, 1))
-    base = new_peak
-    if SOME_HIDDEN:
-        # A row that has seen no key yet subtracts 0, not -inf. Its peak stays -inf: all its logits may lie far below 0.
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    p = tl.exp2(x - base[:, None])
+    k_low, k_high = load_tokens(k_head, s0, keys_to, k_stride, KEYS, D, D0, D1, UPCAST, not WHOLE)
+    product = products(q_low, q_high, k_low, k_high, D1)
+    if WHOLE and POSITIVE and not HAS_SOFTCAP:
+        # The largest product is the largest logit: scaling and subtraction become one FMA.
+        bits = tl.cast(scale, tl.float32) * LOG2E
+        new_peak = tl.maximum(peak, tl.max(product, 1) * bits)
+        base = new_peak
+        p = tl.exp2(product * bits - base[:, None])
+    else:
+        x = logit(product, scale, softcap, LOG2E, HAS_SOFTCAP)
+        if not WHOLE:
+            distance = t[:, None] - (s0 + column)[None, :]
+            x = tl.where(visible(distance, window_left, HAS_WINDOW), x, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(x, 1))
+        base = new_peak
+        if not WHOLE:
+            # A row that has seen no key yet subtracts 0, not -inf. Its peak stays -inf: its logits may lie far below 0.
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(x - base[:, None])
     fade = tl.exp2(peak - base)
     tile_mass = tl.sum(p, 1)
     tile_reach = (t - s0).to(tl.float32) * tile_mass - tl.sum(p * column.to(tl.float32)[None, :], 1)
@@ -46,14 +54,14 @@ def row_stats_kernel(
     q, k, seqs, heads, sinks, lse_out, waad_out, span_out,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, out_b: tl.int64, out_h: tl.int64,
-    tiles: tl.int32, groups: tl.int32, n_heads: tl.int32, group_heads: tl.int32, kv_group: tl.int32,
-    scale: tl.float32, softcap: tl.float32, window_left: tl.int32, out_scale: tl.float32,
+    tiles: tl.int32, n_heads: tl.int32, kv_group: tl.int32,
+    scale: tl.float32, softcap: tl.float32, window_left: tl.int32,
     window: tl.int32,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BAND_KEYS: tl.constexpr,
+    BAND_KEYS: tl.constexpr, POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    row, start, end, response, tile, group = locate(seqs, tiles, groups)
+    row, start, end, response, tile, listed = locate(seqs, tiles, n_heads, False)
     # Later rows have more keys: they go first, so that no long program is left at the end.
     first = response + (tiles - 1 - tile) * ROWS
     if first >= end:
@@ -64,53 +72,50 @@ def row_stats_kernel(
     if HAS_WINDOW:
         keys_from = tl.maximum(start, first - window_left)
     keys_to = tl.minimum(end, first + ROWS)
-    # The first tile with a key that some row does not see; a sliding window hides keys anywhere.
-    edge = keys_from + tl.maximum(first + 1 - keys_from, 0) // KEYS * KEYS
+    # Tiles of keys that every row sees need no mask. The others, at both ends, are edges.
+    n_before = 0
+    if HAS_WINDOW:
+        n_before = tl.cdiv(tl.maximum(first + ROWS - 1 - window_left - keys_from, 0), KEYS)
+    whole_from = keys_from + n_before * KEYS
+    n_whole = tl.maximum(first + 1 - whole_from, 0) // KEYS
+    n_edges = tl.cdiv(keys_to - keys_from, KEYS) - n_whole
     band_from = tl.maximum(keys_from, first - window + 1)
     width = tl.cast(window, tl.float32)
 
-    q += row * q_b * ALIGN
-    k += row * k_b * ALIGN
-    lse_out += row * lse_b + t
-    waad_total = tl.zeros([ROWS], tl.float32)
-    span_total = tl.zeros([ROWS], tl.float32)
-    for i in range(group * group_heads, tl.minimum(n_heads, (group + 1) * group_heads)):
-        head = tl.load(heads + 2 * i)
-        q_head = q + tl.cast(head, tl.int64) * q_h * ALIGN
-        k_head = k + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
-        q_low, q_high = load_tokens(q_head, first, end, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
-        peak = tl.full([ROWS], float("-inf"), tl.float32)
-        mass = tl.zeros([ROWS], tl.float32)
-        reach = tl.zeros([ROWS], tl.float32)
-        for s0 in range(keys_from, edge, KEYS):
-            peak, mass, reach = absorb(
-                peak, mass, reach, q_low, q_high, k_head, k_t * ALIGN, t, s0, keys_to, scale, softcap, window_left,
-                D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, KEYS, HAS_WINDOW,
-            )  # fmt: skip
-        for s0 in range(edge, keys_to, KEYS):
-            peak, mass, reach = absorb(
-                peak, mass, reach, q_low, q_high, k_head, k_t * ALIGN, t, s0, keys_to, scale, softcap, window_left,
-                D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, KEYS, True,
-            )  # fmt: skip
-        # The band is met again with the final maximum: cheaper than a third sum carried through all the keys.
-        band = band_sum(
-            q_low, q_high, k_head, k_t * ALIGN, t, band_from, keys_to, peak, scale, softcap, window_left, window,
-            D, D0, D1, UPCAST, LOG2E, HAS_SOFTCAP, HAS_WINDOW, BAND_KEYS,
+    head, q, k, _ = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    q_low, q_high = load_tokens(q, first, end, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    reach = tl.zeros([ROWS], tl.float32)
+    for s0 in range(whole_from, whole_from + n_whole * KEYS, KEYS):
+        peak, mass, reach = absorb(
+            peak, mass, reach, q_low, q_high, k, k_t * ALIGN, t, s0, keys_to, scale, softcap, window_left,
+            D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, POSITIVE, KEYS, True,
         )  # fmt: skip
+    for edge in range(n_edges):
+        s0 = keys_from + (edge + tl.where(edge < n_before, 0, n_whole)) * KEYS
+        peak, mass, reach = absorb(
+            peak, mass, reach, q_low, q_high, k, k_t * ALIGN, t, s0, keys_to, scale, softcap, window_left,
+            D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, POSITIVE, KEYS, False,
+        )  # fmt: skip
+    # The band is met again with the final maximum: cheaper than a third sum carried through all the keys.
+    band = band_sum(
+        q_low, q_high, k, k_t * ALIGN, t, band_from, keys_to, peak, scale, softcap, window_left, window,
+        D, D0, D1, UPCAST, LOG2E, HAS_SOFTCAP, HAS_WINDOW, BAND_KEYS,
+    )  # fmt: skip
 
-        whole = mass
-        if sinks is not None:
-            sink = tl.load(sinks + head) * LOG2E
-            top = tl.maximum(peak, sink)
-            fade = tl.exp2(peak - top)
-            mass, reach, band, peak = mass * fade, reach * fade, band * fade, top
-            whole = mass + tl.exp2(sink - top)
-        waad_total += clamp_waad((width * mass - band) / whole, width)
-        span_total += reach / whole
-        tl.store(lse_out + tl.cast(i, tl.int64) * lse_h, (peak + tl.log2(whole)) * LN2, mask=live)
-    out = row * out_b + tl.cast(group, tl.int64) * out_h + t
-    tl.store(waad_out + out, waad_total * out_scale, mask=live)
-    tl.store(span_out + out, span_total * out_scale, mask=live)
+    whole = mass
+    if sinks is not None:
+        sink = tl.load(sinks + head) * LOG2E
+        top = tl.maximum(peak, sink)
+        fade = tl.exp2(peak - top)
+        mass, reach, band, peak = mass * fade, reach * fade, band * fade, top
+        whole = mass + tl.exp2(sink - top)
+    lse_out += row * lse_b + tl.cast(listed, tl.int64) * lse_h + t
+    tl.store(lse_out, (peak + tl.log2(whole)) * LN2, mask=live)
+    out = row * out_b + tl.cast(listed, tl.int64) * out_h + t
+    tl.store(waad_out + out, clamp_waad((width * mass - band) / whole, width), mask=live)
+    tl.store(span_out + out, reach / whole, mask=live)
 
 
 def row_stats(
@@ -128,11 +133,11 @@ def row_stats(
         float32 in tokens, the mean over the heads, or `(B, Hs, T)` with `per_head`; 0 outside the responses.
     """
     problem = Problem("row_stats", q, k, None, seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
-    waad, span = problem.partial(per_head), problem.partial(per_head)
+    waad, span = problem.output(), problem.output()
     lse = q.new_full((problem.batch, problem.n_selected, problem.length), float("-inf"), dtype=torch.float32)
     problem.launch(
-        row_stats_kernel, waad, per_head,
+        row_stats_kernel, waad,
         lse_out=lse, lse_b=lse.stride(0), lse_h=lse.stride(1), waad_out=waad, span_out=span,
-        window=min(window, problem.length), BAND_KEYS=min(32, problem.tile.keys),
+        window=min(window, problem.length), BAND_KEYS=min(32, problem.tile.keys), POSITIVE=scale > 0,
     )  # fmt: skip
-    return lse, problem.finish(waad, per_head), problem.finish(span, per_head)
+    return lse, over_heads(waad, per_head), over_heads(span, per_head)

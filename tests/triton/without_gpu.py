@@ -88,7 +88,7 @@ def arguments(
         "out": make(heads, v_size), "grad_out": make(heads, v_size), "lse": lse,
         "seqs": torch.zeros(sequences, 4, dtype=torch.int32), "heads": torch.zeros(selected, 2, dtype=torch.int32),
         "max_seqlen": length, "scale": 0.125, "softcap": 0.0, "window_left": -1, "sinks": None,
-        "window": 10, "lo": 10, "hi": 50, "min_distance": 4, "per_head": False, **rule,
+        "window": 10, "lo": 10, "hi": 100, "min_distance": 4, "per_head": False, **rule,
     }  # fmt: skip
 
 
