@@ -39,7 +39,7 @@ class Plan:
 
     def results(self) -> list[Path]:
         """Files that the steps add to."""
-        return [self.rows, *([self.out / "first.json", self.out / "tiles.json"] if self.call == "right" else [])]
+        return [self.rows, *([self.out / "first.json", self.out / "tiles.jsonl"] if self.call == "right" else [])]
 
     def steps(self) -> list[Step]:
         return list({"right": self._right, "fast": self._fast}[self.call]())

@@ -125,9 +125,7 @@ class First:
                 shares = {row.rival: row.bandwidth_share for row in measured if row.bandwidth_share is not None}
                 for row in measured:
                     share = f"{shares[row.rival]:6.1%} of the copy's bandwidth" if row.rival in shares else ""
-                    what = (
-                        f"{1e6 * row.median:9.1f} us, host {1e6 * (row.cpu or 0):.0f} us" if row.median else row.reason
-                    )
+                    what = f"{1e6 * row.median:9.1f} us" if row.median else row.reason
                     yield f"{suite:<13} {row.shape:<28} {row.rival:<14} {what} {share}"
                 ours = {name: t for name, t in times.items() if name.startswith("rhythm")}
                 if len(ours) > 1:
@@ -135,9 +133,11 @@ class First:
 
     def host(self) -> Iterator[str]:
         """What one call of the documented functions costs the host, beside the device's work."""
-        length, times = (64, 2) if self.small else (8192, 50)
-        dtype = "float32" if self.small else "bfloat16"
-        problem = AttentionProblem.draw(AttentionShape(length, dim=128, dtype=dtype), self.device)
+        times = 2 if self.small else 50
+        shape = AttentionShape(64, heads=2, kv_heads=1, dim=16)
+        if not self.small:
+            shape = AttentionShape(8192, dim=128, dtype="bfloat16")
+        problem = AttentionProblem.draw(shape, self.device)
         for suite in _BANDS:
             for rival in RIVALS[suite]:
                 if rival.name not in ("rhythm cuda", "rhythm triton", "rhythm cpu") or rival.unavailable(self.device):
@@ -156,11 +156,15 @@ class First:
 
     def tiles(self) -> Iterator[str]:
         """The candidates for launch choices against the table's."""
-        from rhythm_kernels.triton import tune
+        from rhythm_kernels.triton import shortlist
 
-        found = tune.shortlist(self.device, max(self.deadline - time.monotonic(), 1.0))
-        (self.out / "tiles.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        yield f"{len(found)} tiles tried; see tiles.json"
+        path = self.out / "tiles.jsonl"
+        problem = (
+            shortlist.TARGET._replace(length=40, heads=2, kv_heads=1, head_size=16) if self.small else shortlist.TARGET
+        )
+        left = max(self.deadline - time.monotonic(), 1.0)
+        found = shortlist.shortlist(self.device, left, problem=problem, save=path)
+        yield f"{len(found)} tiles tried; see {path.name}"
 
 
 # In their order: what must be known first, then what takes as long as there is time.

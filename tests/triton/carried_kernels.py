@@ -81,6 +81,10 @@ def wanted(arch: str) -> list[tuple[Any, dict[str, Any]]]:
     try:
         for case in cases():
             measure(case)
+        for kernel, tiles in configs.CANDIDATES.get(arch, {}).items():
+            for tile in tiles:
+                with configs.forced({kernel: tile}):
+                    measure(Case("candidate", dim=128, dtype=torch.bfloat16))
     finally:
         triton.compiler.compile, configs.architecture, passes.available = before
     return list(found.values())
