@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from .rows import Row
 
@@ -12,8 +13,9 @@ from .rows import Row
 class Target:
     """`rival`'s median over `against`'s at most `bound`; or, with `against` empty, its bandwidth share at least that.
 
-    `length`: the shape's tokens. `as_speedup`: print the ratio the other way round. `by_cpu_time`: met as well where
-    the ratio of the median CPU times is (two long calls on a shared machine: the clock alone is too noisy).
+    `length`: the shape's tokens; `layout`: other dimensions that tell shapes of one length apart. `as_speedup`: print
+    the ratio the other way round. `by_cpu_time`: met as well where the ratio of the median CPU times is (two long calls
+    on a shared machine: the clock alone is too noisy).
     """
 
     suite: str
@@ -24,11 +26,14 @@ class Target:
     bound: float
     as_speedup: bool = False
     by_cpu_time: bool = False
+    layout: tuple[tuple[str, Any], ...] = ()
 
 
 def _cuda(suite: str, against: str, bound: float, *lengths: int, rival: str = "rhythm triton") -> list[Target]:
     return [Target(suite, "cuda", length, rival, against, bound) for length in lengths]
 
+
+_QWEN3_4B = (("hidden", 2560), ("batch", 1))
 
 TARGETS: list[Target] = [
     Target("native_targets", "cpu", 8192, "waad: rhythm cpu", "SDPA forward", 0.004),
@@ -42,7 +47,12 @@ TARGETS: list[Target] = [
     *_cuda("row_stats", "SDPA FlashAttention", 0.65, 8192, 32_768),
     *_cuda("column_stats", "SDPA FlashAttention", 0.65, 8192, 32_768),
     *_cuda("column_stats", "flash-colreduce", 0.5, 8192, 32_768),
-    *_cuda("probe", "forward alone", 1.02, 8192, 32_768, 131_072, rival="forward + probe"),
+    *(
+        Target("probe", "cuda", length, "probe's own kernels", "forward alone", bound, layout=_QWEN3_4B)
+        for length, bound in ((8192, 0.015), (32_768, 0.005), (131_072, 0.001))
+    ),
+    *(Target("grpo_step", "cuda", length, "step + credit", "step alone", 1.02) for length in (2048, 8192)),
+    Target("countdown_step", "cuda", 128, "trainer, coupled credit", "trainer, no credit", 1.02),
 ]
 
 
@@ -53,6 +63,7 @@ def _find(rows: Iterable[Row], target: Target, rival: str) -> Row | None:
         if row.suite == target.suite
         and row.environment.get("device_type") == target.device
         and row.dimensions.get("length") == target.length
+        and all(row.dimensions.get(name) == value for name, value in target.layout)
         and row.rival == rival
         and row.median is not None
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,10 +11,12 @@ import torch
 
 from ..contenders.credit import CreditGate
 from ..contenders.models import ModelGate, ModelProblem
+from ..contenders.step import StepGate, StepProblem
+from ..contenders.trainer import TrainerGate, TrainerProblem
 from ..gate import AttentionGate, Results
 from ..problem import AttentionProblem, CreditProblem
 from ..work import Work
-from . import attention, band_columns, band_rows, column_stats, credit, probe, row_stats
+from . import attention, band_columns, band_rows, column_stats, credit, probe, row_stats, step
 
 
 class Gate(Protocol):
@@ -34,6 +37,7 @@ class Suite:
         work: counts what the pass must do.
         yardstick: device type -> the rival whose median every ratio is taken to.
         memory_curve: the peak memory is what counts: the allocator keeps nothing, and time is taken in one round.
+        seconds: for the rounds of one shape, at most: calls so long that the usual time buys no more exactness.
     """
 
     title: str
@@ -42,6 +46,7 @@ class Suite:
     work: Callable[[Any], Work]
     yardstick: dict[str, str]
     memory_curve: bool = False
+    seconds: float = math.inf
 
 
 _FLASH = {"cpu": "SDPA forward", "cuda": "SDPA FlashAttention"}
@@ -64,6 +69,23 @@ SUITES: dict[str, Suite] = {
         ModelGate,
         probe.work,
         {"cpu": "forward alone", "cuda": "forward alone"},
+        seconds=15.0,
+    ),
+    "grpo_step": Suite(
+        "Forward and backward of a GRPO step",
+        StepProblem.draw,
+        StepGate,
+        step.work,
+        {"cpu": "step alone", "cuda": "step alone"},
+        seconds=10.0,
+    ),
+    "countdown_step": Suite(
+        "A trainer's step on Countdown",
+        TrainerProblem.draw,
+        TrainerGate,
+        step.trainer_work,
+        {"cpu": "trainer, no credit", "cuda": "trainer, no credit"},
+        seconds=10.0,
     ),
     "credit": Suite(
         "Credit of a batch",
