@@ -150,6 +150,35 @@ def test_brackets_count_once_and_only_inside() -> None:
     assert 0.04 <= own.seconds()[0] < 0.05 + 0.04
 
 
+def test_on_cuda_the_time_is_that_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for events: the n-th that is recorded lies at 10 n milliseconds of the device."""
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.waited = False
+
+        def record(self) -> None:
+            recorded.append(self)
+            self.at = 10.0 * len(recorded)
+
+        def synchronize(self) -> None:
+            self.waited = True
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end.waited
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    own = OwnTime(torch.device("cuda"))
+    for _ in range(3):
+        with own.bracket(), own.bracket():
+            pass
+    assert len(recorded) == 6
+    assert own.seconds()[0] == pytest.approx(0.03)
+
+
 def test_all_that_the_probe_does_in_an_attention_call_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package with `Capture._measure`, which calls the consumer's `layer`, and one without."""
 
