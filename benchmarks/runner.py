@@ -83,8 +83,8 @@ def compete(
             contenders.append(contender)
     if definition.memory_curve:
         budget = Budget(0.0, 1, 1)
-    elif definition.seconds < budget.seconds:
-        budget = Budget(definition.seconds, min(budget.least, 2), budget.most)
+    elif device.type in definition.seconds:
+        budget = Budget(min(budget.seconds, definition.seconds[device.type]), min(budget.least, 2), budget.most)
     told = {c.rival.name: c.rival.told_by for c in contenders if c.rival.told_by}
     timed = contest({c.rival.name: c.call for c in contenders if not c.rival.is_part}, device, budget, told)
     for contender in contenders:

@@ -172,10 +172,11 @@ _QWEN3_06B: dict[str, Any] = {
 }
 _QWEN3_4B: dict[str, Any] = {**_QWEN3_06B, "layers": 36, "hidden": 2560, "heads": 32, "intermediate": 9728}
 # A forward at 400 TFLOP/s (`Suite.work`): 0.6B 0.04 s at 8,192 and 0.4 s at 32,768 tokens; 4B 0.2 s, 1.4 s, and 5 s at
-# 131,072 of 12 layers. A shape takes about four of them to be admitted and six or more timed: 4B about 3 s, 20 s and
-# 50 s. The same number of layers is measured in 12 as in 36, so the measures' share there is three times the model's.
+# 131,072 of 12 layers. A shape takes four of them to be admitted, then two rounds of two or 8 s: 4B at 131,072 tokens
+# 40 s, all others 10 to 20 s. The same number of layers is measured in 12 as in 36, so the measures' share there is
+# three times the whole model's.
 _MODELS_8K = (ModelShape(8192, **_QWEN3_06B), ModelShape(8192, **_QWEN3_4B))
-# Under a mask no attention kernel leaves out what it hides: 28 TFLOP of products, 0.15 s.
+# Under a mask no attention kernel leaves out what it hides: 30 TFLOP, 0.1 s.
 _PADDED = ModelShape(4096, **_QWEN3_06B, batch=4, padded=True)
 _MODELS = (
     *_MODELS_8K,
@@ -226,11 +227,11 @@ SHAPES: dict[str, dict[tuple[str, str], tuple[Shape, ...]]] = {
     "grpo_step": {
         ("cpu", "quick"): (_small_step(256),),
         ("cpu", "full"): (_small_step(1024), _small_step(1024, checkpointing=True)),
-        # 8,192 tokens: 30 TFLOP forward and backward, 0.1 to 0.2 s; 15 to 20 calls.
+        # 35 TFLOP forward and backward, 0.1 to 0.2 s; six calls and 8 s of rounds.
         ("cuda", "quick"): (StepShape(2048, **_QWEN3_06B, batch=4, prompt=256),),
         ("cuda", "full"): (
             StepShape(2048, **_QWEN3_06B, batch=4, prompt=256),
-            # 180 TFLOP of which 140 are attention under a mask: 0.6 to 1.1 s; 15 calls.
+            # 200 TFLOP, of which 140 are attention under a mask: 0.5 to 1.1 s; six calls and 8 s of rounds.
             StepShape(8192, **_QWEN3_06B, batch=2, prompt=512, checkpointing=True),
         ),
     },
@@ -240,7 +241,7 @@ SHAPES: dict[str, dict[tuple[str, str], tuple[Shape, ...]]] = {
         ("cuda", "quick"): (),
         ("cuda", "full"): (),
     },
-    # A step writes 128 tokens one by one: about a second on a GPU, whatever it is; 10 to 20 calls of two steps.
+    # A step writes 128 tokens one by one: about a second on any GPU; four calls of two steps, then 8 s of rounds.
     "countdown_step": {
         ("cpu", "quick"): (TrainerShape(batch=32, length=64),),
         ("cpu", "full"): (TrainerShape(),),

@@ -34,15 +34,19 @@ class _Sums:
     def measures(self, response: Tensor | None) -> Results:
         """`(B, T)` each; `response (B, T)` bool: the rows that count and the tokens that are scored, None: all."""
         assert isinstance(self.local, Tensor) and isinstance(self.global_, Tensor)
-        batch, length = self.local.shape[:2]
+        length = self.local.shape[1]
         position = torch.arange(length, device=self.local.device)
         distance = position[:, None] - position
         band = (distance >= self.shape.lo) & (distance <= self.shape.hi)
-        if response is None:
-            response = torch.ones(batch, length, dtype=torch.bool, device=self.local.device)
-        rows = band & response[:, :, None]  # (B, T, T)
         waad = (self.local * distance.clamp(0, self.shape.window)).sum(dim=-1) / len(self.groups.local)
-        fai = torch.where(rows, self.global_, 0.0).sum(dim=1) / rows.sum(dim=1).clamp(min=1) / len(self.groups.global_)
+        if response is None:
+            rows, count = band, band.sum(dim=0)
+        else:
+            rows = band & response[:, :, None]  # (B, T, T)
+            count = rows.sum(dim=1)
+        fai = torch.where(rows, self.global_, 0.0).sum(dim=1) / count.clamp(min=1) / len(self.groups.global_)
+        if response is None:
+            return {"waad": waad, "fai": fai}
         return {"waad": torch.where(response, waad, 0.0), "fai": torch.where(response, fai, 0.0)}
 
 

@@ -139,7 +139,8 @@ def probe(p: ModelProblem) -> Call:
             RhythmProbe(p.model, p.groups, window=p.shape.window, horizon=horizon) as found,
         ):
             hidden = p.run()
-        return {"hidden": hidden, "waad": found.waad, "fai": found.fai}
+        with own.bracket():
+            return {"hidden": hidden, "waad": found.waad, "fai": found.fai}
 
     return Told(p.device, run)
 

@@ -17,6 +17,7 @@ from benchmarks.rivals import RIVALS
 from benchmarks.rows import Row
 from benchmarks.runner import compete
 from benchmarks.shapes import ModelShape, shapes
+from benchmarks.suites import SUITES
 from benchmarks.targets import TARGETS, verdict
 from benchmarks.timing import Budget, contest
 from rhythm_kernels import RhythmProbe
@@ -199,7 +200,7 @@ def test_the_probes_own_time_is_that_of_its_measured_layers() -> None:
     call()
     took = time.perf_counter() - started
     layers = {layer for layer, _ in [*p.groups.local, *p.groups.global_]}
-    assert call.own.count == len(layers) + 2
+    assert call.own.count == len(layers) + 3  # with the forward's start, its end, and the reading
     assert 0 < call.own_seconds()[0] < took
 
 
@@ -241,6 +242,16 @@ def test_a_part_shares_the_fate_of_its_whole(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(RIVALS, "probe", tuple(rivals))
     failed = row_of("probe's own kernels")
     assert failed.status == "failed" and "ZeroDivisionError" in failed.reason
+
+
+def test_a_lent_gpu_gets_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SUITES, "probe", replace(SUITES["probe"], seconds={"cpu": 0.0}))
+    monkeypatch.setattr("benchmarks.runner.contest", lambda *args: budgets.append(args[2]) or contest(*args))
+    budgets: list[Budget] = []
+    tiny = shapes("probe", "cpu", "tiny")[0]
+    compete("probe", tiny, CPU, Budget(60.0, 7))
+    compete("probe", tiny, CPU, Budget(0.0, 1, 1))
+    assert budgets == [Budget(0.0, 2), Budget(0.0, 1, 1)]
 
 
 def test_what_does_not_fit_keeps_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
