@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from .contenders import backward, ceilings, chunked, credit, eager, flex, models, ours, peers
+from .contenders import backward, ceilings, chunked, credit, eager, flex, models, ours, peers, step, trainer
 from .gate import Results
 from .shapes import DEVICES, Shape
 from .suites import attention, attention_backward, band_columns, band_rows, column_stats, row_stats
 from .suites import credit as credit_suite
+from .suites import step as step_suite
 from .work import Work
 
 
@@ -39,6 +40,8 @@ class Rival:
             held to 1 everywhere.
         ceiling: "bytes" or "flops" where it measures what the machine can do at most; the highest of a kind counts.
         graph: on CUDA, time a captured graph of it (launches cost the same whatever the host does).
+        told_by: the rival whose call tells the seconds of this row by its `own_seconds()`: one above it in the suite,
+            of which this is a part (`make` is then not called), or itself, where the clock would count too much.
     """
 
     name: str
@@ -51,6 +54,12 @@ class Rival:
     slack: dict[str, float] = field(default_factory=dict)
     ceiling: str = ""
     graph: bool = False
+    told_by: str = ""
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it has no call of its own."""
+        return self.told_by not in ("", self.name)
 
 
 # Logits rounded to 16 bits before the softmax: relative errors of A up to |x| 2^-9 (2^-12) and, for maps kept in 16
@@ -244,13 +253,27 @@ RIVALS: dict[str, tuple[Rival, ...]] = {
     "probe": (
         Rival("forward alone", models.forward),
         Rival("forward + probe", models.probe),
-        Rival("eager with maps", models.eager_maps, memory=lambda shape, device: models.maps_memory(shape)),
-        Rival("eager with hooks", models.eager_hooks, memory=lambda shape, device: models.layer_memory(shape)),
+        Rival("probe's own kernels", models.probe, told_by="forward + probe"),
+        Rival("eager with maps", models.eager_maps, memory=models.maps_memory),
+        Rival("eager with hooks", models.eager_hooks, memory=models.layer_memory),
+    ),
+    "grpo_step": (
+        Rival("step alone", step.alone, memory=step_suite.memory),
+        Rival("step + credit", step.with_credit, memory=step_suite.memory),
+        Rival("credit's own kernels", step.with_credit, told_by="step + credit"),
+        Rival("step + eager maps", step.WithMaps, memory=step_suite.maps_memory),
+    ),
+    "countdown_step": tuple(
+        Rival(name, make, unavailable=trainer.unavailable, told_by=name)
+        for name, make in (
+            ("trainer, no credit", trainer.without_credit),
+            ("trainer, coupled credit", trainer.coupled),
+        )
     ),
     "probe_memory": (
         Rival("forward alone", models.forward),
         Rival("forward + probe", models.probe),
-        Rival("eager with hooks", models.eager_hooks, memory=lambda shape, device: models.layer_memory(shape)),
+        Rival("eager with hooks", models.eager_hooks, memory=models.layer_memory),
     ),
     "credit": (
         *(replace(rival, graph=True) for rival in _ours("credit", credit.ours, ("cuda", "cpu", "torch"))),

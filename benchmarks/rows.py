@@ -23,7 +23,8 @@ class Row:
         gives: names of the results it returned, each of which passed the gate.
         error: the largest error in units of the gate's tolerance; `slack` is the factor this rival was allowed.
         median, p20, p80: of `samples` calls in interleaved rounds; `cpu`: median CPU time of all threads.
-        mode: "call", or "graph" (CUDA: replay of a captured graph).
+        mode: "call"; "graph" (CUDA: replay of a captured graph); "own time": what a call says itself that it, or a part
+            of it, took (CUDA: by events of its own).
         ratio: median over the yardstick's in the same rounds.
         bytes, flops: what must be done (see `benchmarks.work`); `bandwidth_share`, `flops_share`: of the machine's own
             ceilings at their fastest, measured in the same rounds.

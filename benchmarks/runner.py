@@ -121,18 +121,38 @@ def compete(
         row = Row(suite, rival.name, shape.name, shape.dtype, shape.as_dict(), environment=about)
         row.bytes, row.flops, row.slack = work.bytes, work.flops, rival.slack.get(shape.dtype, 1.0)
         rows.append(row)
-        contender = _admit(rival, row, shape, problem, gate, device)
+        if rival.is_part:
+            contender = _part(rival, row, rows, contenders)
+        else:
+            contender = _admit(rival, row, shape, problem, gate, device)
         if contender is not None:
             contenders.append(contender)
         elif row.status == "failed" and broken(device):
             raise BrokenDeviceError([row])
     if definition.memory_curve:
         budget = Budget(0.0, 1, 1)
-    timed = contest({c.rival.name: c.call for c in contenders}, device, budget)
+    elif device.type in definition.seconds:
+        most = min(budget.seconds, definition.seconds[device.type])
+        budget = replace(budget, seconds=most, least=min(budget.least, 2))
+    told = {c.rival.name: c.rival.told_by for c in contenders if c.rival.told_by}
+    timed = contest({c.rival.name: c.call for c in contenders if not c.rival.is_part}, device, budget, told)
     for contender in contenders:
         _fill(contender.row, timed[contender.rival.name])
     _compare(contenders, timed, definition.yardstick[device.type])
     return rows, timed
+
+
+def _part(rival: Rival, row: Row, rows: list[Row], contenders: list[_Contender]) -> _Contender | None:
+    """A row told by another rival's call, which stands above it in the registry and is as right as that is."""
+    row.bytes = row.flops = 0
+    whole = next((contender for contender in contenders if contender.rival.name == rival.told_by), None)
+    if whole is None:
+        found = next((other for other in rows if other.rival == rival.told_by), None)
+        row.status = found.status if found else "unavailable"
+        row.reason = f"told by {rival.told_by!r}: {found.reason if found else 'left out'}"
+        return None
+    row.error, row.gives, row.slack, row.mode = whole.row.error, whole.row.gives, whole.row.slack, "own time"
+    return _Contender(rival, row, whole.call)
 
 
 def _admit(rival: Rival, row: Row, shape: Shape, problem: Any, gate: Gate, device: torch.device) -> _Contender | None:
@@ -164,6 +184,11 @@ def _admit(rival: Rival, row: Row, shape: Shape, problem: Any, gate: Gate, devic
             row.error = row.error if math.isfinite(row.error) else None  # JSON knows no infinity
             return None
         row.peak_bytes, row.peak_by = memory.peak(call, device)
+        resident = getattr(call, "resident_bytes", 0)
+        if resident and row.peak_bytes is not None:
+            row.peak_bytes, row.peak_by = row.peak_bytes + resident, f"{row.peak_by} and what is held between calls"
+        if rival.told_by:
+            row.mode = "own time"
         if rival.graph and device.type == "cuda":
             return _Contender(rival, row, _captured_or_plain(call, row))
         return _Contender(rival, row, call)

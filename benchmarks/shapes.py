@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,11 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """One forward pass of a Qwen3-shaped decoder with random weights."""
+    """One forward pass of a Qwen3-shaped decoder with random weights, without a language head.
+
+    `padded`: rows of different lengths, the padding on the left, told by an attention mask. `gradients`: the forward of
+    a training step, which keeps what the backward pass needs.
+    """
 
     length: int
     layers: int
@@ -59,14 +63,47 @@ class ModelShape:
     window: int = 10
     lo: int = 10
     hi: int = 100
+    padded: bool = False
+    gradients: bool = False
 
     @property
     def name(self) -> str:
-        return f"B{self.batch} T{self.length} L{self.layers} E{self.hidden} {self.dtype}"
+        marks = " padded" * self.padded + " gradients" * self.gradients
+        return f"B{self.batch} T{self.length} L{self.layers} E{self.hidden} {self.dtype}{marks}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepShape(ModelShape):
+    """Forward and backward of a GRPO step on such a decoder with a small head: `prompt` of its `length` tokens, padded
+    on the left, before responses of different lengths; `checkpointing`: each layer is computed again backwards."""
+
+    prompt: int = 0
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        return super().name + " checkpointing" * self.checkpointing
+
+
+@dataclass(frozen=True)
+class TrainerShape:
+    """`steps` steps of the trainer of training/recipes/countdown_tiny.yaml: `batch` responses of up to `length`."""
+
+    batch: int = 128
+    length: int = 128
+    steps: int = 2
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        return f"B{self.batch} T{self.length} countdown_tiny"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,13 +125,15 @@ class CreditShape:
         return asdict(self)
 
 
-Shape = AttentionShape | ModelShape | CreditShape
+Shape = AttentionShape | ModelShape | CreditShape | TrainerShape
 
 _TINY = AttentionShape(64, batch=2, heads=2, kv_heads=1, dim=16)
 _TINY_OTHERS: dict[str, Shape] = {
     "probe": ModelShape(80, layers=2, hidden=64, heads=4, kv_heads=2, dim=16, intermediate=96, batch=2),
     "credit": CreditShape(4, 60),
     "probe_memory": ModelShape(80, layers=1, hidden=32, heads=2, kv_heads=1, dim=16, intermediate=64),
+    "grpo_step": StepShape(96, layers=3, hidden=64, heads=4, kv_heads=2, dim=16, intermediate=96, batch=4, prompt=16),
+    "countdown_step": TrainerShape(batch=16, length=24),
 }
 
 
@@ -106,10 +145,11 @@ def _cuda(*lengths: int) -> tuple[Shape, ...]:
     return tuple(AttentionShape(length, dim=128, dtype="bfloat16") for length in lengths)
 
 
-def _small_model(*lengths: int) -> tuple[Shape, ...]:
+def _small_model(*lengths: int, **more: Any) -> tuple[Shape, ...]:
     """Four layers, 512 wide: what two CPU cores can run."""
     return tuple(
-        ModelShape(length, layers=4, hidden=512, heads=8, kv_heads=4, dim=64, intermediate=1536) for length in lengths
+        ModelShape(length, layers=4, hidden=512, heads=8, kv_heads=4, dim=64, intermediate=1536, **more)
+        for length in lengths
     )
 
 
@@ -120,10 +160,37 @@ def _long_model(*lengths: int) -> tuple[Shape, ...]:
     )
 
 
-def _qwen3_06b(*lengths: int) -> tuple[Shape, ...]:
-    return tuple(
-        ModelShape(length, 28, 1024, 16, 8, 128, intermediate=3072, vocabulary=151_936, dtype="bfloat16")
-        for length in lengths
+# Qwen3's sizes without its head over 151,936 words, which would hide what the layers take.
+_QWEN3_06B: dict[str, Any] = {
+    "layers": 28,
+    "hidden": 1024,
+    "heads": 16,
+    "kv_heads": 8,
+    "dim": 128,
+    "intermediate": 3072,
+    "dtype": "bfloat16",
+}
+_QWEN3_4B: dict[str, Any] = {**_QWEN3_06B, "layers": 36, "hidden": 2560, "heads": 32, "intermediate": 9728}
+# A forward at 400 TFLOP/s (`Suite.work`): 0.6B 0.04 s at 8,192 and 0.4 s at 32,768 tokens; 4B 0.2 s, 1.4 s, and 5 s at
+# 131,072 of 12 layers. A shape takes four of them to be admitted, then two rounds of two or 8 s: 4B at 131,072 tokens
+# 40 s, all others 10 to 20 s. The same number of layers is measured in 12 as in 36, so the measures' share there is
+# three times the whole model's.
+_MODELS_8K = (ModelShape(8192, **_QWEN3_06B), ModelShape(8192, **_QWEN3_4B))
+# Under a mask no attention kernel leaves out what it hides: 30 TFLOP, 0.1 s.
+_PADDED = ModelShape(4096, **_QWEN3_06B, batch=4, padded=True)
+_MODELS = (
+    *_MODELS_8K,
+    _PADDED,
+    replace(_PADDED, gradients=True),  # keeps about 40 GB
+    ModelShape(32_768, **_QWEN3_06B),
+    ModelShape(32_768, **_QWEN3_4B),
+    ModelShape(131_072, **{**_QWEN3_4B, "layers": 12}),
+)
+
+
+def _small_step(length: int, **more: Any) -> Shape:
+    return StepShape(
+        length, layers=4, hidden=256, heads=4, kv_heads=2, dim=64, intermediate=768, batch=4, prompt=64, **more
     )
 
 
@@ -153,16 +220,34 @@ SHAPES: dict[str, dict[tuple[str, str], tuple[Shape, ...]]] = {
     "attention": _STREAMS,
     "attention_backward": _STREAMS,
     "probe": {
-        ("cpu", "quick"): _small_model(512),
-        ("cpu", "full"): _small_model(1024, 4096),
-        ("cuda", "quick"): _qwen3_06b(8192),
-        ("cuda", "full"): _qwen3_06b(2048, 8192, 32_768, 131_072),
+        ("cpu", "quick"): (*_small_model(512), *_small_model(512, batch=2, padded=True, gradients=True)),
+        ("cpu", "full"): (*_small_model(1024, 4096), *_small_model(1024, batch=2, padded=True, gradients=True)),
+        ("cuda", "quick"): _MODELS_8K,
+        ("cuda", "full"): _MODELS,
+    },
+    "grpo_step": {
+        ("cpu", "quick"): (_small_step(256),),
+        ("cpu", "full"): (_small_step(1024), _small_step(1024, checkpointing=True)),
+        # 35 TFLOP forward and backward, 0.1 to 0.2 s; six calls and 8 s of rounds.
+        ("cuda", "quick"): (StepShape(2048, **_QWEN3_06B, batch=4, prompt=256),),
+        ("cuda", "full"): (
+            StepShape(2048, **_QWEN3_06B, batch=4, prompt=256),
+            # 200 TFLOP, of which 140 are attention under a mask: 0.5 to 1.1 s; six calls and 8 s of rounds.
+            StepShape(8192, **_QWEN3_06B, batch=2, prompt=512, checkpointing=True),
+        ),
     },
     "probe_memory": {
         ("cpu", "quick"): _long_model(1024, 16_384),
         ("cpu", "full"): _long_model(*(1024 << i for i in range(8))),
         ("cuda", "quick"): (),
         ("cuda", "full"): (),
+    },
+    # A step writes 128 tokens one by one: about a second on any GPU; four calls of two steps, then 8 s of rounds.
+    "countdown_step": {
+        ("cpu", "quick"): (TrainerShape(batch=32, length=64),),
+        ("cpu", "full"): (TrainerShape(),),
+        ("cuda", "quick"): (TrainerShape(),),
+        ("cuda", "full"): (TrainerShape(),),
     },
     "credit": {
         ("cpu", "quick"): (CreditShape(64, 1024),),

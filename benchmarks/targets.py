@@ -14,10 +14,10 @@ from .rows import Row
 class Target:
     """`rival`'s median over `against`'s at most `bound`; or, with `against` empty, its bandwidth share at least that.
 
-    `rival`: a name, or several of which the fastest counts. `length`: the shape's tokens; `family`: what the shape's
-    name must hold besides, where a suite has several shapes of one length. `as_speedup`: print the ratio the other way
-    round. `memory`: of the peak memory in place of the time. `by_cpu_time`: met as well where the ratio of the median
-    CPU times is (two long calls on a shared machine: the clock alone is too noisy).
+    `rival`: a name, or several of which the fastest counts. `length`: the shape's tokens; `layout`: other dimensions
+    that tell shapes of one length apart. `as_speedup`: print the ratio the other way round. `memory`: of peak memory in
+    place of the time. `by_cpu_time`: met as well where the ratio of the median CPU times is (two long calls on a shared
+    machine: the clock alone is too noisy).
     """
 
     suite: str
@@ -29,7 +29,7 @@ class Target:
     as_speedup: bool = False
     by_cpu_time: bool = False
     memory: bool = False
-    family: str = ""
+    layout: tuple[tuple[str, Any], ...] = ()
 
 
 def _cuda(suite: str, against: str, bound: float, *lengths: int, **more: Any) -> list[Target]:
@@ -38,6 +38,8 @@ def _cuda(suite: str, against: str, bound: float, *lengths: int, **more: Any) ->
 
 
 _BANDS = ("rhythm triton", "rhythm cuda")  # whichever is faster serves the users: `ops/dispatch.py` follows
+_STREAMS: dict[str, Any] = {"layout": (("batch", 1), ("dim", 128), ("dtype", "bfloat16"))}
+_QWEN3_4B = (("hidden", 2560), ("batch", 1))
 
 TARGETS: list[Target] = [
     Target("native_targets", "cpu", 8192, "waad: rhythm cpu", "SDPA forward", 0.004),
@@ -55,11 +57,16 @@ TARGETS: list[Target] = [
             *_cuda(suite, "eager maps", 1 / 500, 8192, rival=_BANDS, as_speedup=True, memory=True),
         )
     ),
-    *_cuda("attention", "SDPA FlashAttention", 1.0, 8192, 32_768, family="D128 bfloat16"),
-    *_cuda("attention", "SDPA cuDNN", 1.6, 8192, 32_768, family="D128 bfloat16"),
-    *_cuda("row_stats", "SDPA FlashAttention", 0.5, 8192, 32_768, family="D128 bfloat16"),
-    *_cuda("column_stats", "flash-colreduce", 0.5, 8192, 32_768, family="D128 bfloat16"),
-    *_cuda("probe", "forward alone", 1.02, 8192, 32_768, 131_072, rival="forward + probe"),
+    *_cuda("attention", "SDPA FlashAttention", 1.0, 8192, 32_768, **_STREAMS),
+    *_cuda("attention", "SDPA cuDNN", 1.6, 8192, 32_768, **_STREAMS),
+    *_cuda("row_stats", "SDPA FlashAttention", 0.5, 8192, 32_768, **_STREAMS),
+    *_cuda("column_stats", "flash-colreduce", 0.5, 8192, 32_768, **_STREAMS),
+    *(
+        Target("probe", "cuda", length, "probe's own kernels", "forward alone", bound, layout=_QWEN3_4B)
+        for length, bound in ((8192, 0.015), (32_768, 0.005), (131_072, 0.001))
+    ),
+    *_cuda("grpo_step", "step alone", 1.02, 2048, 8192, rival="step + credit"),
+    *_cuda("countdown_step", "trainer, no credit", 1.02, 128, rival="trainer, coupled credit"),
 ]
 
 
@@ -76,7 +83,7 @@ def _find(rows: Iterable[Row], target: Target, rival: str | tuple[str, ...]) -> 
         if row.suite == target.suite
         and row.environment.get("device_type") == target.device
         and row.dimensions.get("length") == target.length
-        and target.family in row.shape
+        and all(row.dimensions.get(name) == value for name, value in target.layout)
         and row.rival in names
         and _quantity(row, target)
     }
@@ -88,8 +95,7 @@ def verdict(target: Target, rows: list[Row]) -> str | None:
     row = _find(rows, target, target.rival)
     if row is None:
         return None
-    family = f" {target.family}" if target.family else ""
-    where = f"{target.suite}{family} T={target.length}: {row.rival}"
+    where = f"{target.suite} T={target.length}: {row.rival}"
     if not target.against:
         if row.bandwidth_share is None:
             return None

@@ -26,6 +26,10 @@ class Samples:
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
+    def add(self, sample: tuple[float, float]) -> None:
+        self.wall.append(sample[0])
+        self.cpu.append(sample[1])
+
     def quantile(self, share: float) -> float:
         """The value below which `share` of the samples lie, interpolated."""
         return quantile(self.wall, share)
@@ -84,11 +88,19 @@ class Clock:
         return begin.elapsed_time(end) / 1000, cpu
 
 
-def contest(calls: dict[str, Callable[[], object]], device: torch.device, budget: Budget) -> dict[str, Samples]:
-    """Time all `calls`, warm already, in interleaved rounds; in the first each gets one sample."""
+def contest(
+    calls: dict[str, Callable[[], object]], device: torch.device, budget: Budget, told: dict[str, str] | None = None
+) -> dict[str, Samples]:
+    """Time all `calls`, warm already, in interleaved rounds; in the first each gets one sample.
+
+    `told`: a name -> the call among `calls` whose `own_seconds()` are its samples, after each sample of that call: the
+    name of a part of it, or its own name where its clock would count more than is meant.
+    """
     clock = Clock(device)
+    told = told or {}
     order = list(calls)
-    results = {name: Samples() for name in order}
+    results = {name: Samples() for name in [*order, *(name for name in told if name not in calls)]}
+    fastest = dict.fromkeys(order, _FAST)  # by the clock
     shuffle = random.Random(0).shuffle
     start = time.perf_counter()
     for done in range(budget.most):
@@ -96,11 +108,14 @@ def contest(calls: dict[str, Callable[[], object]], device: torch.device, budget
             break
         shuffle(order)
         for name in order:
-            fastest = min(results[name].wall, default=_FAST)
-            for _ in range(max(1, min(_SAMPLES, int(_FAST / max(fastest, 1e-9))))):
-                wall, cpu = clock(calls[name])
-                results[name].wall.append(wall)
-                results[name].cpu.append(cpu)
+            for _ in range(max(1, min(_SAMPLES, int(_FAST / max(fastest[name], 1e-9))))):
+                sample = clock(calls[name])
+                fastest[name] = min(fastest[name], sample[0])
+                if name not in told:
+                    results[name].add(sample)
+                for part, source in told.items():
+                    if source == name:
+                        results[part].add(calls[name].own_seconds())  # type: ignore[attr-defined]
     return results
 
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rhythm_kernels import HeadGroups, RhythmProbe
 
 from ..gate import WHOLE, Results
 from ..shapes import ModelShape, Shape
+from . import eager_model
+from .own_time import OwnTime, Told, probe_methods
 
 Call = Callable[[], Results]
-# Against float32 maps of the same model; in 16 bits q and k themselves differ between attention implementations.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+# Of the largest value of a measure, against maps of an eager model of the same weights and dtype: in 16 bits q and k
+# themselves differ between attention implementations, by more in each layer.
+_ALLOWANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.005}
 
 
-def _model(shape: ModelShape, implementation: str, device: torch.device) -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def skeleton(shape: ModelShape, implementation: str, head: bool) -> Any:
+    """A model without storage: made in no time, whatever its size."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
     config = Qwen3Config(
         vocab_size=shape.vocabulary,
@@ -32,14 +36,44 @@ def _model(shape: ModelShape, implementation: str, device: torch.device) -> Any:
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.dim,
         max_position_embeddings=max(shape.length, 1024),
+        tie_word_embeddings=False,
         attn_implementation=implementation,
         dtype=shape.torch_dtype,
     )
-    with torch.device(device):
-        return Qwen3ForCausalLM(config).to(shape.torch_dtype).eval()
+    with torch.device("meta"):
+        return (Qwen3ForCausalLM if head else Qwen3Model)(config).to(shape.torch_dtype).eval()
 
 
-def _groups(shape: ModelShape, seed: int) -> HeadGroups:
+def build(shape: ModelShape, implementation: str, device: torch.device, head: bool = False, seed: int = 0) -> Any:
+    """A Qwen3 decoder (with `head`: its causal language model) of random weights, made where it will run.
+
+    transformers' own initialisation would take a minute for 4B weights. Here each matrix is one call of `normal_`, of
+    a scale that keeps activations near 1. The model normalises queries and keys; weights of `2**0.5` in these norms
+    give logits of standard deviation 2, so that attention is neither flat nor one-hot.
+    """
+    model = skeleton(shape, implementation, head).to_empty(device=device)
+    decoder = model.model if head else model
+    with torch.device(device):  # its frequencies are no parameters, and empty now
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(2**0.5 if "q_norm" in name or "k_norm" in name else 1.0)
+            else:
+                weight.normal_(0.0, 1.0 if "embed" in name else weight.shape[1] ** -0.5, generator=generator)
+    return model
+
+
+def eager_twin(decoder: Any, shape: ModelShape) -> Any:
+    """A decoder with eager attention on the very weights of `decoder`."""
+    twin = skeleton(shape, "eager", head=False)
+    twin.load_state_dict(decoder.state_dict(), assign=True)
+    twin.rotary_emb = decoder.rotary_emb
+    return twin
+
+
+def random_groups(shape: ModelShape, seed: int) -> HeadGroups:
     """Two groups of 30% of the middle layers' heads, at random: in untrained weights no head is local or global."""
     middle = torch.linspace(shape.layers // 3, 2 * shape.layers // 3, 5).round().unique().long().tolist()
     heads = [(layer, head) for layer in middle for head in range(shape.heads)]
@@ -50,156 +84,128 @@ def _groups(shape: ModelShape, seed: int) -> HeadGroups:
 
 @dataclass(frozen=True)
 class ModelProblem:
-    """One model, its eager twin on the same weights, tokens, and head groups."""
+    """One decoder, its eager twin on the same weights, tokens, and head groups.
+
+    `starts`: the first live token of each row; `live (B, T)` bool is the attention mask, None without padding.
+    """
 
     shape: ModelShape
     model: Any
     ids: Tensor
+    starts: list[int]
     groups: HeadGroups
 
     @classmethod
     def draw(cls, shape: ModelShape, device: torch.device, seed: int = 0) -> ModelProblem:
-        torch.manual_seed(seed)
-        model = _model(shape, "sdpa", device)
-        ids = torch.randint(shape.vocabulary, (shape.batch, shape.length), device=device)
-        return cls(shape, model, ids, _groups(shape, seed))
+        generator = torch.Generator(device).manual_seed(seed)
+        ids = torch.randint(shape.vocabulary, (shape.batch, shape.length), generator=generator, device=device)
+        # The first row is full, the last has half of its tokens.
+        step = shape.length // (2 * max(shape.batch - 1, 1)) if shape.padded else 0
+        starts = [row * step for row in range(shape.batch)]
+        return cls(shape, build(shape, "sdpa", device, seed=seed), ids, starts, random_groups(shape, seed))
 
     @property
     def device(self) -> torch.device:
         return self.ids.device
 
     @functools.cached_property
+    def live(self) -> Tensor | None:
+        if not self.shape.padded:
+            return None
+        first = torch.tensor(self.starts, device=self.device)
+        return torch.arange(self.shape.length, device=self.device) >= first[:, None]
+
+    @functools.cached_property
     def eager(self) -> Any:
-        twin = _model(self.shape, "eager", torch.device("meta"))
-        twin.load_state_dict(self.model.state_dict(), assign=True)
-        # Buffers outside of the state dictionary (rotary frequencies) are on the meta device still.
-        twin.model.rotary_emb = self.model.model.rotary_emb
-        return twin
+        return eager_twin(self.model, self.shape)
 
-
-def maps_memory(shape: Shape) -> int:
-    """Bytes of all layers' maps, and of one layer's softmax."""
-    assert isinstance(shape, ModelShape)
-    size = shape.batch * shape.heads * shape.length**2
-    return size * (shape.layers * shape.torch_dtype.itemsize + 8)
-
-
-def layer_memory(shape: Shape) -> int:
-    """Bytes of one layer's maps."""
-    assert isinstance(shape, ModelShape)
-    return shape.batch * shape.heads * shape.length**2 * (2 * shape.torch_dtype.itemsize + 8)
-
-
-def _forward(model: Any, ids: Tensor, **options: Any) -> Any:
-    with torch.no_grad():
-        return model(ids, use_cache=False, logits_to_keep=1, **options)
+    def run(self) -> Tensor:
+        """The forward that is timed: the last hidden states, `(B, T, E)`."""
+        with torch.set_grad_enabled(self.shape.gradients):
+            return self.model(self.ids, attention_mask=self.live, use_cache=False).last_hidden_state.detach()
 
 
 def forward(p: ModelProblem) -> Call:
-    return lambda: {"logits": _forward(p.model, p.ids).logits}
+    return lambda: {"hidden": p.run()}
 
 
 def probe(p: ModelProblem) -> Call:
-    def call() -> Results:
-        with RhythmProbe(p.model, p.groups, window=p.shape.window, horizon=(p.shape.lo, p.shape.hi)) as found:
-            logits = _forward(p.model, p.ids).logits
-        return {"logits": logits, "waad": found.waad, "fai": found.fai}
+    """The forward with the probe; it tells what the probe itself took of it."""
 
-    return call
+    def run(own: OwnTime) -> Results:
+        horizon = (p.shape.lo, p.shape.hi)
+        with (
+            own.around(*probe_methods()),
+            RhythmProbe(p.model, p.groups, window=p.shape.window, horizon=horizon) as found,
+        ):
+            hidden = p.run()
+        with own.bracket():
+            return {"hidden": hidden, "waad": found.waad, "fai": found.fai}
 
-
-class _Sums:
-    """Group maps (eq. 8) of the layers met so far, and the measures of them."""
-
-    def __init__(self, shape: ModelShape, groups: HeadGroups) -> None:
-        self.shape, self.groups = shape, groups
-        self.local: Tensor | float = 0.0
-        self.global_: Tensor | float = 0.0
-
-    def add(self, layer: int, maps: Tensor) -> None:
-        local, global_ = ([h for at, h in group if at == layer] for group in (self.groups.local, self.groups.global_))
-        self.local = self.local + maps[:, local].sum(dim=1, dtype=torch.float32)
-        self.global_ = self.global_ + maps[:, global_].sum(dim=1, dtype=torch.float32)
-
-    def measures(self) -> Results:
-        assert isinstance(self.local, Tensor) and isinstance(self.global_, Tensor)
-        position = torch.arange(self.local.shape[-1], device=self.local.device)
-        distance = position[:, None] - position
-        rows = (distance >= self.shape.lo) & (distance <= self.shape.hi)
-        waad = (self.local * distance.clamp(0, self.shape.window)).sum(dim=-1) / len(self.groups.local)
-        fai = torch.where(rows, self.global_, 0.0).sum(dim=1) / rows.sum(dim=0).clamp(min=1)
-        return {"waad": waad, "fai": fai / len(self.groups.global_)}
-
-
-def _from_maps(shape: ModelShape, groups: HeadGroups, maps: Sequence[Tensor]) -> Results:
-    sums = _Sums(shape, groups)
-    for layer in sorted({layer for layer, _ in [*groups.local, *groups.global_]}):
-        sums.add(layer, maps[layer])
-    return sums.measures()
+    return Told(p.device, run)
 
 
 def eager_maps(p: ModelProblem) -> Call:
-    """The paper's way: an eager forward that returns every layer's maps."""
-
-    def call() -> Results:
-        maps = _forward(p.eager, p.ids, output_attentions=True).attentions
-        return _from_maps(p.shape, p.groups, maps)
-
-    return call
+    return lambda: eager_model.with_maps(p.eager, p.shape, p.groups, p.ids, p.live, p.live)
 
 
 def eager_hooks(p: ModelProblem) -> Call:
-    """The best of today's practice: a hook reduces each layer's maps and lets them go."""
+    return lambda: eager_model.with_hooks(p.eager, p.shape, p.groups, p.ids, p.live, p.live)
 
-    def call() -> Results:
-        sums = _Sums(p.shape, p.groups)
-        wanted = {layer for layer, _ in [*p.groups.local, *p.groups.global_]}
 
-        def hook(layer: int) -> Callable[..., Any]:
-            def reduce(module: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
-                if layer in wanted:
-                    sums.add(layer, output[1])
-                return (output[0], None, *output[2:])
+def maps_memory(shape: Shape, device: str) -> int:
+    assert isinstance(shape, ModelShape)
+    return eager_model.maps_memory(shape)
 
-            return reduce
 
-        layers = p.eager.model.layers
-        handles = [layer.self_attn.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
-        try:
-            _forward(p.eager, p.ids)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return sums.measures()
-
-    return call
+def layer_memory(shape: Shape, device: str) -> int:
+    assert isinstance(shape, ModelShape)
+    return eager_model.layer_memory(shape)
 
 
 class ModelGate:
-    """WAAD and FAI held to `output_attentions=True` of the eager model, on the first tokens; the output bit for bit."""
+    """WAAD and FAI held to the maps of the eager model, on the first tokens of each row; the output bit for bit."""
 
     def __init__(self, problem: ModelProblem) -> None:
         self.problem = problem
+        self._hidden: Tensor | None = None
 
     @functools.cached_property
-    def _want(self) -> Results:
+    def _want(self) -> list[Results]:
+        """Of each row's first `WHOLE` tokens without their padding: by causality they are those of the whole row."""
         p = self.problem
-        maps = _forward(p.eager, p.ids[:, :WHOLE], output_attentions=True).attentions
-        return _from_maps(p.shape, p.groups, maps)
+        rows = [p.ids[row : row + 1, start : start + WHOLE] for row, start in enumerate(p.starts)]
+        shape = replace(p.shape, batch=1)
+        return [eager_model.with_maps(p.eager, shape, p.groups, ids, None, None) for ids in rows]
 
-    @functools.cached_property
-    def _logits(self) -> Tensor:
-        return _forward(self.problem.model, self.problem.ids).logits
+    def _output_changed(self, hidden: Tensor, measured: bool) -> bool:
+        """What padding is given as output means nothing, and may be NaN."""
+        if self._hidden is None:  # the first forward alone is the one to be compared with
+            self._hidden = self.problem.run() if measured else hidden
+        if hidden.shape != self._hidden.shape:
+            return True
+        return not all(
+            torch.equal(found[start:], want[start:]) and bool(found[start:].isfinite().all())
+            for found, want, start in zip(hidden, self._hidden, self.problem.starts)
+        )
 
     def error(self, got: Results) -> tuple[float, str]:
+        """The largest error in units of its tolerance (above 1: the gate is red), and where it was found."""
         p = self.problem
-        if "logits" in got and not torch.equal(got["logits"], self._logits):
-            return float("inf"), "logits changed by the probe"
-        length = min(WHOLE, p.shape.length)
-        whole = length == p.shape.length
+        if "hidden" in got and self._output_changed(got["hidden"], "waad" in got):
+            return float("inf"), "hidden states changed by the probe"
         worst = 0.0, ""
-        for name, keep in (("waad", length), ("fai", length if whole else length - p.shape.hi)):
-            if name in got:
-                error = (got[name][:, :keep] - self._want[name][:, :keep]).abs().nan_to_num(nan=float("inf")).max()
-                worst = max(worst, (float(error) / _TOLERANCE[p.shape.torch_dtype], name))
+        for name in ("waad", "fai"):
+            if name not in got:
+                continue
+            if got[name].shape != p.ids.shape or not bool(got[name].isfinite().all()):
+                return float("inf"), f"{name} has shape {tuple(got[name].shape)}, or is not finite"
+            allowed = _ALLOWANCE[p.shape.torch_dtype] * max(float(want[name].max()) for want in self._want)
+            for found, want, start in zip(got[name], self._want, p.starts):
+                keep = want[name].shape[1]
+                if name == "fai" and start + keep < p.shape.length:  # later rows look at the last of these tokens
+                    keep -= p.shape.hi
+                error = (found[start : start + keep] - want[name][0, :keep]).abs().max()
+                padding = found[:start].abs().max() if start else 0.0
+                worst = max(worst, (max(float(error), float(padding)) / allowed, name))
         return worst

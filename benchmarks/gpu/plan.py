@@ -21,6 +21,7 @@ _LARGE = "million"  # in the name of what takes gigabytes and half a minute
 _GRAPHS = ("graph", "captured", "reduce_overhead")
 _BANDS = ("rhythm triton", "rhythm cuda")
 _SDPA = ("SDPA FlashAttention", "SDPA cuDNN")
+_PROBE = ("forward alone", "forward + probe", "probe's own kernels")
 _CEILINGS = ("copy kernel", "matrix product")
 _SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"
 
@@ -82,12 +83,13 @@ class Plan:
         )
         bands = ("band_rows", "band_columns")
         yield self._bench("bands", 70, bands, (8192, 32_768, 131_072), *_BANDS, _SDPA[0], "eager maps", "copy kernel")
-        yield self._bench("probe", 110, ("probe",), (8192, 32_768, 131_072), seconds=4)
-        yield self._bench("step", 80, ("grpo_step",), (), seconds=6)
+        yield self._bench("probe", 130, ("probe",), (), *_PROBE, seconds=3)
+        yield self._bench("step", 80, ("grpo_step", "countdown_step"), (), seconds=5)
         yield self._bench("million", 60, bands, (1_048_576,), *_BANDS, "copy kernel", seconds=1)
         yield self._bench("backward", 40, ("attention_backward",), (8192,), "rhythm triton", *_SDPA, *_CEILINGS)
         yield self._tests("large", 80, " or ".join((_LARGE, *_GRAPHS)), workers=1)
         yield self._memcheck()
+        yield self._bench("eager", 40, ("probe",), (8192,), _PROBE[0], "eager with hooks", seconds=2)
         yield self._bench("flex", 60, ("band_columns", "attention"), (8192,), "FlexAttention", *_BANDS, seconds=2)
 
     def _memcheck(self) -> Step:

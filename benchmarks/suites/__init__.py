@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -11,10 +11,12 @@ import torch
 from ..contenders.backward import BackwardGate
 from ..contenders.credit import CreditGate
 from ..contenders.models import ModelGate, ModelProblem
+from ..contenders.step import StepGate, StepProblem
+from ..contenders.trainer import TrainerGate, TrainerProblem
 from ..gate import AttentionGate, Results
 from ..problem import AttentionProblem, CreditProblem
 from ..work import Work
-from . import attention, attention_backward, band_columns, band_rows, column_stats, credit, probe, row_stats
+from . import attention, attention_backward, band_columns, band_rows, column_stats, credit, probe, row_stats, step
 
 
 class Gate(Protocol):
@@ -35,6 +37,8 @@ class Suite:
         work: counts what the pass must do.
         yardstick: device type -> the rival whose median every ratio is taken to.
         memory_curve: the peak memory is what counts: the allocator keeps nothing, and time is taken in one round.
+        seconds: device type -> for the rounds of one shape, at most, two of which are then enough: a GPU is lent by the
+            minute, and some calls take seconds.
     """
 
     title: str
@@ -43,6 +47,7 @@ class Suite:
     work: Callable[[Any], Work]
     yardstick: dict[str, str]
     memory_curve: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 _FLASH = {"cpu": "SDPA forward", "cuda": "SDPA FlashAttention"}
@@ -72,6 +77,23 @@ SUITES: dict[str, Suite] = {
         ModelGate,
         probe.work,
         {"cpu": "forward alone", "cuda": "forward alone"},
+        seconds={"cuda": 8.0},
+    ),
+    "grpo_step": Suite(
+        "Forward and backward of a GRPO step",
+        StepProblem.draw,
+        StepGate,
+        step.work,
+        {"cpu": "step alone", "cuda": "step alone"},
+        seconds={"cuda": 8.0},
+    ),
+    "countdown_step": Suite(
+        "A trainer's step on Countdown",
+        TrainerProblem.draw,
+        TrainerGate,
+        step.trainer_work,
+        {"cpu": "trainer, no credit", "cuda": "trainer, no credit"},
+        seconds={"cuda": 8.0},
     ),
     "credit": Suite(
         "Credit of a batch",
