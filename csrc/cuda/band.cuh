@@ -1,8 +1,8 @@
 // What both bands share: which tokens and heads a warp has, how the heads' sums meet, and the choice of an instance.
 //
-// A warp owns a slab of 16 tokens, or of two times 16, and a run of the head table. A block has `slabs` neighbouring slabs, whose bands
-// overlap and meet in its L1 cache, and `lanes` runs of heads, whose sums meet in shared memory in a fixed order: the
-// mean over the heads needs neither atomics nor a second kernel, and is the same bits every time.
+// A warp owns a slab of 16 tokens, or of twice 16, and a run of the head table. A block has `slabs` neighbouring slabs,
+// whose bands overlap and meet in its L1 cache, and `lanes` runs of heads, whose sums meet in shared memory in a fixed
+// order: the mean over the heads needs neither atomics nor a second kernel, and is the same bits every time.
 #pragma once
 
 #include "launch.h"
@@ -30,14 +30,35 @@ struct Work {
 template <int kHalves>
 constexpr int kSlab = 8 * kHalves;
 
+// Zeros where no block writes a result: from the sequence before this one in its row to this one's response, and after
+// the last sequence of a row. The sequence's blocks share them; nobody has to fill the output before the launch.
+__device__ inline void clear_others(const Band& band, const Sequence& seq, int index, int part, int64_t tile_tokens) {
+  const DeviceProblem& p = band.p;
+  const bool first = index == 0 || p.seqs[index - 1].row != seq.row;
+  const bool last = index + 1 == p.n_seqs || p.seqs[index + 1].row != seq.row;
+  const int64_t reached = seq.response_start + band.tiles * tile_tokens;
+  const int64_t ranges[2][2] = {{first ? 0 : p.seqs[index - 1].end, seq.response_start},
+                                {reached < seq.end ? reached : seq.end, last ? p.tokens : seq.end}};
+  const int planes = p.per_head ? static_cast<int>(p.n_heads) : 1;
+#pragma unroll
+  for (const auto& range : ranges)
+#pragma unroll 1
+    for (int64_t t = range[0] + part * blockDim.x + threadIdx.x; t < range[1]; t += int64_t(band.tiles) * blockDim.x)
+#pragma unroll 1
+      for (int plane = 0; plane < planes; ++plane) p.out[seq.row * p.out_row + plane * p.out_head + t] = 0.0f;
+}
+
 // Tiles vary fastest, so that neighbouring blocks share tokens in the L2 cache. Everything is on grid x: y and z end at
-// 65,535. False where the whole block has nothing to do.
+// 65,535. False where the whole block has no results.
 template <int kHalves>
 __device__ inline bool locate(const Band& band, Work& work) {
-  work.seq = band.p.seqs[blockIdx.x / band.tiles];
+  const int index = blockIdx.x / band.tiles, part = blockIdx.x % band.tiles;
+  const int64_t tile_tokens = band.slabs * kSlab<kHalves>;
+  work.seq = band.p.seqs[index];
+  clear_others(band, work.seq, index, part, tile_tokens);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); // the same in all lanes: said so
   work.slab = warp % band.slabs, work.lane = warp / band.slabs;
-  const int64_t tile = work.seq.response_start + int64_t(blockIdx.x % band.tiles) * band.slabs * kSlab<kHalves>;
+  const int64_t tile = work.seq.response_start + part * tile_tokens;
   if (tile >= work.seq.end) return false;
   work.first = static_cast<int>(tile) + work.slab * kSlab<kHalves>;
   const int n_heads = static_cast<int>(band.p.n_heads);

@@ -8,27 +8,27 @@
 //   operations of the band 91 rows x 128 multiply-adds                   23,296: 45 and 72 a byte
 //   operations done        128 rows, the 32-key slab's 122 in chunks     32,768: 64 and 101 a byte
 // CUDA cores of an H100 have 20 operations for each byte of memory, tensor cores 295 (band_rows.cu): the band is past
-// the first and below the second, so 16-bit inputs go by mma.sync. float32 stays on CUDA cores and waits for them: 23 to
-// 36 operations of the band a byte, 28 to 44 done.
+// the first and below the second, so 16-bit inputs go by mma.sync. float32 stays on CUDA cores and waits for them: 23
+// to 36 operations of the band a byte, 28 to 44 done.
 //
-// What is scarce besides: issue slots and loads. nvcc 13.0 makes 206 instructions of a chunk of 16 rows for sm_90a where
-// all 512 pairs lie in the horizon, 1,800 of a slab's eight: 56 a key and head, 58 ps of the chip's (132 x 4 x 1.83 GHz),
-// beside 97 ps for the bytes (G = 4). Slabs of 32 keys halve what is loaded for a pair: at 16 bytes a lane the L1 cache
-// gives a chunk in 32 to 64 cycles (rows lie a multiple of 128 bytes apart, so two may meet in its banks): 35 to 69 ps.
-// 168 registers leave 12 warps a multiprocessor, each with a chunk of 4 KB under way: 48 KB. (Counts and predictions:
-// no GPU has run this.)
-// The halo: a slab of 32 keys reads 122 rows of q, 3.8 times its own; the four slabs of a block read 218, 1.7 times, and
-// find each other's in the L1 cache, where three heads at a time take 167 KB. Where few tokens make narrow blocks (8K:
-// two slabs, six heads at a time), 154, 2.4 times, come from the L2 cache.
+// What is scarce besides: issue slots and loads. nvcc 13.0 makes 200 instructions of a chunk of 16 rows for sm_90a
+// where all 512 pairs lie in the horizon, 1,900 of a slab and head: 59 a key and head, 61 ps of the chip's
+// (132 x 4 x 1.83 GHz), beside 97 ps for the bytes (G = 4). Slabs of 32 keys halve what is loaded for a pair: at 16
+// bytes a lane the L1 cache gives a chunk in 32 to 64 cycles (rows lie a multiple of 128 bytes apart, so two may meet
+// in its banks): 35 to 69 ps. 168 registers leave 12 warps a multiprocessor, each with a chunk of 4 KB under way: 48 KB.
+// (Counts and predictions: no GPU has run this.)
+// The halo: a slab of 32 keys reads 122 rows of q, 3.8 times its own; the four slabs of a block read 218, 1.7 times,
+// and find each other's in the L1 cache, where three heads at a time take 167 KB. Where few tokens make narrow blocks
+// (8K: two slabs, six heads at a time) they read 154, 2.4 times, from the L2 cache.
 #include "band.cuh"
 #include "score.cuh"
 
 namespace rhythm {
 namespace {
 
-// Keys are resident, rows pass: a slab of 16 kGroups keys meets its own number and hi - lo rows of each head, a chunk of
-// 8 kTiles at a time, and stays in registers for all query heads that follow each other in the table and read its kv
-// head.
+// Keys are resident, rows pass: a slab of 16 kGroups keys meets its own number and hi - lo rows of each head, a chunk
+// of 8 kTiles at a time, and stays in registers for all query heads that follow each other in the table and read its
+// kv head.
 //
 // A chunk's registers are free once it is multiplied, before its exponentials are taken: the loads of the next chunk go
 // out there, or those of the next head's first chunk and keys, and are under way while this warp takes the exponentials
@@ -40,38 +40,41 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
   Work work;
   if (!locate<kHalves>(band, work)) return;
   const Lane lane(threadIdx.x % 32);
-  float total[kHalves] = {};
-  // The mean of a key from its sum; rows are counted by position: the window takes none out.
-  const auto mean = [&](float sum, int half) {
-    const int64_t key = work.first + lane.row + 8 * half, final = work.seq.end - 1;
-    const float rows = static_cast<float>((key + p.hi < final ? key + p.hi : final) - (key + p.lo) + 1);
-    return rows > 0.0f ? sum / rows : 0.0f;
+  float sum[kHalves] = {}; // a lane's rows of each of its keys: of one head where each is an output, else of all
+  // Sums become the means of the keys; rows are counted by position: the window takes none out.
+  const auto finish = [&] {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const int64_t key = work.first + lane.row + 8 * half, final = work.seq.end - 1;
+      const float rows = static_cast<float>((key + p.hi < final ? key + p.hi : final) - (key + p.lo) + 1);
+      const float all = over_columns(sum[half]);
+      sum[half] = rows > 0.0f ? all / rows : 0.0f;
+    }
   };
   if (work.first < work.seq.end) {
     const int head_dim = kWhole ? 32 * kChunks : static_cast<int>(p.head_dim);
     const int lo = static_cast<int>(p.lo), far = visible_far(p.hi, p), end = work.seq.end;
     const int last_key = work.first + kSlab<kHalves> < end ? work.first + kSlab<kHalves> - 1 : end - 1;
     const int64_t reach = int64_t(work.first) + kSlab<kHalves> - 1 + far;
-    // Rows after a key of the response are rows of the response.
-    const int last = reach < end - 1 ? static_cast<int>(reach) : end - 1;
-    const bool any = far >= lo && int64_t(work.first) + lo <= last;
-    const int rows_from = any ? work.first + lo : 0;
+    // Rows after a key of the response are rows of the response. Where the horizon has none: from 0 to -1.
+    const int64_t final = reach < end - 1 ? reach : end - 1;
+    const bool any = far >= lo && int64_t(work.first) + lo <= final;
+    const int rows_from = any ? work.first + lo : 0, last = any ? static_cast<int>(final) : -1;
     Resident<T, kChunks> keys[kGroups];
     Passing<T, kChunks, kTiles> queries;
     float lse[kTiles][2];
     const auto kv_head = [&](Head head) { return head.query / static_cast<int>(p.kv_group); };
-    const auto load_keys = [&](Head head) {
-      const Tokens<T> k =
-          tokens_of<T>(p.k, work.seq.row, p.k_row, kv_head(head), p.k_head, p.k_token, last_key, head_dim);
+    const auto load_keys = [&](int kv) {
+      const Tokens<T> k = tokens_of<T>(p.k, work.seq.row, p.k_row, kv, p.k_head, p.k_token, last_key, head_dim);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) keys[group].load(k, work.first + kResident * group, lane);
     };
     const auto rows_of = [&](Head head) {
       return tokens_of<T>(p.q, work.seq.row, p.q_row, head.query, p.q_head, p.q_token, last, head_dim);
     };
-    Head head = p.heads[work.heads_from];
-    Tokens<T> q = rows_of(head);
-    Tokens<float> q_lse = lse_of(p, work, head, last);
+    const Head first = p.heads[work.heads_from];
+    Tokens<T> q = rows_of(first);
+    Tokens<float> q_lse = lse_of(p, work, first, last);
     const auto load_rows = [&](int t0) {
       queries.load(q, t0, lane);
 #pragma unroll
@@ -80,14 +83,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
     };
 
     if (any) load_rows(rows_from);
-    int held = -1; // whose keys `keys` has
+    int kv = kv_head(first), held = -1; // of the head, and whose keys `keys` has
     for (int entry = work.heads_from; entry < work.heads_to; ++entry) {
       const bool last_head = entry + 1 == work.heads_to;
       const Head next = p.heads[last_head ? entry : entry + 1];
-      if (any && kv_head(head) != held) load_keys(head);
-      held = kv_head(head);
-      float sum[kHalves] = {};
-      for (int t0 = rows_from; any && t0 <= last; t0 += kStep) {
+      if (any && kv != held) load_keys(kv);
+      held = kv, kv = kv_head(next);
+      for (int t0 = rows_from; t0 <= last; t0 += kStep) {
         float x[kGroups][kTiles][4], row_lse[kTiles][2];
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) products(keys[group], queries, head_dim, x[group]);
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
         for (int i = 0; i < 2 * kTiles; ++i) row_lse[i / 2][i % 2] = lse[i / 2][i % 2];
         const bool last_chunk = last - t0 < kStep;
         if (last_chunk && !last_head) {
-          q = rows_of(next), q_lse = lse_of(p, work, next, last);
+          q.base = rows_of(next).base, q_lse.base = lse_of(p, work, next, last).base;
         }
         if (!last_chunk || !last_head) load_rows(last_chunk ? rows_from : t0 + kStep);
 #pragma unroll
@@ -116,31 +118,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
           }
         }
       }
-      head = next;
-
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        sum[half] = over_columns(sum[half]);
-        total[half] += sum[half];
-      }
       if (p.per_head) {
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) sum[half] = mean(sum[half], half);
+        finish();
         store_head(band, work, lane, entry, sum);
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) sum[half] = 0.0f;
       }
     }
   }
   if (p.per_head) return;
-#pragma unroll
-  for (int half = 0; half < kHalves; ++half) total[half] = mean(total[half], half);
-  store_mean(band, work, lane, total);
+  finish();
+  store_mean(band, work, lane, sum);
 }
 
 template <typename T, int kChunks, bool kWhole>
 struct BandColumns {
   static constexpr int kGroups = kChunks == 2 || kChunks == 4 ? 2 : 1;
   static constexpr int kHalves = 2 * kGroups;
-  static constexpr int kWarps = kGroups == 2 ? 12 : 8;
+  static constexpr int kWarps = kChunks == 2 || (kChunks == 4 && kWhole) ? 12 : 8; // as many as have the registers
   static constexpr int kTiles = 2;
   static constexpr int kBlocks = kChunks > 0 ? 1 : 2; // a multiprocessor: bounds the registers
   static auto kernel() {

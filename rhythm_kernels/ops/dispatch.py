@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from types import ModuleType
@@ -73,10 +74,17 @@ def run(pass_name: str, backend: str | None, *args: Any) -> Any:
     """Call the pass of a backend, outside of autocast and autograd."""
     device = args[0].device
     chosen = choose(pass_name.removesuffix("_backward"), backend, device)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    # To leave autocast costs more than to ask whether it is on, which it hardly ever is here.
+    no_autocast = (
+        torch.autocast(device.type, enabled=False)
+        if torch.is_autocast_enabled(device.type)
+        else contextlib.nullcontext()
+    )
+    with torch.no_grad(), no_autocast:
         return getattr(_module(chosen), pass_name)(*args)
 
 
+@functools.cache
 def _module(backend: str) -> ModuleType:
     """The module of a backend's passes, imported when it is first needed."""
     return importlib.import_module(f"..{_MODULES[backend]}", __package__)

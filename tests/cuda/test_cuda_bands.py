@@ -169,6 +169,29 @@ def test_offsets_are_64_bit(cuda_on_cpu: Emulated) -> None:
         assert torch.equal(*fai)
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_position_is_written(dtype: torch.dtype, per_head: bool, cuda_on_cpu: Emulated) -> None:
+    """The output comes full of NaN: prompts, gaps, ends of rows, rows without tokens and what lies past max_seqlen."""
+    q, k = torch.randn(3, 300, 4, 64).to(dtype), torch.randn(3, 300, 2, 64).to(dtype)
+    lse = 5 + torch.rand(3, 4, 300)  # every A is small, no measure 0
+    seqs = torch.tensor(
+        [[0, 10, 250, 20], [0, 255, 255, 255], [0, 260, 290, 290], [1, 0, 0, 0], [2, 3, 40, 3], [2, 40, 300, 100]],
+        dtype=torch.int32,
+    )
+    heads = torch.tensor([[0, 0], [2, 2], [3, 3]], dtype=torch.int32)
+    live = torch.zeros(3, 300, dtype=torch.bool)
+    live[0, 20:84] = live[2, 3:40] = live[2, 100:164] = True
+    passes = Passes(cuda_on_cpu)
+    rule = (seqs, heads, 64, 0.125, 0.0, -1, None)
+    for got in (
+        passes.band_rows(q, k, lse, *rule, 10, per_head),
+        passes.band_columns(q, k, lse, *rule, 0, 9, per_head),
+    ):
+        assert not got.isnan().any()
+        assert torch.equal((got != 0).amax(dim=1) if per_head else got != 0, live)
+
+
 def test_a_grid_too_large_is_refused(bands: Emulated) -> None:
     """The launch says so; nothing wraps."""
     q, k, lse = torch.randn(1, 4, 1, 8), torch.randn(1, 4, 1, 8), torch.zeros(1, 1, 4)
