@@ -72,10 +72,11 @@ def _unserved(capability: tuple[int, int], archs: list[str], nvcc: str, driver: 
     return ""
 
 
-def _zeros(q: Tensor, heads: Tensor, per_head: bool) -> Tensor:
-    """Memory for `(B, [Hs,] T)` float32; the kernels write the responses alone."""
+def _result(q: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, per_head: bool) -> Tensor:
+    """Memory for `(B, [Hs,] T)` float32, every position of which the kernels write, where there is something to do."""
     shape = (q.shape[0], heads.shape[0], q.shape[1]) if per_head else (q.shape[0], q.shape[1])
-    return torch.zeros(shape, dtype=torch.float32, device=q.device)
+    make = torch.empty if seqs.shape[0] and max_seqlen else torch.zeros
+    return make(shape, dtype=torch.float32, device=q.device)
 
 
 def band_rows(
@@ -93,7 +94,7 @@ def band_rows(
     per_head: bool,
 ) -> Tensor:
     """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
-    out = _zeros(q, heads, per_head)
+    out = _result(q, seqs, heads, max_seqlen, per_head)
     rule = (seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
     native.registered().cuda_band_rows(q, k, lse, *rule, window, per_head, out)
     return out
@@ -115,7 +116,7 @@ def band_columns(
     per_head: bool,
 ) -> Tensor:
     """FAI (eq. 10), `(B, [Hs,] T)`: the mean of A over the rows at distance `lo .. hi` after each key."""
-    out = _zeros(q, heads, per_head)
+    out = _result(q, seqs, heads, max_seqlen, per_head)
     rule = (seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
     native.registered().cuda_band_columns(q, k, lse, *rule, lo, hi, per_head, out)
     return out

@@ -1,7 +1,8 @@
 """Tile-wise torch: the passes where neither compiler nor Triton is, on any device, in O(T) memory.
 
 Signatures and layouts are those that all backends share (see :mod:`rhythm_kernels.canonical`). Nothing of size
-tokens x tokens is made: the largest temporary is one tile of logits. All arithmetic is float32.
+tokens x tokens is made: the largest temporary is one tile of logits. All arithmetic is float32, its products to the
+precision of float32 whatever torch's settings allow (:func:`rhythm_kernels.tiles.product`).
 """
 
 from __future__ import annotations

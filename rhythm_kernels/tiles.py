@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,34 @@ def host_max(x: Tensor, default: int) -> int:
     return int(x.max()) if x.device.type == "cpu" else default
 
 
+def rounds_operands(device: torch.device) -> bool:
+    """Whether torch may round the operands of a float32 product on this device, to TF32 or bfloat16.
+
+    `set_float32_matmul_precision`, `allow_tf32` and `fp32_precision`, of one backend or of all, end in what is read
+    here. (The older getters raise where a program has used both kinds of setters.)
+    """
+    libraries: dict[str, Any] = {
+        "cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn, "xpu": torch.backends.mkldnn,
+    }  # fmt: skip
+    library = libraries.get(device.type)
+    return library is not None and library.matmul.fp32_precision in ("tf32", "bf16")
+
+
+def exactly(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Float32 operands of a product as that product needs them: in float64 where float32 would be rounded.
+
+    The settings are the process's: to change them for a while would change them for other threads too, and be undone
+    wrongly where one of those changed them meanwhile. No setting touches a product in float64.
+    """
+    return tuple(x.double() for x in operands) if rounds_operands(operands[0].device) else operands
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of float32 operands, to the precision of float32 whatever the caller lets its own products have."""
+    a, b = exactly(a, b)
+    return torch.matmul(a, b).float()
+
+
 def logits(
     q: Tensor,
     k: Tensor,
@@ -81,7 +109,7 @@ def logits(
     group = q.shape[2] // k.shape[2]
     qs = q[:, slice(*rows)].index_select(2, heads).float().transpose(1, 2)
     ks = k[:, slice(*keys)].index_select(2, heads // group).float().permute(0, 2, 3, 1)
-    x = torch.matmul(qs, ks) * scale
+    x = product(qs, ks) * scale
     return softcap * torch.tanh(x / softcap) if softcap > 0 else x
 
 

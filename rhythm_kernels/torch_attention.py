@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tiles import KEY_TILE, host_min, logits, ranges, row_tile, token_table, visible
+from .tiles import KEY_TILE, exactly, host_min, logits, product, ranges, row_tile, token_table, visible
 
 
 def forward(
@@ -40,6 +40,8 @@ def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, seqs: Tensor, scale: float) -> t
             query, key, value = args
             if group > 1:
                 key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+            if q.dtype == torch.float32:
+                query, key, value = exactly(query, key, value)
             flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             o, l = flash(query, key, value, 0.0, True, scale=scale)  # noqa: E741
             out[row, live] = o[0].transpose(0, 1)
@@ -78,7 +80,7 @@ def _tiled(
             weights = torch.where(mask, torch.exp(x - new_peak[..., None]), 0.0)
             values = v[:, slice(*keys)].index_select(2, value_heads).float().transpose(1, 2)
             total = total * decay + weights.sum(dim=-1)
-            mixed = mixed * decay[..., None] + torch.matmul(weights, values)
+            mixed = mixed * decay[..., None] + product(weights, values)
             peak = new_peak
         live = (tokens.end[:, slice(*rows)] > tokens.start[:, slice(*rows)])[:, None]
         result = torch.where(live[..., None], mixed / total[..., None], 0.0)
@@ -121,14 +123,14 @@ def backward(
             x = logits(q, k, rows, keys, heads, scale, softcap)
             weights = torch.where(mask, torch.exp(x - lse[:, :, slice(*rows), None]), 0.0)
             values = v[:, slice(*keys)].index_select(2, kv_heads).float().transpose(1, 2)
-            dx = weights * (torch.matmul(upstream, values.transpose(-1, -2)) - inner)
+            dx = weights * (product(upstream, values.transpose(-1, -2)) - inner)
             if softcap > 0:
                 dx = dx * (1 - (x / softcap) ** 2)
             dx = torch.where(mask, dx, 0.0) * scale
             keys_of_heads = k[:, slice(*keys)].index_select(2, kv_heads).float().transpose(1, 2)
-            dq[:, slice(*rows)] += torch.matmul(dx, keys_of_heads).transpose(1, 2)
-            dk[:, slice(*keys)] += torch.matmul(dx.transpose(-1, -2), queries).transpose(1, 2)
-            dv[:, slice(*keys)] += torch.matmul(weights.transpose(-1, -2), upstream).transpose(1, 2)
+            dq[:, slice(*rows)] += product(dx, keys_of_heads).transpose(1, 2)
+            dk[:, slice(*keys)] += product(dx.transpose(-1, -2), queries).transpose(1, 2)
+            dv[:, slice(*keys)] += product(weights.transpose(-1, -2), upstream).transpose(1, 2)
     dk, dv = (x.unflatten(2, (k.shape[2], -1)).sum(dim=3) for x in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 

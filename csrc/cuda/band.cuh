@@ -1,8 +1,8 @@
 // What both bands share: which tokens and heads a warp has, how the heads' sums meet, and the choice of an instance.
 //
-// A warp owns a slab of 16 tokens and a run of the head table. A block has `slabs` neighbouring slabs, whose bands
-// overlap and meet in its L1 cache, and `lanes` runs of heads, whose sums meet in shared memory in a fixed order: the
-// mean over the heads needs neither atomics nor a second kernel, and is the same bits every time.
+// A warp owns a slab of 16 tokens, or of twice 16, and a run of the head table. A block has `slabs` neighbouring slabs,
+// whose bands overlap and meet in its L1 cache, and `lanes` runs of heads, whose sums meet in shared memory in a fixed
+// order: the mean over the heads needs neither atomics nor a second kernel, and is the same bits every time.
 #pragma once
 
 #include "launch.h"
@@ -21,20 +21,46 @@ struct Band {
 
 struct Work {
   Sequence seq;
-  int first; // of the slab's 16 tokens; at or past seq.end where the warp has none
+  int first; // of the slab's tokens; at or past seq.end where the warp has none
   int slab, lane;
   int heads_from, heads_to;
 };
 
+// A lane has `halves` tokens of its slab: first + row + 8 half.
+template <int kHalves>
+constexpr int kSlab = 8 * kHalves;
+
+// Zeros where no block writes a result: from the sequence before this one in its row to this one's response, and after
+// the last sequence of a row. The sequence's blocks share them; nobody has to fill the output before the launch.
+__device__ inline void clear_others(const Band& band, const Sequence& seq, int index, int part, int64_t tile_tokens) {
+  const DeviceProblem& p = band.p;
+  const bool first = index == 0 || p.seqs[index - 1].row != seq.row;
+  const bool last = index + 1 == p.n_seqs || p.seqs[index + 1].row != seq.row;
+  const int64_t reached = seq.response_start + band.tiles * tile_tokens;
+  const int64_t ranges[2][2] = {{first ? 0 : p.seqs[index - 1].end, seq.response_start},
+                                {reached < seq.end ? reached : seq.end, last ? p.tokens : seq.end}};
+  const int planes = p.per_head ? static_cast<int>(p.n_heads) : 1;
+#pragma unroll
+  for (const auto& range : ranges)
+#pragma unroll 1
+    for (int64_t t = range[0] + part * blockDim.x + threadIdx.x; t < range[1]; t += int64_t(band.tiles) * blockDim.x)
+#pragma unroll 1
+      for (int plane = 0; plane < planes; ++plane) p.out[seq.row * p.out_row + plane * p.out_head + t] = 0.0f;
+}
+
 // Tiles vary fastest, so that neighbouring blocks share tokens in the L2 cache. Everything is on grid x: y and z end at
-// 65,535. False where the whole block has nothing to do.
+// 65,535. False where the whole block has no results.
+template <int kHalves>
 __device__ inline bool locate(const Band& band, Work& work) {
-  work.seq = band.p.seqs[blockIdx.x / band.tiles];
+  const int index = blockIdx.x / band.tiles, part = blockIdx.x % band.tiles;
+  const int64_t tile_tokens = band.slabs * kSlab<kHalves>;
+  work.seq = band.p.seqs[index];
+  clear_others(band, work.seq, index, part, tile_tokens);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); // the same in all lanes: said so
   work.slab = warp % band.slabs, work.lane = warp / band.slabs;
-  const int64_t tile = work.seq.response_start + int64_t(blockIdx.x % band.tiles) * band.slabs * kResident;
+  const int64_t tile = work.seq.response_start + part * tile_tokens;
   if (tile >= work.seq.end) return false;
-  work.first = static_cast<int>(tile) + work.slab * kResident;
+  work.first = static_cast<int>(tile) + work.slab * kSlab<kHalves>;
   const int n_heads = static_cast<int>(band.p.n_heads);
   work.heads_from = n_heads * work.lane / band.lanes;
   work.heads_to = n_heads * (work.lane + 1) / band.lanes;
@@ -49,28 +75,46 @@ __device__ inline float over_columns(float x) {
 
 template <typename T>
 __device__ inline Tokens<T> tokens_of(const void* base, int64_t row, int64_t row_stride, int64_t head,
-                                      int64_t head_stride, int64_t stride, int last, int64_t head_dim) {
-  return {static_cast<const T*>(base) + row * row_stride + head * head_stride, stride, last,
-          static_cast<int>(head_dim)};
+                                      int64_t head_stride, int64_t stride, int last, int head_dim) {
+  const T* const from = static_cast<const T*>(base) + row * row_stride + head * head_stride;
+  return {reinterpret_cast<const char*>(from), static_cast<uint64_t>(stride) * sizeof(T), last, head_dim};
+}
+
+// The log-sum-exp of an entry of the head table, as tokens of one number.
+__device__ inline Tokens<float> lse_of(const DeviceProblem& p, const Work& work, Head head, int last) {
+  return tokens_of<float>(p.lse, work.seq.row, p.lse_row, head.lse_row, p.lse_head, p.lse_token, last, 1);
+}
+
+// Of a lane's values of one resident token each, that of the token row + 8 column: the columns share the stores.
+template <int kHalves>
+__device__ inline float of_column(const float (&value)[kHalves], Lane lane) {
+  float chosen = value[0];
+#pragma unroll
+  for (int half = 1; half < kHalves; ++half) chosen = lane.column == half ? value[half] : chosen;
+  return chosen;
 }
 
 // One head's values of a slab, where every head is an output.
-__device__ inline void store_head(const Band& band, const Work& work, Lane lane, int entry, const float (&value)[2]) {
+template <int kHalves>
+__device__ inline void store_head(const Band& band, const Work& work, Lane lane, int entry,
+                                  const float (&value)[kHalves]) {
   float* const out = band.p.out + work.seq.row * band.p.out_row + entry * band.p.out_head;
   const int token = work.first + lane.row + 8 * lane.column;
-  if (lane.column < 2 && token < work.seq.end) out[token] = lane.column ? value[1] : value[0];
+  if (lane.column < kHalves && token < work.seq.end) out[token] = of_column(value, lane);
 }
 
 // The mean over all heads, from each warp's sum over its own. Every thread of the block comes here.
-__device__ inline void store_mean(const Band& band, const Work& work, Lane lane, const float (&total)[2]) {
-  __shared__ float sums[kMaxWarps][kResident];
+template <int kHalves>
+__device__ inline void store_mean(const Band& band, const Work& work, Lane lane, const float (&total)[kHalves]) {
+  constexpr int kTokens = kSlab<kHalves>;
+  __shared__ float sums[kMaxWarps][kTokens];
   const int warp = work.lane * band.slabs + work.slab;
-  if (lane.column < 2) sums[warp][lane.row + 8 * lane.column] = lane.column ? total[1] : total[0];
+  if (lane.column < kHalves) sums[warp][lane.row + 8 * lane.column] = of_column(total, lane);
   __syncthreads();
-  for (int i = threadIdx.x; i < band.slabs * kResident; i += blockDim.x) {
-    const int slab = i / kResident, token = work.first + (slab - work.slab) * kResident + i % kResident;
+  for (int i = threadIdx.x; i < band.slabs * kTokens; i += blockDim.x) {
+    const int slab = i / kTokens, token = work.first + (slab - work.slab) * kTokens + i % kTokens;
     float sum = 0.0f;
-    for (int l = 0; l < band.lanes; ++l) sum += sums[l * band.slabs + slab][i % kResident];
+    for (int l = 0; l < band.lanes; ++l) sum += sums[l * band.slabs + slab][i % kTokens];
     if (token < work.seq.end)
       band.p.out[work.seq.row * band.p.out_row + token] = sum / static_cast<float>(band.p.n_heads);
   }
@@ -84,18 +128,19 @@ inline bool aligned_to_sixteen(const DeviceProblem& p) {
   return all % 16 == 0;
 }
 
-// Warps that fill a device: 15 for each of an H100's 132 multiprocessors.
-constexpr int64_t kEnoughWarps = 2048;
+// Multiprocessors of the device that widths are chosen for; an H100 has 132.
+constexpr int64_t kMultiprocessors = 128;
 
 template <typename Instance>
 int launch_instance(const DeviceProblem& p, void* stream) {
   Band band{p, 0, 4, 1};
   const auto blocks = [&] {
-    band.tiles = static_cast<int>((p.max_seqlen + band.slabs * kResident - 1) / (band.slabs * kResident));
+    const int64_t tokens = band.slabs * kSlab<Instance::kHalves>;
+    band.tiles = static_cast<int>((p.max_seqlen + tokens - 1) / tokens);
     return band.tiles * p.n_seqs;
   };
   // Wide blocks read less twice; narrow ones, with the heads in more runs, are more of them.
-  while (blocks() * Instance::kWarps < kEnoughWarps && band.slabs > 1) band.slabs /= 2;
+  while (blocks() < kMultiprocessors * Instance::kBlocks && band.slabs > 1) band.slabs /= 2;
   const int64_t runs = Instance::kWarps / band.slabs;
   band.lanes = static_cast<int>(p.n_heads < runs ? p.n_heads : runs);
   int64_t grid = blocks();
@@ -105,28 +150,33 @@ int launch_instance(const DeviceProblem& p, void* stream) {
                 band);
 }
 
-// Pick the instance of a pass, `Pass<T, kChunks>`.
-template <template <typename, int> class Pass>
+// Pick the instance of a pass, `Pass<T, kChunks, kWhole>`; whole: the head fills its chunks.
+template <template <typename, int, bool> class Pass>
 int launch_band(const DeviceProblem& problem, void* stream) {
   DeviceProblem p = problem;
   // No key is farther than the row is long; a larger window would cancel in W - (W - distance).
   const auto within = [&](int64_t& distance) { distance = distance < p.tokens ? distance : p.tokens; };
   within(p.window), within(p.lo), within(p.hi), within(p.window_left);
   const bool aligned = aligned_to_sixteen(p);
-  const auto sixteen_bits = [&](auto type) {
+  const auto chunks = [&](auto type, auto number) {
     using T = decltype(type);
-    if (!aligned) return launch_instance<Pass<T, kUnaligned>>(p, stream);
-    if (p.head_dim <= 64) return launch_instance<Pass<T, 2>>(p, stream);
-    if (p.head_dim <= 128) return launch_instance<Pass<T, 4>>(p, stream);
-    return launch_instance<Pass<T, 8>>(p, stream);
+    constexpr int kChunks = decltype(number)::value;
+    if (p.head_dim == 32 * kChunks) return launch_instance<Pass<T, kChunks, true>>(p, stream);
+    return launch_instance<Pass<T, kChunks, false>>(p, stream);
+  };
+  const auto sixteen_bits = [&](auto type) {
+    if (!aligned) return launch_instance<Pass<decltype(type), kUnaligned, false>>(p, stream);
+    if (p.head_dim <= 64) return chunks(type, std::integral_constant<int, 2>());
+    if (p.head_dim <= 128) return chunks(type, std::integral_constant<int, 4>());
+    return chunks(type, std::integral_constant<int, 8>());
   };
   switch (p.dtype) {
     case Dtype::kBFloat16: return sixteen_bits(BFloat16{});
     case Dtype::kFloat16: return sixteen_bits(Float16{});
     default: break;
   }
-  if (aligned) return launch_instance<Pass<float, kAligned>>(p, stream);
-  return launch_instance<Pass<float, kUnaligned>>(p, stream);
+  if (aligned) return launch_instance<Pass<float, kAligned, false>>(p, stream);
+  return launch_instance<Pass<float, kUnaligned, false>>(p, stream);
 }
 
 } // namespace rhythm

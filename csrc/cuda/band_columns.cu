@@ -2,102 +2,145 @@
 //
 //   FAI[s] = mean over s + lo <= t <= min(end - 1, s + hi) of A[t, s],   A = exp(x - lse)
 //
-// The count, for lo = 10, hi = 50, D = 128, bfloat16, a key and one of the G query heads that read it:
+// The count, for the paper's horizon, lo = 10 and hi = 100, D = 128, bfloat16, a key and one of the G query heads that
+// read it:
 //   bytes that must move   256 of q, 256 / G of k, 4 of lse              516 (G = 1), 324 (G = 4)
-//   operations of the band 41 rows x 128 multiply-adds                   10,496:  20 and 32 a byte
-//   operations done        64 rows, the 16-key slab's 56 in pairs of 8   16,384:  32 and 51 a byte
-// CUDA cores of an H100 have 20 operations for each byte of memory, tensor cores 295 (band_rows.cu): the band is at or
-// past the first and far below the second, so 16-bit inputs go by mma.sync. float32 (10 to 16 operations of the band a
-// byte, 16 to 25 done) stays on CUDA cores, about even with memory.
-// The halo: a slab of 16 keys reads 56 rows of q, 3.5 times its own; the four slabs of a block read 104, 1.6 times,
-// and find each other's in the L1 cache.
+//   operations of the band 91 rows x 128 multiply-adds                   23,296: 45 and 72 a byte
+//   operations done        128 rows, the 32-key slab's 122 in chunks     32,768: 64 and 101 a byte
+// CUDA cores of an H100 have 20 operations for each byte of memory, tensor cores 295 (band_rows.cu): the band is past
+// the first and below the second, so 16-bit inputs go by mma.sync. float32 stays on CUDA cores and waits for them: 23
+// to 36 operations of the band a byte, 28 to 44 done.
+//
+// What is scarce besides: issue slots and loads. nvcc 13.0 makes 200 instructions of a chunk of 16 rows for sm_90a
+// where all 512 pairs lie in the horizon, 1,900 of a slab and head: 59 a key and head, 61 ps of the chip's
+// (132 x 4 x 1.83 GHz), beside 97 ps for the bytes (G = 4). Slabs of 32 keys halve what is loaded for a pair: at 16
+// bytes a lane the L1 cache gives a chunk in 32 to 64 cycles (rows lie a multiple of 128 bytes apart, so two may meet
+// in its banks): 35 to 69 ps. 168 registers leave 12 warps a multiprocessor, each with a chunk of 4 KB under way: 48 KB.
+// (Counts and predictions: no GPU has run this.)
+// The halo: a slab of 32 keys reads 122 rows of q, 3.8 times its own; the four slabs of a block read 218, 1.7 times,
+// and find each other's in the L1 cache, where three heads at a time take 167 KB. Where few tokens make narrow blocks
+// (8K: two slabs, six heads at a time) they read 154, 2.4 times, from the L2 cache.
 #include "band.cuh"
 #include "score.cuh"
 
 namespace rhythm {
 namespace {
 
-// Keys are resident, rows pass: a slab of 16 keys meets 16 + hi - lo rows of each head, and stays in registers for all
-// query heads that follow each other in the table and read its kv head.
-template <typename T, int kChunks, int kTiles, int kThreads, int kBlocks>
+// Keys are resident, rows pass: a slab of 16 kGroups keys meets its own number and hi - lo rows of each head, a chunk
+// of 8 kTiles at a time, and stays in registers for all query heads that follow each other in the table and read its
+// kv head.
+//
+// A chunk's registers are free once it is multiplied, before its exponentials are taken: the loads of the next chunk go
+// out there, or those of the next head's first chunk and keys, and are under way while this warp takes the exponentials
+// and others multiply.
+template <typename T, int kChunks, bool kWhole, int kGroups, int kTiles, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const Band band) {
+  constexpr int kHalves = 2 * kGroups, kStep = kPassing * kTiles;
   const DeviceProblem& p = band.p;
   Work work;
-  if (!locate(band, work)) return;
+  if (!locate<kHalves>(band, work)) return;
   const Lane lane(threadIdx.x % 32);
-  float total[2] = {0.0f, 0.0f};
-  if (work.first < work.seq.end) {
-    const int head_dim = static_cast<int>(p.head_dim), lo = static_cast<int>(p.lo);
-    const int far = visible_far(p.hi, p), end = work.seq.end;
-    const int last_key = work.first + kResident < end ? work.first + kResident - 1 : end - 1;
-    const int64_t rows_from = int64_t(work.first) + lo, reach = int64_t(work.first) + kResident - 1 + far;
-    // Rows after a key of the response are rows of the response.
-    const int last = reach < end - 1 ? static_cast<int>(reach) : end - 1;
-    const bool any = far >= lo && rows_from <= last;
-    const int key[2] = {work.first + lane.row, work.first + lane.row + 8};
-    float rows[2]; // of each key's horizon, by position: the window takes none out
+  float sum[kHalves] = {}; // a lane's rows of each of its keys: of one head where each is an output, else of all
+  // Sums become the means of the keys; rows are counted by position: the window takes none out.
+  const auto finish = [&] {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t to = key[half] + p.hi < end - 1 ? key[half] + p.hi : end - 1;
-      rows[half] = static_cast<float>(to - (key[half] + p.lo) + 1);
+    for (int half = 0; half < kHalves; ++half) {
+      const int64_t key = work.first + lane.row + 8 * half, final = work.seq.end - 1;
+      const float rows = static_cast<float>((key + p.hi < final ? key + p.hi : final) - (key + p.lo) + 1);
+      const float all = over_columns(sum[half]);
+      sum[half] = rows > 0.0f ? all / rows : 0.0f;
     }
-
-    Resident<T, kChunks> keys;
+  };
+  if (work.first < work.seq.end) {
+    const int head_dim = kWhole ? 32 * kChunks : static_cast<int>(p.head_dim);
+    const int lo = static_cast<int>(p.lo), far = visible_far(p.hi, p), end = work.seq.end;
+    const int last_key = work.first + kSlab<kHalves> < end ? work.first + kSlab<kHalves> - 1 : end - 1;
+    const int64_t reach = int64_t(work.first) + kSlab<kHalves> - 1 + far;
+    // Rows after a key of the response are rows of the response. Where the horizon has none: from 0 to -1.
+    const int64_t final = reach < end - 1 ? reach : end - 1;
+    const bool any = far >= lo && int64_t(work.first) + lo <= final;
+    const int rows_from = any ? work.first + lo : 0, last = any ? static_cast<int>(final) : -1;
+    Resident<T, kChunks> keys[kGroups];
     Passing<T, kChunks, kTiles> queries;
-    int held = -1; // whose keys `keys` has
-    for (int entry = work.heads_from; entry < work.heads_to; ++entry) {
-      const Head head = p.heads[entry];
-      const int kv_head = head.query / static_cast<int>(p.kv_group);
-      const Tokens<T> q = tokens_of<T>(p.q, work.seq.row, p.q_row, head.query, p.q_head, p.q_token, last, p.head_dim);
-      const Tokens<T> k = tokens_of<T>(p.k, work.seq.row, p.k_row, kv_head, p.k_head, p.k_token, last_key, p.head_dim);
-      const float* const lse_row = p.lse + work.seq.row * p.lse_row + head.lse_row * p.lse_head;
-      float sum[2] = {0.0f, 0.0f};
-      if (any && kv_head != held) keys.load(k, work.first, lane);
-      held = kv_head;
+    float lse[kTiles][2];
+    const auto kv_head = [&](Head head) { return head.query / static_cast<int>(p.kv_group); };
+    const auto load_keys = [&](int kv) {
+      const Tokens<T> k = tokens_of<T>(p.k, work.seq.row, p.k_row, kv, p.k_head, p.k_token, last_key, head_dim);
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) keys[group].load(k, work.first + kResident * group, lane);
+    };
+    const auto rows_of = [&](Head head) {
+      return tokens_of<T>(p.q, work.seq.row, p.q_row, head.query, p.q_head, p.q_token, last, head_dim);
+    };
+    const Head first = p.heads[work.heads_from];
+    Tokens<T> q = rows_of(first);
+    Tokens<float> q_lse = lse_of(p, work, first, last);
+    const auto load_rows = [&](int t0) {
+      queries.load(q, t0, lane);
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i)
+        lse[i / 2][i % 2] = __ldg(q_lse[t0 + kPassing * (i / 2) + 2 * lane.column + i % 2]);
+    };
 
-      for (int t0 = static_cast<int>(rows_from); any && t0 <= last; t0 += kPassing * kTiles) {
-        queries.load(q, t0, lane);
-        float x[kTiles][4], lse[kTiles][2];
+    if (any) load_rows(rows_from);
+    int kv = kv_head(first), held = -1; // of the head, and whose keys `keys` has
+    for (int entry = work.heads_from; entry < work.heads_to; ++entry) {
+      const bool last_head = entry + 1 == work.heads_to;
+      const Head next = p.heads[last_head ? entry : entry + 1];
+      if (any && kv != held) load_keys(kv);
+      held = kv, kv = kv_head(next);
+      for (int t0 = rows_from; t0 <= last; t0 += kStep) {
+        float x[kGroups][kTiles][4], row_lse[kTiles][2];
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile)
+        for (int group = 0; group < kGroups; ++group) products(keys[group], queries, head_dim, x[group]);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int t = t0 + kPassing * tile + 2 * lane.column + i;
-            lse[tile][i] = __ldg(lse_row + (t < last ? t : last) * p.lse_token);
-          }
-        products(keys, queries, head_dim, x);
-        logits(x, p);
+        for (int i = 0; i < 2 * kTiles; ++i) row_lse[i / 2][i % 2] = lse[i / 2][i % 2];
+        const bool last_chunk = last - t0 < kStep;
+        if (last_chunk && !last_head) {
+          q.base = rows_of(next).base, q_lse.base = lse_of(p, work, next, last).base;
+        }
+        if (!last_chunk || !last_head) load_rows(last_chunk ? rows_from : t0 + kStep);
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
+        for (int group = 0; group < kGroups; ++group) {
+          const int distance = t0 - (work.first + kResident * group); // of the first row from the first key
+          if (distance - far >= kResident || lo - distance >= kStep) continue;
+          exponents(x[group], p, [&](int tile, int i) { return row_lse[tile][i % 2]; });
+          if (distance - lo >= kResident - 1 && far - distance >= kStep - 1 && last - t0 >= kStep - 1) { // all in it
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int t = t0 + kPassing * tile + 2 * lane.column + i % 2;
-            const bool inside = static_cast<unsigned>(t - key[i / 2] - lo) <= static_cast<unsigned>(far - lo);
-            const float a = weight(x[tile][i], lse[tile][i % 2]);
-            sum[i / 2] += inside && t <= last ? a : 0.0f;
+            for (int i = 0; i < 4 * kTiles; ++i) sum[2 * group + i % 4 / 2] += exp_of(x[group][i / 4][i % 4]);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 4 * kTiles; ++i) {
+              const int row = kPassing * (i / 4) + 2 * lane.column + i % 2, key = lane.row + 8 * (i % 4 / 2);
+              const bool inside = static_cast<unsigned>(distance + row - key - lo) <= static_cast<unsigned>(far - lo);
+              sum[2 * group + i % 4 / 2] += inside && row <= last - t0 ? exp_of(x[group][i / 4][i % 4]) : 0.0f;
+            }
           }
         }
       }
-
-      float value[2];
+      if (p.per_head) {
+        finish();
+        store_head(band, work, lane, entry, sum);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float all = over_columns(sum[half]);
-        value[half] = rows[half] > 0.0f ? all / rows[half] : 0.0f;
-        total[half] += value[half];
+        for (int half = 0; half < kHalves; ++half) sum[half] = 0.0f;
       }
-      if (p.per_head) store_head(band, work, lane, entry, value);
     }
   }
-  if (!p.per_head) store_mean(band, work, lane, total);
+  if (p.per_head) return;
+  finish();
+  store_mean(band, work, lane, sum);
 }
 
-template <typename T, int kChunks>
+template <typename T, int kChunks, bool kWhole>
 struct BandColumns {
-  static constexpr int kWarps = kChunks == 2 || kChunks == 4 ? 16 : 8;
+  static constexpr int kGroups = kChunks == 2 || kChunks == 4 ? 2 : 1;
+  static constexpr int kHalves = 2 * kGroups;
+  static constexpr int kWarps = kChunks == 2 || (kChunks == 4 && kWhole) ? 12 : 8; // as many as have the registers
   static constexpr int kTiles = 2;
   static constexpr int kBlocks = kChunks > 0 ? 1 : 2; // a multiprocessor: bounds the registers
-  static auto kernel() { return band_columns_kernel<T, kChunks, kTiles, 32 * kWarps, kBlocks>; }
+  static auto kernel() {
+    return band_columns_kernel<T, kChunks, kWhole, kGroups, kTiles, 32 * kWarps, kBlocks>;
+  }
 };
 
 } // namespace

@@ -20,15 +20,16 @@ namespace {
 
 // Rows are resident, keys pass: a slab of 16 rows meets 16 + W - 1 keys. Query heads that follow each other in the
 // table and read the same kv head find its keys still in registers, where the band fits one chunk of 8 kTiles keys.
-template <typename T, int kChunks, int kTiles, int kThreads, int kBlocks>
+template <typename T, int kChunks, bool kWhole, int kTiles, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band band) {
   const DeviceProblem& p = band.p;
   Work work;
-  if (!locate(band, work)) return;
+  if (!locate<2>(band, work)) return;
   const Lane lane(threadIdx.x % 32);
   float total[2] = {0.0f, 0.0f};
   if (work.first < work.seq.end) {
-    const int head_dim = static_cast<int>(p.head_dim), window = static_cast<int>(p.window);
+    const int head_dim = kWhole ? 32 * kChunks : static_cast<int>(p.head_dim);
+    const int window = static_cast<int>(p.window);
     const int far = visible_far(p.window - 1, p);
     const int last = work.first + kResident < work.seq.end ? work.first + kResident - 1 : work.seq.end - 1;
     const int keys_from = work.first - far > work.seq.start ? work.first - far : work.seq.start;
@@ -41,29 +42,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
     for (int entry = work.heads_from; entry < work.heads_to; ++entry) {
       const Head head = p.heads[entry];
       const int kv_head = head.query / static_cast<int>(p.kv_group);
-      const Tokens<T> q = tokens_of<T>(p.q, work.seq.row, p.q_row, head.query, p.q_head, p.q_token, last, p.head_dim);
-      const Tokens<T> k = tokens_of<T>(p.k, work.seq.row, p.k_row, kv_head, p.k_head, p.k_token, last, p.head_dim);
-      queries.load(q, work.first, lane);
-      const float* const lse_row = p.lse + work.seq.row * p.lse_row + head.lse_row * p.lse_head;
+      const Tokens<T> q = tokens_of<T>(p.q, work.seq.row, p.q_row, head.query, p.q_head, p.q_token, last, head_dim);
+      const Tokens<T> k = tokens_of<T>(p.k, work.seq.row, p.k_row, kv_head, p.k_head, p.k_token, last, head_dim);
+      // All loads go out before the first is waited for, which is where the rows become fragments: keys first.
+      if (kv_head != held) keys.load(k, keys_from, lane);
+      held = one_chunk ? kv_head : -1;
+      const Tokens<float> row_lse = lse_of(p, work, head, last);
       float lse[2], sum[2] = {0.0f, 0.0f};
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        lse[half] = __ldg(lse_row + (row[half] < last ? row[half] : last) * p.lse_token);
+      for (int half = 0; half < 2; ++half) lse[half] = __ldg(row_lse[row[half]]);
+      queries.load(q, work.first, lane);
 
       for (int s0 = keys_from; s0 <= last; s0 += kPassing * kTiles) {
-        if (kv_head != held) keys.load(k, s0, lane);
-        if (one_chunk) held = kv_head;
+        if (s0 > keys_from) keys.load(k, s0, lane);
         float x[kTiles][4];
         products(queries, keys, head_dim, x);
-        logits(x, p);
+        exponents(x, p, [&](int, int i) { return lse[i / 2]; });
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int distance = row[i / 2] - (s0 + kPassing * tile + 2 * lane.column + i % 2);
             const bool near = static_cast<unsigned>(distance) <= static_cast<unsigned>(far);
-            const float a = weight(x[tile][i], lse[i / 2]);
-            sum[i / 2] += near ? a * static_cast<float>(window - distance) : 0.0f;
+            sum[i / 2] += near ? exp_of(x[tile][i]) * static_cast<float>(window - distance) : 0.0f;
           }
         }
       }
@@ -84,13 +85,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
   if (!p.per_head) store_mean(band, work, lane, total);
 }
 
-template <typename T, int kChunks>
+template <typename T, int kChunks, bool kWhole>
 struct BandRows {
+  static constexpr int kHalves = 2;
   static constexpr int kWarps = 4;
   // Registers: a lane holds 16 kTiles bytes of keys for each chunk of the head.
   static constexpr int kTiles = kChunks > 4 ? 2 : 4;
-  static constexpr int kBlocks = kChunks > 4 ? 2 : kChunks > 2 ? 3 : 4; // a multiprocessor: bounds the registers
-  static auto kernel() { return band_rows_kernel<T, kChunks, kTiles, 32 * kWarps, kBlocks>; }
+  static constexpr int kBlocks = kChunks > 4 ? 2 : kChunks == 2 ? 4 : 3; // a multiprocessor: bounds the registers
+  static auto kernel() { return band_rows_kernel<T, kChunks, kWhole, kTiles, 32 * kWarps, kBlocks>; }
 };
 
 } // namespace

@@ -13,6 +13,7 @@
 // Tokens past `last` are read as `last`: no load leaves the range, the caller masks their products, nothing branches.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
 #include "launch.h"
@@ -36,14 +37,17 @@ struct Lane {
   __device__ explicit Lane(int lane) : row(lane >> 2), column(lane & 3) {}
 };
 
-// Tokens of one head, from the sequence's row of q or k: token t begins at base + t * stride.
+// Tokens of one head, from the sequence's row of q or k. Token t begins t * stride bytes after the base: an unsigned t
+// takes two instructions to get there, and what follows it lies at constant offsets.
 template <typename T>
 struct Tokens {
-  const T* base;
-  int64_t stride;
-  int last; // the last one that may be read
+  const char* base;
+  uint64_t stride; // bytes
+  int last;        // the last one that may be read
   int head_dim;
-  __device__ const T* operator[](int token) const { return base + (token < last ? token : last) * stride; }
+  __device__ const T* operator[](int token) const {
+    return reinterpret_cast<const T*>(base + static_cast<unsigned>(token < last ? token : last) * stride);
+  }
 };
 
 // c += a b on tensor cores: a is 16 x 16, b is 16 x 8, the fragments as in the PTX manual.
@@ -66,10 +70,11 @@ __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned
 #endif
 }
 
-// Sixteen bytes of a token from element d on, zero past the head.
+// A lane's sixteen bytes of a token's 32 elements from `chunk` on, zero past the head.
 template <typename T>
-__device__ inline uint4 load_sixteen(const T* token, int d, int head_dim) {
-  return d < head_dim ? __ldg(reinterpret_cast<const uint4*>(token + d)) : make_uint4(0, 0, 0, 0);
+__device__ inline uint4 load_sixteen(const T* token, int chunk, Lane lane, int head_dim) {
+  const uint4* const from = reinterpret_cast<const uint4*>(token) + lane.column;
+  return 32 * chunk + 8 * lane.column < head_dim ? __ldg(from + 4 * chunk) : make_uint4(0, 0, 0, 0);
 }
 
 __device__ inline float to_float(float x) { return x; }
@@ -87,15 +92,22 @@ __device__ inline float to_float(Float16 x) {
 // Tensor cores: 16-bit elements, aligned to 16 bytes, of heads up to 32 kChunks of them (and multiples of 8).
 template <typename T, int kChunks>
 struct Resident {
-  uint4 part[kChunks][2];
+  unsigned fragment[kChunks][2][4]; // as mma wants them, in neighbouring registers
 
+  // Tokens past the last are zeros. (Were they anything else, the fragments would be copies of what was loaded, and
+  // ptxas would put the copying where they are used, four instructions a product.)
   __device__ void load(const Tokens<T>& tokens, int first, Lane lane) {
+    const int low_token = first + lane.row, high_token = low_token + 8;
+    const T* const low_from = tokens[low_token];
+    const T* const high_from = tokens[high_token];
+    const unsigned low_live = low_token <= tokens.last ? ~0u : 0u, high_live = high_token <= tokens.last ? ~0u : 0u;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const T* const token = tokens[first + lane.row + 8 * half];
+    for (int i = 0; i < kChunks; ++i) {
+      const uint4 low = load_sixteen(low_from, i, lane, tokens.head_dim);
+      const uint4 high = load_sixteen(high_from, i, lane, tokens.head_dim);
+      const unsigned a[8] = {low.x, high.x, low.y, high.y, low.z, high.z, low.w, high.w};
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i)
-        part[i][half] = load_sixteen(token, 32 * i + 8 * lane.column, tokens.head_dim);
+      for (int j = 0; j < 8; ++j) fragment[i][j / 4][j % 4] = a[j] & (j % 2 ? high_live : low_live);
     }
   }
 };
@@ -109,8 +121,7 @@ struct Passing {
     for (int tile = 0; tile < kTiles; ++tile) {
       const T* const token = tokens[first + kPassing * tile + lane.row];
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i)
-        part[tile][i] = load_sixteen(token, 32 * i + 8 * lane.column, tokens.head_dim);
+      for (int i = 0; i < kChunks; ++i) part[tile][i] = load_sixteen(token, i, lane, tokens.head_dim);
     }
   }
 };
@@ -123,14 +134,12 @@ __device__ inline void products(const Resident<T, kChunks>& resident, const Pass
   for (int tile = 0; tile < kTiles; ++tile) c[tile][0] = c[tile][1] = c[tile][2] = c[tile][3] = 0.0f;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    const uint4 low = resident.part[i][0], high = resident.part[i][1];
-    const unsigned a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const uint4 other = passing.part[tile][i];
       const unsigned b[2][2] = {{other.x, other.y}, {other.z, other.w}};
-      mma<T>(c[tile], a[0], b[0]);
-      mma<T>(c[tile], a[1], b[1]);
+      mma<T>(c[tile], resident.fragment[i][0], b[0]);
+      mma<T>(c[tile], resident.fragment[i][1], b[1]);
     }
   }
 }

@@ -11,7 +11,20 @@
 
 namespace rhythm {
 
-__device__ inline float exp_of(float x) { return exp2f(x * 1.4426950408889634f); }
+// 2^x in the chip's one instruction. Below 2^-126 it gives 0: exp2f() pays four more to give those numbers too, which
+// are 1e-38 of an A that is summed to 1e-7.
+__device__ inline float exp2_of(float x) {
+#ifdef RHYTHM_EMULATE
+  const float value = exp2f(x);
+  return value < 1.17549435e-38f ? 0.0f : value; // a NaN stays
+#else
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+#endif
+}
+
+__device__ inline float exp_of(float x) { return exp2_of(x * 1.4426950408889634f); }
 
 // tanh to 2e-7 relative: a polynomial near 0, where 1 - exp(-2|x|) cancels; no overflow anywhere.
 __device__ inline float tanh_of(float x) {
@@ -22,21 +35,20 @@ __device__ inline float tanh_of(float x) {
   return size < 0.3f ? near : copysignf(far, x); // a NaN goes through `far`
 }
 
-// Products become logits in place; the branch is taken once for all of them.
-template <int kTiles>
-__device__ inline void logits(float (&x)[kTiles][4], const DeviceProblem& p) {
+// Products become x - lse in place, what A is the exponential of, in nats: scaling x and lse to bits before they are
+// subtracted would round each at its size. `lse(tile, i)` is that of the row of x[tile][i]. The branch is taken once.
+template <int kTiles, typename Lse>
+__device__ inline void exponents(float (&x)[kTiles][4], const DeviceProblem& p, Lse lse) {
   if (p.softcap > 0.0f) {
     const float inner = p.scale / p.softcap;
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][i % 4] = p.softcap * tanh_of(x[i / 4][i % 4] * inner);
+    for (int i = 0; i < 4 * kTiles; ++i)
+      x[i / 4][i % 4] = fmaf(p.softcap, tanh_of(x[i / 4][i % 4] * inner), -lse(i / 4, i % 4));
   } else {
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][i % 4] *= p.scale;
+    for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][i % 4] = fmaf(x[i / 4][i % 4], p.scale, -lse(i / 4, i % 4));
   }
 }
-
-// A, both arguments in nats: scaling each to bits first would round each at its size.
-__device__ inline float weight(float x, float lse) { return exp_of(x - lse); }
 
 // The share of a row's softmax that its keys get: 1, or what the sink leaves (lse has the sink in it).
 __device__ inline float row_sum(float lse, const DeviceProblem& p, int query_head) {

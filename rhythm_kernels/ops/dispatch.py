@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from types import ModuleType
@@ -11,10 +12,17 @@ import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
 
-# The rule: the first usable backend of the device's list that has the pass. The order is to follow measurements; on a
-# GPU none has been taken that compares the CUDA kernels with the Triton ones, so the bands stay with Triton, and CUDA
-# has what Triton lacks: credit.
+# The rule: the first usable backend of the list that has the pass: of the list of that pass where it has one, else of
+# the device's.
 _PREFERENCE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
+
+# The passes that several compiled backends have, on the devices where they have them: a line each, so that the winner
+# of a measurement becomes the default by one line. Rows of such measurements are kept in benchmarks/results/; none of
+# a GPU is there yet, and until then the bands stay with Triton.
+_PREFERS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("cuda", "band_rows"): ("triton", "cuda", "torch"),
+    ("cuda", "band_columns"): ("triton", "cuda", "torch"),
+}
 
 _MODULES = {"cuda": "cuda", "cpu": "native", "triton": "triton", "torch": "fallback"}
 
@@ -53,7 +61,8 @@ def _unusable(name: str, device: torch.device) -> str:
 def choose(pass_name: str, backend: str | None, device: torch.device) -> str:
     """The backend that will run `pass_name` on `device`; a forced one that cannot is a ValueError that says why."""
     if backend is None:
-        usable = (name for name in _PREFERENCE.get(device.type, ()) if (name, pass_name) not in _LACKS)
+        order = _PREFERS.get((device.type, pass_name)) or _PREFERENCE.get(device.type, ())
+        usable = (name for name in order if (name, pass_name) not in _LACKS)
         return next((name for name in usable if not _unusable(name, device)), "torch")
     reason = _unusable(backend, device) or _LACKS.get((backend, pass_name), "")
     if reason:
@@ -65,10 +74,17 @@ def run(pass_name: str, backend: str | None, *args: Any) -> Any:
     """Call the pass of a backend, outside of autocast and autograd."""
     device = args[0].device
     chosen = choose(pass_name.removesuffix("_backward"), backend, device)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    # To leave autocast costs more than to ask whether it is on, which it hardly ever is here.
+    no_autocast = (
+        torch.autocast(device.type, enabled=False)
+        if torch.is_autocast_enabled(device.type)
+        else contextlib.nullcontext()
+    )
+    with torch.no_grad(), no_autocast:
         return getattr(_module(chosen), pass_name)(*args)
 
 
+@functools.cache
 def _module(backend: str) -> ModuleType:
     """The module of a backend's passes, imported when it is first needed."""
     return importlib.import_module(f"..{_MODULES[backend]}", __package__)

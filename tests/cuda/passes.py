@@ -59,7 +59,8 @@ class Passes:
     ) -> Tensor:  # fmt: skip
         batch, tokens, n_heads, head_dim = q.shape
         shape = (batch, heads.shape[0], tokens) if per_head else (batch, tokens)
-        out = torch.zeros(shape, dtype=torch.float32)
+        nothing = seqs.shape[0] == 0 or max_seqlen == 0  # then nothing is launched
+        out = torch.full(shape, 0.0 if nothing else float("nan"))
         problem = DeviceProblem(
             dtype=_DTYPES[q.dtype], q=q.data_ptr(), k=k.data_ptr(),
             q_row=q.stride(0), q_token=q.stride(1), q_head=q.stride(2),

@@ -31,6 +31,14 @@ MORE = [
     Case("more heads than warps", heads=24, kv_heads=3, length=50, dtype=torch.bfloat16, dim=32),
     Case("heads of several groups, shuffled", heads=12, kv_heads=4, length=50, dtype=torch.bfloat16, dim=32,
          options={"heads": [11, 0, 7, 1, 8, 2, 10]}),
+    Case("the paper's horizon", length=170, batch=1, heads=26, kv_heads=13, horizon=(10, 100), dim=128,
+         dtype=torch.bfloat16),
+    Case("the paper's horizon behind a window", length=260, batch=1, heads=3, kv_heads=1, horizon=(10, 100),
+         options={"window_size": (57, 0)}, dim=64, dtype=torch.float16),
+    Case("more heads than warps, back and forth", heads=10, kv_heads=5, batch=1, length=60, dtype=torch.float16,
+         dim=256, horizon=(0, 30), options={"heads": [4, 0, 5, 9, 1, 2, 8, 7, 3, 6]}),
+    Case("a head in its last chunk of the product", heads=4, kv_heads=2, length=140, dtype=torch.bfloat16, dim=104,
+         horizon=(31, 33)),
     Case("slabs of four", lengths=(130, *(0,) * 560, 200, 1), heads=3, kv_heads=1, dtype=torch.bfloat16, dim=32),
     Case("slabs of two", lengths=(130, *(0,) * 300, 100), heads=5, kv_heads=5),
 ]  # fmt: skip
@@ -159,6 +167,29 @@ def test_offsets_are_64_bit(cuda_on_cpu: Emulated) -> None:
         fai = [rk.fai(*x, backend="cuda", **options) for x in (a, b)]
         assert torch.equal(*waad)
         assert torch.equal(*fai)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_position_is_written(dtype: torch.dtype, per_head: bool, cuda_on_cpu: Emulated) -> None:
+    """The output comes full of NaN: prompts, gaps, ends of rows, rows without tokens and what lies past max_seqlen."""
+    q, k = torch.randn(3, 300, 4, 64).to(dtype), torch.randn(3, 300, 2, 64).to(dtype)
+    lse = 5 + torch.rand(3, 4, 300)  # every A is small, no measure 0
+    seqs = torch.tensor(
+        [[0, 10, 250, 20], [0, 255, 255, 255], [0, 260, 290, 290], [1, 0, 0, 0], [2, 3, 40, 3], [2, 40, 300, 100]],
+        dtype=torch.int32,
+    )
+    heads = torch.tensor([[0, 0], [2, 2], [3, 3]], dtype=torch.int32)
+    live = torch.zeros(3, 300, dtype=torch.bool)
+    live[0, 20:84] = live[2, 3:40] = live[2, 100:164] = True
+    passes = Passes(cuda_on_cpu)
+    rule = (seqs, heads, 64, 0.125, 0.0, -1, None)
+    for got in (
+        passes.band_rows(q, k, lse, *rule, 10, per_head),
+        passes.band_columns(q, k, lse, *rule, 0, 9, per_head),
+    ):
+        assert not got.isnan().any()
+        assert torch.equal((got != 0).amax(dim=1) if per_head else got != 0, live)
 
 
 def test_a_grid_too_large_is_refused(bands: Emulated) -> None:

@@ -24,7 +24,8 @@ struct DeviceProblem {
   const float* lse; // (B, X, T)
   int64_t lse_row, lse_head, lse_token;
 
-  // The tables lie within q, k and lse: whoever made them has checked or clamped them.
+  // The tables lie within q, k and lse: whoever made them has checked or clamped them. Sequences are in the order of
+  // their tokens, apart from each other, and every row of the batch has one, be it empty.
   const Sequence* seqs;
   int64_t n_seqs, max_seqlen; // max_seqlen: no sequence is longer; what lies beyond it is not computed
   const Head* heads;
@@ -41,8 +42,8 @@ struct DeviceProblem {
   int64_t lo, hi; // the horizon of band_columns, 0 <= lo <= hi
   bool per_head;
 
-  // (B, T) float32, the mean over the heads, or (B, n_heads, T) with per_head. The caller has filled it with zeros:
-  // positions outside the responses are not written.
+  // (B, T) float32, the mean over the heads, or (B, n_heads, T) with per_head. Every position is written, those outside
+  // the responses with 0; without sequences or tokens (n_seqs or max_seqlen 0) nothing is launched and nothing written.
   float* out;
   int64_t out_row, out_head;
 };
