@@ -431,17 +431,11 @@ def _left_window(
 
 
 def _named_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
-    """The sliding window of a layer by what it hands to attention, its own attributes, or its configuration."""
-    config: Any = module.config
-    if "sliding_window" in kwargs:
-        named = kwargs["sliding_window"]
-    elif hasattr(module, "sliding_window"):
-        named = module.sliding_window
-    else:
-        named = getattr(config, "sliding_window", None)
-        types, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
-        if types and isinstance(layer, int) and layer < len(types) and "sliding" not in types[layer]:
-            named = None
+    """The sliding window that a layer names to its attention function, as flash attention needs it, or as its own.
+
+    Not that of the configuration, which some models keep and do not use.
+    """
+    named = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
     return named if isinstance(named, int) and named > 0 else None
 
 
