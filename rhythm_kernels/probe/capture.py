@@ -11,7 +11,7 @@ is not met again; forwards that are given a KV cache (`generate`, decoding) are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ..canonical import Canonical, canonical
 from ..reference import AttentionStats
 from . import attention, registry
-from .checks import Checks, Pending, on_device, reads_now
+from .checks import Checks, Pending
 from .flash import FlashReturns
+from .inputs import as_attended, forward_inputs, refuse_dropped_sinks, refuse_unsupported
 from .lse import LseObserver, as_batched
 from .masks import ForwardInputs, Sequences, sequences_of, window_of_layer
-from .ranges import RangeMask
 from .structure import Decoder, bind_forward
 
 _CACHES = ("cache", "past_key_values")  # what models call a KV cache since transformers 5.24, and before
@@ -202,7 +202,7 @@ class Capture:
         if any(given.get(name) is not None for name in _CACHES):
             self._consumer.abandon("it was given a KV cache, as generate does; only forwards without one are")
             return
-        self._inputs = _forward_inputs(given)
+        self._inputs = forward_inputs(given)
         self._response_mask = self._consumer.begin(self._inputs)
         self._sequences = None
         self._checks = Checks()
@@ -251,13 +251,13 @@ class Capture:
         layer = self._layer_of[id(module)]
         flash = "flash" in name
         request: attention.Request | None = None
-        _refuse_unsupported(self._decoder, layer, name, query, key, kwargs)
+        refuse_unsupported(self._decoder, layer, name, query, key, kwargs)
         seen: LseObserver | FlashReturns | None
         returned: FlashReturns | None = None
         if flash:
             with FlashReturns(name) as returned, LseObserver() as observed:
                 out = function(module, query, key, value, mask, **kwargs)
-            _refuse_dropped_sinks(layer, name, returned, kwargs)
+            refuse_dropped_sinks(layer, name, returned, kwargs)
             seen = observed if returned.lse is None else returned
         elif name in ("sdpa", attention.NAME):
             if name == attention.NAME:
@@ -307,7 +307,7 @@ class Capture:
             )
         flash = "flash" in name
         if self._sequences is None:
-            inputs = _as_attended(self._inputs, flash, mask, returned)
+            inputs = as_attended(self._inputs, flash, mask, returned)
             self._sequences = sequences_of(inputs, self._response_mask, flash, self._checks)
         left = _left_window(self._sequences, module, name, mask, kwargs, flash, self._checks)
         call = _layer_call(layer, query, key, seen, self._sequences, left, kwargs, self._checks)
@@ -331,86 +331,6 @@ class Capture:
         return attention.Request(heads, wanted.window, wanted.per_head) if heads else None
 
 
-def _forward_inputs(given: dict[str, Any]) -> ForwardInputs:
-    tokens = given.get("input_ids")
-    if tokens is None:
-        tokens = given.get("inputs_embeds")
-    if not isinstance(tokens, Tensor):
-        raise ValueError("the measured forward must be given input_ids or inputs_embeds")
-    mask = given.get("attention_mask")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        found = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask: {found}; the probe needs the two-dimensional (B, T) mask from which transformers makes "
-            "its own (models that make their masks outside of their language model are not supported)"
-        )
-    if tokens.device.type == "meta":
-        raise ValueError("the measured forward runs on the meta device, where there is nothing to measure")
-    batch, length = tokens.shape[:2]
-    if mask is not None and tuple(mask.shape) != (batch, length):
-        raise ValueError(f"attention_mask: shape {tuple(mask.shape)}, must be {(batch, length)} like the tokens")
-    return ForwardInputs(
-        batch=batch,
-        length=length,
-        device=tokens.device,
-        attention_mask=None if mask is None else on_device(mask, tokens.device),
-        position_ids=given.get("position_ids"),
-        cu_seqlens=given.get("cu_seq_lens_q"),
-    )
-
-
-def _refuse_unsupported(
-    decoder: Decoder, layer: int, name: str, query: Tensor, key: Tensor, kwargs: dict[str, Any]
-) -> None:
-    """Raise for attention that is not the softmax this package measures, naming what it is."""
-    heads = decoder.heads[layer]
-    sharded = decoder.shards is not None and query.shape[1] * decoder.shards.size == heads
-    if query.shape[1] != heads and not sharded:
-        raise ValueError(
-            f"layer {layer} attends with {query.shape[1]} query heads of the model's {heads}: of heads sharded over "
-            "ranks, only transformers' own tensor parallelism (tp_plan) is supported by the probe"
-        )
-    if kwargs.get("position_bias") is not None:
-        raise ValueError(f"layer {layer} adds a position bias to its scores, which the probe does not support")
-    if kwargs.get("is_causal") is False:
-        raise ValueError(f"layer {layer} is not causal (is_causal=False); the measures are of causal attention")
-    if name in ("sdpa", "flash_attention_2") and kwargs.get("s_aux") is not None:
-        raise ValueError(
-            f"layer {layer} has attention sinks, which {name!r} silently leaves out: use "
-            "attn_implementation='eager' or 'rhythm'"
-        )
-    if name not in ("sdpa", "eager", "flex_attention", attention.NAME) and "flash" not in name:
-        raise NotImplementedError(
-            f"attention implementation {name!r} is not known to the probe; use 'sdpa', 'eager', 'flex_attention', "
-            f"{attention.NAME!r} or a flash attention"
-        )
-
-
-def _refuse_dropped_sinks(layer: int, name: str, returned: FlashReturns, kwargs: dict[str, Any]) -> None:
-    """transformers leaves sinks out silently where the package's function has no parameter for them."""
-    if kwargs.get("s_aux") is not None and returned.called and not returned.has_sinks:
-        raise ValueError(
-            f"layer {layer} has attention sinks, which the {name!r} package installed here leaves out: use "
-            "attn_implementation='eager' or 'rhythm'"
-        )
-
-
-def _as_attended(inputs: ForwardInputs, flash: bool, mask: Any, returned: FlashReturns | None) -> ForwardInputs:
-    """The forward's inputs, and what the first measured attention call shows of how they were understood.
-
-    Where the host may not read from the device, that tells it what transformers found there.
-    """
-    if returned is not None and returned.called:  # whatever was asked for, these sequences were kept apart
-        inputs = replace(inputs, cu_seqlens=returned.cu_seqlens, max_seqlen=returned.max_seqlen, packs_positions=False)
-    if reads_now(inputs.device):
-        return inputs
-    if flash:
-        return replace(inputs, shown_whole=mask is None)
-    if mask is None or (isinstance(mask, RangeMask) and not mask.packed):
-        return replace(inputs, packs_positions=False)
-    return inputs
-
-
 def _left_window(
     sequences: Sequences,
     module: nn.Module,
@@ -431,17 +351,11 @@ def _left_window(
 
 
 def _named_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
-    """The sliding window of a layer by what it hands to attention, its own attributes, or its configuration."""
-    config: Any = module.config
-    if "sliding_window" in kwargs:
-        named = kwargs["sliding_window"]
-    elif hasattr(module, "sliding_window"):
-        named = module.sliding_window
-    else:
-        named = getattr(config, "sliding_window", None)
-        types, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
-        if types and isinstance(layer, int) and layer < len(types) and "sliding" not in types[layer]:
-            named = None
+    """The sliding window that a layer names to its attention function, as flash attention needs it, or as its own.
+
+    Not that of the configuration, which some models keep and do not use.
+    """
+    named = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
     return named if isinstance(named, int) and named > 0 else None
 
 

@@ -1,0 +1,96 @@
+"""What a forward and its attention calls were given, and what of it cannot be measured: errors that name it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from . import attention
+from .checks import on_device, reads_now
+from .flash import FlashReturns
+from .masks import ForwardInputs
+from .ranges import RangeMask
+from .structure import Decoder
+
+
+def forward_inputs(given: dict[str, Any]) -> ForwardInputs:
+    """What of a forward's arguments, by name, decides which token sees which."""
+    tokens = given.get("input_ids")
+    if tokens is None:
+        tokens = given.get("inputs_embeds")
+    if not isinstance(tokens, Tensor):
+        raise ValueError("the measured forward must be given input_ids or inputs_embeds")
+    mask = given.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        found = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask: {found}; the probe needs the two-dimensional (B, T) mask from which transformers makes "
+            "its own (models that make their masks outside of their language model are not supported)"
+        )
+    if tokens.device.type == "meta":
+        raise ValueError("the measured forward runs on the meta device, where there is nothing to measure")
+    batch, length = tokens.shape[:2]
+    if mask is not None and tuple(mask.shape) != (batch, length):
+        raise ValueError(f"attention_mask: shape {tuple(mask.shape)}, must be {(batch, length)} like the tokens")
+    return ForwardInputs(
+        batch=batch,
+        length=length,
+        device=tokens.device,
+        attention_mask=None if mask is None else on_device(mask, tokens.device),
+        position_ids=given.get("position_ids"),
+        cu_seqlens=given.get("cu_seq_lens_q"),
+    )
+
+
+def as_attended(inputs: ForwardInputs, flash: bool, mask: Any, returned: FlashReturns | None) -> ForwardInputs:
+    """The forward's inputs, and what the first measured attention call shows of how they were understood.
+
+    Where the host may not read from the device, that tells it what transformers found there.
+    """
+    if returned is not None and returned.called:  # whatever was asked for, these sequences were kept apart
+        inputs = replace(inputs, cu_seqlens=returned.cu_seqlens, max_seqlen=returned.max_seqlen, packs_positions=False)
+    if reads_now(inputs.device):
+        return inputs
+    if flash:
+        return replace(inputs, shown_whole=mask is None)
+    if mask is None or (isinstance(mask, RangeMask) and not mask.packed):
+        return replace(inputs, packs_positions=False)
+    return inputs
+
+
+def refuse_unsupported(
+    decoder: Decoder, layer: int, name: str, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+) -> None:
+    """Raise for attention that is not the softmax this package measures, naming what it is."""
+    heads = decoder.heads[layer]
+    sharded = decoder.shards is not None and query.shape[1] * decoder.shards.size == heads
+    if query.shape[1] != heads and not sharded:
+        raise ValueError(
+            f"layer {layer} attends with {query.shape[1]} query heads of the model's {heads}: of heads sharded over "
+            "ranks, only transformers' own tensor parallelism (tp_plan) is supported by the probe"
+        )
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"layer {layer} adds a position bias to its scores, which the probe does not support")
+    if kwargs.get("is_causal") is False:
+        raise ValueError(f"layer {layer} is not causal (is_causal=False); the measures are of causal attention")
+    if name in ("sdpa", "flash_attention_2") and kwargs.get("s_aux") is not None:
+        raise ValueError(
+            f"layer {layer} has attention sinks, which {name!r} silently leaves out: use "
+            "attn_implementation='eager' or 'rhythm'"
+        )
+    if name not in ("sdpa", "eager", "flex_attention", attention.NAME) and "flash" not in name:
+        raise NotImplementedError(
+            f"attention implementation {name!r} is not known to the probe; use 'sdpa', 'eager', 'flex_attention', "
+            f"{attention.NAME!r} or a flash attention"
+        )
+
+
+def refuse_dropped_sinks(layer: int, name: str, returned: FlashReturns, kwargs: dict[str, Any]) -> None:
+    """transformers leaves sinks out silently where the package's function has no parameter for them."""
+    if kwargs.get("s_aux") is not None and returned.called and not returned.has_sinks:
+        raise ValueError(
+            f"layer {layer} has attention sinks, which the {name!r} package installed here leaves out: use "
+            "attn_implementation='eager' or 'rhythm'"
+        )
