@@ -15,7 +15,7 @@ from benchmarks.contenders.own_time import OwnTime, Told, probe_methods
 from benchmarks.gate import WHOLE
 from benchmarks.rivals import RIVALS
 from benchmarks.rows import Row
-from benchmarks.runner import compete
+from benchmarks.runner import Choice, compete
 from benchmarks.shapes import ModelShape, shapes
 from benchmarks.suites import SUITES
 from benchmarks.targets import TARGETS, verdict
@@ -236,7 +236,7 @@ def test_a_part_shares_the_fate_of_its_whole(monkeypatch: pytest.MonkeyPatch) ->
 
     part = row_of("probe's own kernels")
     assert part.status == "ok" and part.mode == "own time" and part.ratio is not None and part.ratio > 0
-    left_out = row_of("probe's own kernels", without=["forward + probe"])
+    left_out = row_of("probe's own kernels", choice=Choice(without=["forward + probe"]))
     assert left_out.status == "unavailable" and "left out" in left_out.reason
     rivals = [replace(r, make=lambda p: 1 / 0) if r.name == "forward + probe" else r for r in RIVALS["probe"]]
     monkeypatch.setitem(RIVALS, "probe", tuple(rivals))
