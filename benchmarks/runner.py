@@ -76,8 +76,8 @@ def run_suite(
 
     Args:
         budget: of each shape; none is begun after its deadline.
-        earlier: rows of a process that ended before its time. A shape that has a row in which something was measured is
-            not run again; rivals that failed at a shape are left out there.
+        earlier: rows of a process that ended before its time. A shape is not run again where all that are wanted have a
+            row, and rivals that failed at a shape are left out there.
 
     Raises:
         BrokenDeviceError: the process must end; another may go on with `earlier`.
@@ -86,13 +86,14 @@ def run_suite(
     if SUITES[suite].memory_curve:
         memory.keep_nothing()
     for shape in shapes(suite, device.type, profile):
-        met = [row for row in earlier if row.suite == suite and row.shape == shape.name]
-        if (choice.lengths and shape.length not in choice.lengths) or any(row.status == "ok" for row in met):
+        met = {row.rival: row for row in earlier if row.suite == suite and row.shape == shape.name}
+        competing = {rival.name for rival in RIVALS[suite] if device.type in rival.devices and choice.takes(rival.name)}
+        if (choice.lengths and shape.length not in choice.lengths) or competing <= met.keys():
             continue
         if time.monotonic() > budget.deadline:
             print(f"{suite}, {shape.name}: not begun, the time is over", flush=True)
             continue
-        failed = [row.rival for row in met if row.status == "failed"]
+        failed = [name for name, row in met.items() if row.status == "failed"]
         wanted = replace(choice, without=[*choice.without, *failed])
         yield compete(suite, shape, device, budget, about, wanted)[0]
         gc.collect()  # the timed calls hold the tensors of the shape, some in cycles

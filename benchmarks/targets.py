@@ -74,37 +74,53 @@ def _quantity(row: Row, target: Target) -> float | None:
     return row.peak_bytes if target.memory else row.median
 
 
-def _find(rows: Iterable[Row], target: Target, rival: str | tuple[str, ...]) -> Row | None:
-    """The latest row of each name, and of these the best."""
-    names = (rival,) if isinstance(rival, str) else rival
-    found = {
-        row.rival: row
-        for row in rows
-        if row.suite == target.suite
+def _contests(rows: Iterable[Row]) -> list[dict[str, Row]]:
+    """Rows by rival of each shape that was run, in their order: they were timed together, and stand together."""
+    found: list[dict[str, Row]] = []
+    last = None
+    for row in rows:
+        if (row.suite, row.shape) != last or row.rival in found[-1]:
+            found.append({})
+            last = row.suite, row.shape
+        found[-1][row.rival] = row
+    return found
+
+
+def _is_of(row: Row, target: Target) -> bool:
+    """Whether a row is of the shape that a target is about, and was measured."""
+    return (
+        row.suite == target.suite
         and row.environment.get("device_type") == target.device
         and row.dimensions.get("length") == target.length
         and all(row.dimensions.get(name) == value for name, value in target.layout)
-        and row.rival in names
-        and _quantity(row, target)
-    }
-    return min(found.values(), key=lambda row: _quantity(row, target) or 0.0, default=None)
+        and bool(_quantity(row, target))
+    )
+
+
+def _latest(rows: Iterable[Row], target: Target) -> tuple[Row, Row | None] | None:
+    """The rival's row, the best of several names, and `against`'s beside it, of the latest run that has them."""
+    names = (target.rival,) if isinstance(target.rival, str) else target.rival
+    for contest in reversed(_contests(rows)):
+        found = [contest[name] for name in names if name in contest and _is_of(contest[name], target)]
+        other = contest.get(target.against)
+        if found and (not target.against or (other is not None and _is_of(other, target))):
+            return min(found, key=lambda row: _quantity(row, target) or 0.0), other
+    return None
 
 
 def verdict(target: Target, rows: list[Row]) -> str | None:
     """One line, or None where the rows do not hold what the target is about."""
-    row = _find(rows, target, target.rival)
-    if row is None:
+    found = _latest(rows, target)
+    if found is None:
         return None
+    row, other = found
     where = f"{target.suite} T={target.length}: {row.rival}"
-    if not target.against:
+    if other is None:
         if row.bandwidth_share is None:
             return None
         met = row.bandwidth_share >= target.bound
         share = f"{row.bandwidth_share:.1%} of the machine's bandwidth (at least {target.bound:.0%})"
         return f"{where}: {share}: {_word(met)}"
-    other = _find(rows, target, target.against)
-    if other is None:
-        return None
     ratio = (_quantity(row, target) or 0.0) / (_quantity(other, target) or math.inf)
     met = ratio <= target.bound
     if target.as_speedup:

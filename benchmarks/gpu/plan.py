@@ -90,7 +90,9 @@ class Plan:
         yield self._tests("large", 80, " or ".join((_LARGE, *_GRAPHS)), workers=1)
         yield self._memcheck()
         yield self._bench("eager", 40, ("probe",), (8192,), _PROBE[0], "eager with hooks", seconds=2)
-        yield self._bench("flex", 60, ("band_columns", "attention"), (8192,), "FlexAttention", *_BANDS, seconds=2)
+        yield self._bench(
+            "flex", 60, ("band_columns", "attention"), (8192,), "FlexAttention", "rhythm triton", seconds=2
+        )
 
     def _memcheck(self) -> Step:
         """The CUDA kernels' memory accesses, each tensor in an allocation of its own."""

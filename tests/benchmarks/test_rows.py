@@ -41,10 +41,15 @@ def row(rival: str, length: int, median: float | None, suite: str = "native_targ
 @pytest.fixture
 def rows() -> list[Row]:
     return [
-        *(row("waad: rhythm cpu", t, 3e-3 * t / 8192, peak_bytes=t * 4, gives=["waad"]) for t in (4096, 8192)),
-        *(row("SDPA forward", t, (t / 8192) ** 2, peak_bytes=t * 4096, gives=["out"]) for t in (4096, 8192)),
-        row("waad: eager maps", 4096, 0.45, peak_bytes=2**32, gives=["waad"]),
-        row("waad: eager maps", 8192, None, status="does not fit", reason="needs 24 GiB | 10 are free"),
+        found
+        for t in (4096, 8192)
+        for found in (
+            row("waad: rhythm cpu", t, 3e-3 * t / 8192, peak_bytes=t * 4, gives=["waad"]),
+            row("SDPA forward", t, (t / 8192) ** 2, peak_bytes=t * 4096, gives=["out"]),
+            row("waad: eager maps", t, 0.45, peak_bytes=2**32, gives=["waad"])
+            if t == 4096
+            else row("waad: eager maps", t, None, status="does not fit", reason="needs 24 GiB | 10 are free"),
+        )
     ]
 
 
@@ -85,12 +90,25 @@ def test_targets(rows: list[Row]) -> None:
     assert len(lines) == 2
     assert lines[0].endswith("met") and "0.30%" in lines[0]
     assert lines[1].endswith("missed") and "300 times faster" in lines[1]
+    slower = [replace(x, median=2 * x.median) for x in rows if x.rival == "SDPA forward" and x.median]
+    assert verdicts([*rows, *slower]) == lines, "what was timed in another run is not compared with"
     band = Target("band_rows", "cuda", 8192, "rhythm triton", "", 0.8)
     fast = row("rhythm triton", 8192, 1e-5, suite="band_rows", bandwidth_share=0.85)
     assert verdict(band, [fast]) is None
     fast.environment = {**ABOUT, "device_type": "cuda"}
     assert str(verdict(band, [fast])).endswith("met")
     assert str(verdict(band, [replace(fast, bandwidth_share=0.7)])).endswith("missed")
+    two = replace(band, rival=("rhythm triton", "rhythm cuda"))
+    faster = replace(fast, rival="rhythm cuda", median=0.9e-5, bandwidth_share=0.95)
+    assert "rhythm cuda: 95.0%" in str(verdict(two, [fast, faster]))
+    eager = replace(fast, rival="eager maps", median=1e-2, peak_bytes=2**32, bandwidth_share=None)
+    less = Target("band_rows", "cuda", 8192, two.rival, "eager maps", 1 / 500, as_speedup=True, memory=True)
+    assert verdict(less, [fast, eager]) is None, "nothing without a peak"
+    small = replace(fast, peak_bytes=2**20)
+    assert "4096 times less memory than eager maps (at least 500): met" in str(verdict(less, [small, eager]))
+    wide = replace(band, layout=(("dim", 128),))
+    assert verdict(wide, [fast]) is None
+    assert verdict(wide, [replace(fast, dimensions={"length": 8192, "dim": 128})])
     assert all(target.bound > 0 for target in TARGETS)
 
 

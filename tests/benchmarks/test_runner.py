@@ -73,6 +73,15 @@ def test_a_broken_context_ends_the_process_and_the_next_leaves_its_rival_out(
     assert command.main(given) == 0 and len(load([path])) == before, "what was measured is not measured again"
 
 
+def test_what_others_measured_does_not_stand_for_a_rival(tmp_path: Path) -> None:
+    """A later choice of rivals at the same shape is run, and whole: its rows are compared with each other."""
+    path = tmp_path / "rows.json"
+    given = ["--suite", "credit", "--profile", "tiny", "--device", "cpu", "--save", str(path), "--resume", "--among"]
+    for among in (["rhythm torch"], ["rhythm torch", "--among", "token loop"]):
+        assert command.main([*given, *among]) == 0
+    assert [row.rival for row in load([path])] == ["rhythm torch", "rhythm torch", "token loop"]
+
+
 def test_a_failure_that_breaks_nothing_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     breaking(monkeypatch)
     monkeypatch.setattr(runner, "broken", lambda device: False)
