@@ -83,8 +83,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
             (32, 256): Tile(32, 16, 16, 2, 128),
         },
         "row_stats": {
-            (16, 32): Tile(128, 64, 8, 2, 255),
-            (16, 128): Tile(128, 64, 8, 2),
+            (16, 128): Tile(128, 64, 8, 2, 255),
             (16, 256): Tile(128, 32, 8, 2),
             **_FLOAT32,
         },
@@ -116,7 +115,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "attention_alone": _ATTENTION["sm_90"],
         "attention_dq": {
             (16, 64): Tile(128, 128, 8, 2),
-            (16, 128): Tile(128, 64, 8, 2),
+            (16, 128): Tile(128, 64, 8, 3),
             (16, 256): Tile(128, 32, 8, 2),
             **_FLOAT32_STREAM,
         },
@@ -187,11 +186,13 @@ CANDIDATES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_90": {
         "band_rows": (Tile(64, 32, 4, 2), Tile(64, 32, 4, 4), Tile(128, 32, 8, 3)),
         "band_columns": (Tile(64, 64, 4, 2, 128), Tile(64, 128, 8, 2, 128), Tile(64, 256, 8, 2)),
-        "column_stats": (Tile(64, 128, 4, 2), Tile(64, 256, 8, 3), Tile(128, 128, 8, 3)),
+        "column_stats": (Tile(64, 128, 4, 2), Tile(64, 256, 8, 2), Tile(128, 128, 8, 3)),
         "column_moments": (Tile(64, 64, 4, 3),),
-        "row_stats": (Tile(128, 128, 8, 3), Tile(64, 128, 4, 3), Tile(128, 64, 8, 2)),
-        "attention": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(64, 64, 4, 2)),
-        "attention_alone": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 3)),
+        "row_stats": (Tile(128, 128, 8, 3), Tile(256, 64, 8, 3)),
+        "attention": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2)),
+        "attention_alone": (Tile(128, 128, 8, 3),),
+        "attention_dq": (Tile(128, 64, 8, 2),),
+        "attention_dkv": (Tile(32, 128, 8, 1),),
     },
     "interpreter": {
         "band_rows": (Tile(16, 32, 1, 1), Tile(32, 16, 1, 1)),

@@ -118,9 +118,9 @@ def load_lse(base, first, end, stride, BLOCK: tl.constexpr):
 @triton.jit
 def in_bits(lse, to_bits, to_bits_rest):
     """A log-sum-exp in the bits that :func:`weight_in_bits` wants: times a ratio that comes in two parts."""
-    # The rest of infinity is not a number, and none is needed.
-    rest = tl.where(tl.abs(lse) == float("inf"), 0.0, lse * tl.cast(to_bits_rest, tl.float32))
-    return lse * tl.cast(to_bits, tl.float32) + rest
+    # Infinity needs no second part, and times 0 it is not a number.
+    finite = tl.where(tl.abs(lse) == float("inf"), 0.0, lse)
+    return lse * tl.cast(to_bits, tl.float32) + finite * tl.cast(to_bits_rest, tl.float32)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
-"""The tables of docs/kernels.md: what each kernel must do, what its tiles read, and what it costs as compiled.
+"""The tables of docs/kernels.md: what each kernel must do, what its tiles read, what it costs as compiled and reads as.
 
 ``PYTHONPATH=. python tests/triton/kernel_table.py`` prints them, ``--write`` puts them into the document, between the
-comments that name them. Compiling every kernel for every architecture takes a minute or two; no GPU is needed.
+comments that name them. Compiling every kernel for every architecture takes a minute or two; no GPU is needed. The
+readings have a table for each Triton they are made with: ``--table read-3.6`` wants Triton 3.6.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+import triton
 
 from benchmarks.shapes import AttentionShape
 from benchmarks.suites import SUITES
@@ -83,7 +86,6 @@ def tiles_table() -> Iterator[str]:
 
 def compiled_table() -> Iterator[str]:
     """Tile, registers a thread and shared memory a block of every kernel on every architecture."""
-    import triton
     from aot_compile import compile_one, launched
 
     yield f"Triton {triton.__version__}, bfloat16, D = {SHAPE.dim}, no rules:"
@@ -104,7 +106,31 @@ def compiled_table() -> Iterator[str]:
         yield f"| {name} | {' | '.join(row[arch] for arch in ARCHITECTURES)} |"
 
 
-TABLES = {"work": work_table, "tiles": tiles_table, "compiled": compiled_table}
+def reading_table() -> Iterator[str]:
+    """What the main loop of every kernel reads as on sm_90."""
+    import sass
+
+    yield f"Triton {triton.__version__}, bfloat16, D = {SHAPE.dim}, no rules, sm_90:"
+    yield ""
+    yield (
+        "| kernel | tile | registers | blocks an SM | slots a pair | ahead: copies, loads, of | "
+        "issue, exp2, products, L2 | overlapped to in turn | **predicted** |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for kernel in configs.TILES[sass.ARCH]:
+        for x, _ in sass.readings(kernel, SHAPE.dim):
+            spills = f", **{x.spills} spills**" if x.spills else ""
+            ahead = ", ".join("-" if n < 0 else str(n) for n in (x.copies_ahead, x.loads_ahead))
+            cells = [kernel, sass.words(x.tile), f"{x.registers}{spills}", str(x.blocks), f"{x.slots:.1f}"]
+            cells += [f"{ahead}, {x.loop}", ", ".join(f"{clocks:.0f}" for clocks in x.clocks)]
+            cells += [f"{x.overlapped:.0f} to {x.in_turn:.0f}", f"**{x.predicted:.0f}**"]
+            yield f"| {' | '.join(cells)} |"
+
+
+TABLES = {
+    "work": work_table, "tiles": tiles_table, "compiled": compiled_table,
+    f"read-{'.'.join(triton.__version__.split('.')[:2])}": reading_table,
+}  # fmt: skip
 
 
 def between(name: str) -> re.Pattern[str]:

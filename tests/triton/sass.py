@@ -27,6 +27,9 @@ ARCH = "sm_90"
 REGISTERS, THREADS, SHARED, BLOCK_SHARED, BLOCKS = 65536, 2048, 228 * 1024, 1024, 32
 # What an SM does in a clock: warp instructions issued, exponentials, multiply-adds of 16-bit tensor-core products.
 SCHEDULERS, EXPONENTIALS, MULTIPLY_ADDS = 4, 16, 2048
+# Assumed, not published: bytes that an SM gets from the L2 cache in a clock while all of them ask, and the clocks that
+# a load from there takes.
+L2_BYTES, LATENCY = 28, 600
 # Products of D that a kernel's loop makes of each pair.
 PRODUCTS = {"attention": 2, "attention_alone": 2, "attention_dq": 3, "attention_dkv": 4}
 
@@ -59,7 +62,9 @@ class Reading(NamedTuple):
     matrix: str  # the tensor-core instruction
     copies_ahead: int  # issue slots between asynchronous copies to shared memory and the wait for them; -1 without
     loads_ahead: int  # issue slots between a plain load and its first use, the least in the loop; -1 without
-    clocks: tuple[float, float, float]  # an SM needs for 1,024 pairs: issuing, exponentials, tensor cores
+    bytes: float  # that are copied to shared memory for a pair
+    clocks: tuple[float, float, float, float]  # an SM needs for 1,024 pairs: issue, exponentials, products, L2
+    waits: float  # clocks more for 1,024 pairs where a block waits for loads that are asked for too late
 
     @property
     def overlapped(self) -> float:
@@ -68,8 +73,8 @@ class Reading(NamedTuple):
 
     @property
     def in_turn(self) -> float:
-        """The same, if products and everything else take turns, as in one block whose warps wait for each other."""
-        return self.clocks[2] + max(self.clocks[:2])
+        """The same, if loads, products and the rest take turns, as in one block whose warps wait for each other."""
+        return max(self.clocks[2] + max(self.clocks[:2]) + self.waits, self.clocks[3])
 
     @property
     def predicted(self) -> float:
@@ -139,6 +144,11 @@ def copies_ahead(loop: list[Instruction]) -> int:
     return min(found)
 
 
+def copy_width(opcode: str) -> int:
+    """Bytes that a lane copies with an LDGSTS."""
+    return 16 if ".128" in opcode else 8 if ".64" in opcode else 4
+
+
 def registers_of(word: str) -> set[int]:
     return {int(n) for n in re.findall(r"\bR(\d+)\b", word)}
 
@@ -184,13 +194,19 @@ def read(
     slots = len(loop) * tile.warps * 32 / pairs
     exponentials = sum(x.opcode.startswith("MUFU.EX2") for x in loop) * tile.warps * 32 / pairs
     matrix = next(x.opcode for x in loop if "MMA" in x.opcode)
+    copied = sum(x.opcode.startswith("LDGSTS") * copy_width(x.opcode) for x in loop) * tile.warps * 32 / pairs
     clocks = (
-        1024 * slots / 32 / SCHEDULERS, 1024 * exponentials / EXPONENTIALS, 1024 * products_of / MULTIPLY_ADDS
+        1024 * slots / 32 / SCHEDULERS, 1024 * exponentials / EXPONENTIALS, 1024 * products_of / MULTIPLY_ADDS,
+        1024 * copied / L2_BYTES,
     )  # fmt: skip
+    copies, loads = copies_ahead(loop), loads_ahead(loop)
+    # The clocks that pass between: their part of a tile's, whose products and other instructions take turns.
+    per_slot = (clocks[2] + max(clocks[:2])) * pairs / 1024 / len(loop)
+    late = max(LATENCY - ahead * per_slot if ahead >= 0 else 0 for ahead in (copies, loads))
     return Reading(
         name, tile, triton.__version__, resources["registers"], resources["spills"], shared,
         blocks_an_sm(resources["registers"], shared, tile.warps), len(loop), pairs, slots, exponentials, matrix,
-        copies_ahead(loop), loads_ahead(loop), clocks,
+        copies, loads, copied, clocks, 1024 * max(0, late) / pairs,
     ), loop  # fmt: skip
 
 
@@ -216,10 +232,12 @@ def words(tile: configs.Tile) -> str:
 def line(reading: Reading) -> str:
     x = reading
     spills = f" {x.spills} SPILLS" if x.spills else ""
+    clocks = "/".join(f"{clocks:.0f}" for clocks in x.clocks)
     return (
-        f"{x.kernel:<16} {words(x.tile):<26} {x.registers:>3} regs{spills}, {x.shared / 1024:.0f} KiB, {x.blocks} blocks, "
-        f"loop {x.loop} for {x.pairs} pairs: {x.slots:.2f} a pair, copies {x.copies_ahead}, loads {x.loads_ahead} ahead, "
-        f"{x.matrix}, clocks/1024 pairs {x.clocks[0]:.0f} {x.clocks[1]:.0f} {x.clocks[2]:.0f}: {x.overlapped:.0f} to "
+        f"{x.kernel:<15} {words(x.tile):<24} {x.registers:>3} regs{spills}, {x.shared // 1024:>3} KiB, "
+        f"{x.blocks} blocks; "
+        f"{x.loop} slots for {x.pairs} pairs, {x.slots:.2f} a pair, {x.bytes:.1f} B; ahead: copies {x.copies_ahead}, "
+        f"loads {x.loads_ahead}; {x.matrix}; clocks of 1024 pairs {clocks} +{x.waits:.0f}: {x.overlapped:.0f} to "
         f"{x.in_turn:.0f}, {x.predicted:.0f}"
     )
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from triton_cases import DEVICE, Case
 
 import rhythm_kernels.triton as rhythm_triton
-from rhythm_kernels.triton import configs
 
 CASES = {
     "plain": Case(),
@@ -194,10 +193,9 @@ def test_many_random_cases(case: Case, window: int, lo: int, width: int) -> None
     check_all(case, window, lo, width)
 
 
-def test_groups_of_heads_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads split between programs give the same sums, whatever the split leaves over."""
-    for programs in (2, 3, 100):
-        check_all(Case(length=20, n_heads=5, kv_heads=1, heads=[4, 0, 1, 2, 3], with_sinks=True), 10, 2, 9)
+def test_any_number_and_order_of_heads() -> None:
+    """Five heads on one kv head, in no order: each has programs of its own, and the mean is over them."""
+    check_all(Case(length=20, n_heads=5, kv_heads=1, heads=[4, 0, 1, 2, 3], with_sinks=True), 10, 2, 9)
 
 
 def test_no_sequences() -> None:

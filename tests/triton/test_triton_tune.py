@@ -16,7 +16,7 @@ import torch
 import triton
 
 import rhythm_kernels.triton as passes
-from rhythm_kernels.triton import configs, trial, tune, tuned
+from rhythm_kernels.triton import configs, shortlist, trial, tune, tuned
 from rhythm_kernels.triton.configs import TILES, Tile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +83,16 @@ def test_candidates_are_neighbours_within_bounds(interpreted: bool, monkeypatch:
             assert (x.warps, x.stages) == (tile.warps, tile.stages) or not interpreted
         first = found[0]
         assert sum(a != b for a, b in zip(first[:4], tile[:4])) == 1
+
+
+def test_candidates_include_caps_on_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An uncapped kernel is also tried with as few registers as let another block run on an SM of 65536."""
+    monkeypatch.setattr(tune, "INTERPRETED", False)
+    four, eight = Tile(64, 32, 4, 2), Tile(128, 64, 8, 2)
+    assert {x.registers for x in tune.candidates(four, 24) if x[:4] == four[:4]} == {128, 168, 255}
+    assert {x.registers for x in tune.candidates(eight, 24) if x[:4] == eight[:4]} == {128, 255}
+    capped = four._replace(registers=128)
+    assert {x.registers for x in tune.candidates(capped, 24) if x[:4] == four[:4]} == {168, 255}
 
 
 def test_every_kernel_has_a_run() -> None:
@@ -321,6 +331,119 @@ def test_interpreted_times_are_called_meaningless() -> None:
     assert done.returncode == 0, done.stderr
     assert "these times say nothing about any GPU" in done.stdout and "1 timed" in done.stdout
     assert tuned.cache_path().parent.is_dir()  # of the environment that it inherited
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Tile, ...]]:
+    """Two candidates for band_rows, one of which is the favourite, and one for row_stats."""
+    found = {
+        "band_rows": (FAVOURITE["band_rows"], Tile(16, 64, 1, 1)), "row_stats": (Tile(16, 16, 1, 1),)
+    }  # fmt: skip
+    monkeypatch.setitem(configs.CANDIDATES, ARCH, found)
+    return found
+
+
+def test_the_shortlist_is_timed_beside_the_table(
+    short: dict[str, tuple[Tile, ...]], favourites: None, tmp_path: Path, capsys: Any
+) -> None:
+    """A row for the table's tile and each candidate, of the kernels there are candidates for, printed and saved."""
+    path = tmp_path / "rows.jsonl"
+    assert tune.main([*TINY, "--shortlist", "--seconds", "100", "--save", str(path)]) == 0
+    rows = lines(path)
+    want = [(name, tile) for name in ("band_rows", "row_stats") for tile in (TABLE[name], *short[name])]
+    assert [(row["kernel"], Tile(**row["tile"])) for row in rows] == want
+    assert [row["table"] for row in rows] == [True, False, False, True, False]
+    assert [(row["ms"], row["table_ms"]) for row in rows] == [
+        (2.0, 2.0),
+        (1.0, 2.0),
+        (2.0, 2.0),
+        (2.0, 2.0),
+        (2.0, 2.0),
+    ]
+    out = capsys.readouterr().out
+    assert out.count("the table's") == len(rows) and "0.500 of the table's" in out
+
+
+def test_a_candidate_that_fails_is_a_line(
+    short: dict[str, tuple[Tile, ...]], favourites: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises, or gives: the next one has its turn."""
+    for change, reason in ((lambda x, rule: x + 1e-3, "wrong: waad"), (lambda x, rule: x / None, "does not run: ")):
+        with monkeypatch.context() as patch:
+            corrupt(patch, change)
+            rows = shortlist.shortlist(DEVICE, 100.0, ["band_rows"], PROBLEM, tmp_path / "rows.jsonl")
+        assert [row.get("objection", "")[: len(reason)] for row in rows] == ["", reason, ""]
+        assert [("ms" in row) for row in rows] == [True, False, True]
+    assert len(lines(tmp_path / "rows.jsonl")) == 6  # added to
+
+
+def test_a_kernel_whose_own_tile_fails_is_a_line(
+    short: dict[str, tuple[Tile, ...]], favourites: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("no such thing\nat all")
+
+    monkeypatch.setattr(passes, "band_rows", fails)
+    rows = shortlist.shortlist(DEVICE, 100.0, problem=PROBLEM)
+    assert rows[0]["objection"] == "no such thing" and [row["kernel"] for row in rows[1:]] == ["row_stats"] * 2
+
+
+def test_the_shortlist_keeps_its_budget(
+    short: dict[str, tuple[Tile, ...]], favourites: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A clock on which every run takes four seconds: no candidate and no kernel begins after five."""
+    now = 0.0
+    honest = trial.outputs
+
+    def outputs(kernel: str, given: Any) -> Any:
+        nonlocal now
+        now += 4.0
+        return honest(kernel, given)
+
+    monkeypatch.setattr(trial, "outputs", outputs)
+    rows = shortlist.shortlist(DEVICE, 9.0, None, PROBLEM, clock=lambda: now)
+    out = capsys.readouterr().out
+    # Attention for the arguments and the table's run take eight: one candidate is begun.
+    assert [(row["kernel"], row["table"]) for row in rows] == [("band_rows", True), ("band_rows", False)] and now == 12
+    assert "out of time before 16 x 64" in out and "out of time before row_stats" in out
+
+
+def test_compiling_in_advance_runs_each_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every job is in one worker's share, and a share is run as it is told; a job that fails does not end it."""
+    started: list[list[Any]] = []
+
+    class Process:
+        def __init__(self, command: list[str], **_: Any) -> None:
+            started.append(json.loads(command[-1]))
+
+        def wait(self, timeout: float = 0.0) -> int:
+            return 0
+
+        def kill(self) -> None:
+            pass
+
+    monkeypatch.setattr(shortlist.subprocess, "Popen", Process)
+    jobs = [shortlist.Job("band_rows", Tile(16 << i, 16, 1, 1)) for i in range(3)]
+    shortlist.compile_in_advance([*jobs, shortlist.Job("band_rows", Tile(24, 16, 1, 1))], PROBLEM, 2, 1.0)
+    assert len(started) == 2 and sum(len(share["jobs"]) for share in started) == 4
+    ran: list[Tile] = []
+    monkeypatch.setattr(shortlist, "outputs", lambda kernel, given: ran.append(configs.choose(kernel, ARCH, 32, SIZE)))
+    failed = [line for share in started for line in shortlist.compile_jobs(json.dumps(share))]
+    assert sorted(ran) == sorted([*(tile for _, tile in jobs), Tile(24, 16, 1, 1)]) and not failed
+    monkeypatch.setattr(shortlist, "outputs", trial.outputs)
+    failed = [line for share in started for line in shortlist.compile_jobs(json.dumps(share))]
+    assert len(failed) == 1 and failed[0].startswith("band_rows [24, 16")
+
+
+def test_candidates_of_the_tables_are_others() -> None:
+    for arch, kernels in configs.CANDIDATES.items():
+        for kernel, candidates in kernels.items():
+            bits = 32 if arch == "interpreter" else 16
+            assert configs.listed(kernel, arch, bits, 128) not in candidates and len(set(candidates)) == len(candidates)
 
 
 @pytest.mark.long
