@@ -132,9 +132,9 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
     },
     "sm_100": {
         "band_rows": {(16, 128): Tile(64, 32, 4, 2, 255), (16, 256): Tile(64, 32, 8, 2), **_FLOAT32},
-        "band_columns": {(16, 128): Tile(32, 64, 4, 2, 255), (16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
-        "column_stats": {(16, 128): Tile(32, 128, 8, 2, 255), (16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
-        "column_moments": {(16, 256): Tile(32, 64, 8, 2), **_FLOAT32},
+        "band_columns": {(16, 128): Tile(64, 64, 4, 2, 255), (16, 256): Tile(64, 64, 8, 2, 255), **_FLOAT32},
+        "column_stats": {(16, 128): Tile(64, 128, 8, 2, 255), (16, 256): Tile(64, 64, 8, 2), **_FLOAT32},
+        "column_moments": {(16, 256): Tile(32, 64, 8, 2, 255), **_FLOAT32},
         "row_stats": {
             (16, 64): Tile(128, 64, 8, 2),
             (16, 128): Tile(128, 32, 8, 2),
