@@ -67,7 +67,9 @@ def default_path(device: str) -> Path:
 def save(rows: Iterable[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False)
-    path.write_text(text + "\n")
+    whole = path.with_suffix(".tmp")  # a process that is ended here leaves the file as it was
+    whole.write_text(text + "\n")
+    whole.replace(path)
 
 
 def load(paths: Iterable[Path]) -> list[Row]:

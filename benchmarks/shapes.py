@@ -207,7 +207,7 @@ _STREAMS = {
     ("cpu", "quick"): _cpu(1024),
     ("cpu", "full"): _cpu(1024, 4096, 8192),
     ("cuda", "quick"): _cuda(8192),
-    ("cuda", "full"): (*_cuda(4096, 8192, 32_768, 131_072), AttentionShape(8192, dim=64, dtype="float16")),
+    ("cuda", "full"): (*_cuda(4096, 8192, 32_768, 131_072), AttentionShape(4096, dim=64, dtype="float16")),
 }
 
 # suite -> (device, profile) -> shapes; `tiny` is the same for every suite of a kind.

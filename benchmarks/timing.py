@@ -1,7 +1,8 @@
 """Interleaved timing: every rival takes its turn in every round, in a fresh random order, so that drift hits all alike.
 
-CPU: wall clock, and the CPU time of all threads beside it. CUDA: device events around one call after a write of
-`FLUSH_BYTES` (the caches hold nothing of the inputs); the write also hides the host's time to launch.
+CPU: wall clock, and the CPU time of all threads beside it. CUDA: device events around one call after a read of
+`FLUSH_BYTES`: the caches hold nothing of the inputs, nor lines that still have to be written, which a call that writes
+little would pay for. The read also hides the host's time to launch.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
-            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+            self._flush = torch.zeros(FLUSH_BYTES // 4, device=device)
 
     def __call__(self, call: Callable[[], object]) -> tuple[float, float]:
         """Seconds of wall (CUDA: device) and CPU time."""
@@ -78,7 +79,7 @@ class Clock:
             call()
             return time.perf_counter() - wall, time.process_time() - cpu
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._flush.zero_()
+        self._flush.sum()
         begin.record()
         cpu = time.process_time()
         call()

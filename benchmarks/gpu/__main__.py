@@ -55,12 +55,14 @@ def main(arguments: list[str]) -> int:
     if unknown:
         parser.error(f"--only: {', '.join(sorted(unknown))}: must be among {', '.join(step.name for step in steps)}")
     begin = time.monotonic()
-    for path in plan.results():  # of an earlier call, perhaps of another commit
-        path.unlink(missing_ok=True)
+    if not options.only:
+        for path in plan.results():  # of an earlier call, perhaps of another commit
+            path.unlink(missing_ok=True)
     os.environ |= {"PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     if options.rehearse:
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     carry.unpack()
+    carried = carry.compiled()
     device = torch.device("cpu" if options.rehearse else "cuda")
     about = {"rehearsal": options.rehearse, "environment": environment(device)}
     print(f"{about['environment']['device']}, torch {torch.__version__}, commit {commit()}", flush=True)
@@ -75,6 +77,8 @@ def main(arguments: list[str]) -> int:
         for line in verdicts(load([plan.rows])):
             print(line)
         (out / "report.md").write_text(report.table(load([plan.rows])), encoding="utf-8")
+    if carried:
+        print(f"{carried} kernels were carried, {carry.compiled() - carried} compiled besides")
     print(f"{time.monotonic() - begin:.0f} s in all; see {out}")
     return 1 if call.failed else 0
 

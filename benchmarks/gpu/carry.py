@@ -7,10 +7,11 @@ The extension `rhythm_kernels/_C.abi3.so`, which is built with its CUDA part any
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 from ..machine import commit
@@ -22,11 +23,11 @@ EXTENSION = ROOT / "rhythm_kernels" / "_C.abi3.so"
 MOST = 64 * 2**20  # bytes of all that is carried
 # What the machine's own Python lacks; the rest of what these need is there (numpy, pandas, pyarrow, transformers, ...).
 PACKAGES = ("trl==1.16.0", "datasets<5", "dill<0.4.2", "multiprocess<0.70.20", "flash-colreduce==0.2.2")
-PYTHON = "3.12"
+PYTHON, TRITON = "3.12", "3.6.0"
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-# Outside of the tree, so that nothing of it travels back or is linted; the same on both machines, since Triton's cache
-# holds absolute paths.
-_UNPACKED = Path(tempfile.gettempdir()) / "rhythm-kernels-carried"
+# Outside of the tree, so that nothing of it travels back or is linted; the same on both machines whatever TMPDIR says,
+# since Triton's cache holds absolute paths.
+_UNPACKED = Path("/tmp/rhythm-kernels-carried")
 
 
 def triton_cache() -> Path:
@@ -34,15 +35,30 @@ def triton_cache() -> Path:
     return _UNPACKED / "triton"
 
 
+def compiled() -> int:
+    """How many kernels the cache holds."""
+    return sum(1 for _ in triton_cache().glob("*/*.cubin"))
+
+
 def collect(compile_kernels: bool) -> int:
     """Fill `.carry`; returns the exit status."""
     import rhythm_kernels as rk
 
+    if compile_kernels:
+        import triton
+
+        here = platform.python_version().rpartition(".")[0], triton.__version__
+        if here != (PYTHON, TRITON):
+            print(
+                f"--compile: Python {here[0]}, Triton {here[1]}: must be {PYTHON} and {TRITON}, or none is found there"
+            )
+            return 1
     cuda = rk.build_info().get("cuda", {})
     if not EXTENSION.exists() or not cuda.get("built"):
         print(f"{EXTENSION} has no CUDA part: build it where nvcc is: python setup.py build_ext --inplace")
         return 1
-    _WHEELS.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(_WHEELS, ignore_errors=True)  # of another time: two versions of one package stop the installation
+    _WHEELS.mkdir(parents=True)
     platforms = [part for name in _PLATFORMS for part in ("--platform", name)]
     options = ["--no-deps", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp", *platforms]
     command = [sys.executable, "-m", "pip", "download", "--quiet", *options, "--dest", str(_WHEELS), *PACKAGES]
@@ -71,7 +87,8 @@ def unpack() -> None:
     wheels = sorted(_WHEELS.glob("*.whl"))
     if wheels and not site.exists():
         options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(site)]
-        subprocess.run([sys.executable, "-m", "pip", "install", *options, *map(str, wheels)], check=True)
+        if subprocess.run([sys.executable, "-m", "pip", "install", *options, *map(str, wheels)]).returncode:
+            print("the carried wheels were not installed: what needs them will say so", flush=True)
     if site.exists():
         os.environ["PYTHONPATH"] = f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{site}"
     if _COMMIT.exists():

@@ -18,7 +18,7 @@ SECONDS = {"right": 240.0, "fast": 480.0}
 # Where the tests marked `gpu` are: collecting the whole of `tests` imports everything that the extras bring.
 GPU_TESTS = ("tests/gpu", "tests/triton/test_triton_tune.py")
 _LARGE = "million"  # in the name of what takes gigabytes and half a minute
-_GRAPHS = ("graph", "captured", "reduce_overhead")
+_COMPILED = "reduce_overhead"  # in the name of what Inductor compiles
 _BANDS = ("rhythm triton", "rhythm cuda")
 _SDPA = ("SDPA FlashAttention", "SDPA cuDNN")
 _PROBE = ("forward alone", "forward + probe", "probe's own kernels")
@@ -61,19 +61,18 @@ class Plan:
             command += ["--length", str(length)]
         return Step(name, [*command, "--device", "cuda", "--seconds", str(seconds)], limit)
 
-    def _tests(self, name: str, limit: float, which: str, workers: int) -> Step:
+    def _tests(self, name: str, limit: float, which: str, *options: str) -> Step:
         command = [sys.executable, "-m", "pytest", *GPU_TESTS, "-q", "-p", "no:cacheprovider", "-rfE", "--durations=15"]
         command += ["--junitxml", str(self.out / f"{name}.xml")]
         if self.rehearse:  # those that run on a CPU: the functions that the others call
             return Step(name, [*command, "-k", "rehearsal"], limit, shown=3)
-        return Step(name, [*command, "-m", "gpu", "-k", which, "-n", str(workers)], limit, shown=40)
+        return Step(name, [*command, "-m", "gpu", "-k", which, *options], limit, shown=40)
 
     def _right(self) -> Iterator[Step]:
         """Call A: is it right? Also what decides the launch choices and the backend of the bands."""
         command = [sys.executable, "-m", "tests.gpu.first", "--out", str(self.out), "--seconds", "{left}"]
         yield Step("first", [*command, "--rehearse"] if self.rehearse else command, 150, shown=80)
-        large = f"not {_LARGE} and not reduce_overhead"
-        yield self._tests("tests", 110, large, workers=10)
+        yield self._tests("tests", 110, f"not {_LARGE} and not {_COMPILED}", "-n", "10")
 
     def _fast(self) -> Iterator[Step]:
         """Call B: is it fast?"""
@@ -84,12 +83,13 @@ class Plan:
         bands = ("band_rows", "band_columns")
         yield self._bench("bands", 70, bands, (8192, 32_768, 131_072), *_BANDS, _SDPA[0], "eager maps", "copy kernel")
         yield self._bench("probe", 130, ("probe",), (), *_PROBE, seconds=3)
-        yield self._bench("step", 80, ("grpo_step", "countdown_step"), (), seconds=5)
-        yield self._bench("million", 60, bands, (1_048_576,), *_BANDS, "copy kernel", seconds=1)
-        yield self._bench("backward", 40, ("attention_backward",), (8192,), "rhythm triton", *_SDPA, *_CEILINGS)
-        yield self._tests("large", 80, " or ".join((_LARGE, *_GRAPHS)), workers=1)
+        yield self._bench("step", 105, ("grpo_step", "countdown_step"), (), seconds=5)
+        yield self._bench("million", 50, bands, (1_048_576,), *_BANDS, "copy kernel", seconds=1)
         yield self._memcheck()
+        yield self._tests("large", 60, _LARGE)
+        yield self._bench("backward", 40, ("attention_backward",), (8192,), "rhythm triton", *_SDPA, *_CEILINGS)
         yield self._bench("eager", 40, ("probe",), (8192,), _PROBE[0], "eager with hooks", seconds=2)
+        yield self._tests("compiled", 60, _COMPILED)
         yield self._bench(
             "flex", 60, ("band_columns", "attention"), (8192,), "FlexAttention", "rhythm triton", seconds=2
         )

@@ -18,7 +18,8 @@ from ..__main__ import BROKEN
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT_OF_TIME = 124  # as `timeout` has it
-_LEAST = 5.0  # seconds: with less left no step is begun
+_LEAST = 12.0  # seconds: with less left in the call no step is begun, which would import torch and end
+_AGAIN = 5.0  # seconds of a step's limit: with less left it is not started again
 _GRACE = 5.0  # seconds between SIGINT, at which Python still writes what it has, and SIGKILL
 _RESTARTS = 3
 
@@ -74,7 +75,7 @@ class Call:
         begin = time.monotonic()
         outcome = Outcome(step.name, None)
         end = begin + min(step.limit, self.left)
-        while end - time.monotonic() >= _LEAST:
+        while self.left >= _LEAST if outcome.status is None else end - time.monotonic() >= _AGAIN:
             outcome.status, shown = self._once(step, end)
             outcome.seconds = round(time.monotonic() - begin, 1)
             if outcome.status != BROKEN or outcome.restarts == _RESTARTS:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,23 +85,30 @@ def wanted(arch: str) -> list[tuple[Any, dict[str, Any]]]:
         for kernel, tiles in configs.CANDIDATES.get(arch, {}).items():
             for tile in tiles:
                 with configs.forced({kernel: tile}):
-                    measure(Case("candidate", dim=128, dtype=torch.bfloat16))
+                    for heads in ([0, 1, 2, 3], [0]):  # attention has a kernel of its own for heads not selected
+                        measure(Case("candidate", dim=128, dtype=torch.bfloat16, options={"heads": heads}))
     finally:
         triton.compiler.compile, configs.architecture, passes.available = before
     return list(found.values())
 
 
-def _compile(index: int) -> None:
+def _compile(index: int) -> str:
+    """Compile one kernel; returns the name of its folder."""
     import triton
+    from triton.runtime.cache import get_cache_manager
 
     from tests.triton.without_gpu import TARGETS
 
     arch, source, options = _WANTED[index]
-    triton.compile(source, target=TARGETS[arch], options=options)
+    kernel = triton.compile(source, target=TARGETS[arch], options=options)
+    return Path(get_cache_manager(kernel.hash).cache_dir).name
 
 
 def compile_all(folder: Path, arch: str = "sm_90") -> int:
-    """Fill `folder`, which Triton takes as TRITON_CACHE_DIR at the same path; returns how many kernels it holds."""
+    """Fill `folder`, which Triton takes as TRITON_CACHE_DIR at the same path; returns how many kernels it holds.
+
+    What is there already is not compiled again, and what no kernel of today is found by goes.
+    """
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: a process that interprets kernels cannot compile them")
     os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
@@ -108,9 +116,14 @@ def compile_all(folder: Path, arch: str = "sm_90") -> int:
     print(f"{len(_WANTED)} kernels for {arch}", flush=True)
     context = multiprocessing.get_context("fork")
     with context.Pool(os.cpu_count()) as pool:
-        for done, _ in enumerate(pool.imap_unordered(_compile, range(len(_WANTED))), 1):
+        found = set()
+        for done, name in enumerate(pool.imap_unordered(_compile, range(len(_WANTED))), 1):
+            found.add(name)
             if done % 50 == 0:
                 print(f"{done} compiled", flush=True)
+    for stale in folder.iterdir():
+        if stale.name not in found:
+            shutil.rmtree(stale)
     return len(_WANTED)
 
 
