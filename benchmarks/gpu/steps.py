@@ -17,7 +17,7 @@ from pathlib import Path
 from ..__main__ import BROKEN
 
 ROOT = Path(__file__).resolve().parents[2]
-OUT_OF_TIME = 124  # as `timeout` has it
+OUT_OF_TIME, NOT_FOUND = 124, 127  # as `timeout` and shells have them
 _LEAST = 12.0  # seconds: with less left in the call no step is begun, which would import torch and end
 _AGAIN = 5.0  # seconds of a step's limit: with less left it is not started again
 _GRACE = 5.0  # seconds between SIGINT, at which Python still writes what it has, and SIGKILL
@@ -98,14 +98,17 @@ class Call:
         self._log.write(f"\n===== {step.name}, at most {seconds:.0f} s: {' '.join(command)}\n")
         self._log.flush()
         begin = self._log.tell()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **step.environment},
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **step.environment},
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:  # as where there is no compute-sanitizer
+            return NOT_FOUND, [str(error)]
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:

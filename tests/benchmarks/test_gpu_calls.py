@@ -14,7 +14,7 @@ from benchmarks.__main__ import BROKEN
 from benchmarks.gpu import carry
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.plan import GPU_TESTS, SECONDS, Plan
-from benchmarks.gpu.steps import OUT_OF_TIME, ROOT, Call, Step
+from benchmarks.gpu.steps import NOT_FOUND, OUT_OF_TIME, ROOT, Call, Step
 from benchmarks.rivals import RIVALS
 from benchmarks.rows import load
 from benchmarks.shapes import SHAPES
@@ -28,12 +28,17 @@ def test_no_step_stops_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[st
     call = Call("right", tmp_path, 60, {"device": "some"})
     call.run(python("bad", "print('a reason'); raise SystemExit(3)"))
     call.run(python("good", "import os; print(os.environ['GIVEN'])", shown=5, environment={"GIVEN": "a value"}))
+    call.run(Step("missing", [str(tmp_path / "no such program")], 30))
     assert call.failed
     found = json.loads((tmp_path / "right.json").read_text())
     assert found["device"] == "some" and found["call"] == "right"
-    assert [(step["step"], step["status"]) for step in found["steps"]] == [("bad", 3), ("good", 0)]
+    assert [(step["step"], step["status"]) for step in found["steps"]] == [
+        ("bad", 3),
+        ("good", 0),
+        ("missing", NOT_FOUND),
+    ]
     shown = capsys.readouterr().out
-    assert "a reason" in shown and "a value" in shown and "exit status 3" in shown
+    assert "no such program" in shown and "a reason" in shown and "a value" in shown and "exit status 3" in shown
     log = (tmp_path / "right.log").read_text()
     assert log.index("a reason") < log.index("===== good") < log.index("a value")
 
