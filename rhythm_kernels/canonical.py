@@ -54,7 +54,10 @@ class SequenceTable(NamedTuple):
 
     def to(self, device: torch.device) -> SequenceTable:
         """The same on another device."""
-        return self if self.seqs.device == device else self._replace(seqs=self.seqs.to(device, non_blocking=True))
+        if self.seqs.device == device:
+            return self
+        # A copy to the host is waited for: kernels there would read it before it has arrived.
+        return self._replace(seqs=self.seqs.to(device, non_blocking=device.type == "cuda"))
 
 
 def canonical(
@@ -324,9 +327,10 @@ def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, q: Tensor) -
             raise ValueError(f"heads must be query-head indices in 0..{n_heads - 1}, got {h}")
     if not index_list:
         raise ValueError("heads must name at least one query head, got none")
-    if len(set(index_list)) != len(index_list):
+    index = tuple(int(h) for h in index_list)
+    if len(set(index)) != len(index):
         raise ValueError(f"heads must not repeat a head, got {index_list}")
-    return _head_rows(tuple(int(h) for h in index_list), q)
+    return _head_rows(index, q)
 
 
 def _head_rows(index: tuple[int, ...], q: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ Conventions of every function here (those of flash-attn):
   (-1: all); the measures are of causal attention, so `right` is -1 or 0. `softcap`: `x -> softcap tanh(x / softcap)`
   where positive. `sinks (H,)`: logits that join each row's denominator only.
 - Padded batches: `seq_start`, `seq_end` int32 `(B,)`, the live range of each row. Packed: `cu_seqlens` int32
-  `(sequences + 1,)`; `max_seqlen` bounds the longest (read from a CPU tensor, else the total).
+  `(sequences + 1,)`; `max_seqlen` bounds the longest (read from a CPU tensor, else the total:
+  give it on a GPU, where every sequence has programs for so many tokens).
 - `response_start` int32 `(B,)` or `(sequences,)`: first response token R, counted in the padded row, or from the packed
   sequence's first token. Rows of R are measured, keys may lie before it. A value before the start means the whole row.
 - Results are float32, detached, `(B, T)` or `(B, H_selected, T)` (packed `(total,)`, `(H_selected, total)`), and 0

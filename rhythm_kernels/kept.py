@@ -14,6 +14,7 @@ not be found by a later call, nor an ordinary one by a call in such a place:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ class Kept:
         self._launches = launches
         self._entries: dict[tuple[Any, ...], tuple[Tensor, int]] = {}  # -> the tensor and the stream that wrote it
         self._read_by_graphs: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
 
     def like(self, x: Tensor, *key: Any) -> Tensor:
         """The result on the device of x, made anew where x is no plain tensor (a subclass needs one of its kind)."""
@@ -64,20 +66,23 @@ class Kept:
         if device.type == "cuda":
             capturing = torch.cuda.is_current_stream_capturing()
             stream = torch.cuda.current_stream(device).cuda_stream if self._launches else 0
-        entry = self._entries.pop(key, None)
-        if entry is not None and (capturing or entry[1] == stream):
-            self._entries[key] = entry  # the latest of all
-            if capturing:
-                self._read_by_graphs[id(entry[0])] = entry[0]
-            return entry[0]
+        with self._lock:
+            entry = self._entries.pop(key, None)
+            if entry is not None and (capturing or entry[1] == stream):
+                self._entries[key] = entry  # the latest of all
+                if capturing:
+                    self._read_by_graphs[id(entry[0])] = entry[0]
+                return entry[0]
         with torch.inference_mode(False):
             made = self.make(*key)
         if not capturing and type(made) is Tensor:
-            self._entries[key] = made, stream
-            if len(self._entries) > self._size:
-                self._entries.pop(next(iter(self._entries)), None)
+            with self._lock:
+                self._entries[key] = made, stream
+                if len(self._entries) > self._size:
+                    del self._entries[next(iter(self._entries))]
         return made
 
     def cache_clear(self) -> None:
         """Forget all results but those that captured graphs read."""
-        self._entries.clear()
+        with self._lock:
+            self._entries.clear()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -217,3 +220,49 @@ def test_streams_and_graph_capture(launches, monkeypatch):
     cache(2, device)
     assert len(cache._entries) == 1
     assert list(cache._read_by_graphs.values()) == [read]
+
+
+def test_threads_that_fill_a_table_do_not_disturb_each_other():
+    """More keys than it keeps, from many threads that change places at every chance."""
+    tensors = [torch.full((1,), n) for n in range(23)]
+    table = kept.Kept(lambda n, device: tensors[n], 4, launches=False)
+    wrong, errors, device = [], [], torch.device("cpu")
+
+    def work(first):
+        try:
+            for i in range(2000):
+                n = (first + i) % 23
+                if table(n, device) is not tensors[n]:
+                    wrong.append(n)
+        except Exception as error:
+            errors.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(7 * i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong and not errors
+
+
+class Recorded:
+    """A tensor that tells how it was copied, since no second device is here."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+
+    def to(self, device, non_blocking):
+        self.copied = device.type, non_blocking
+        return self
+
+
+@pytest.mark.parametrize(("source", "target", "waits"), [("cpu", "cuda:0", False), ("cuda:0", "cpu", True)])
+def test_a_table_that_goes_to_the_host_is_waited_for(source, target, waits):
+    seqs = Recorded(source)
+    canonical.SequenceTable(seqs, 3, False).to(torch.device(target))
+    assert seqs.copied == (torch.device(target).type, not waits)

@@ -10,6 +10,7 @@ is not met again; forwards that are given a KV cache (`generate`, decoding) are 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,7 +26,7 @@ from .checks import Checks, Pending
 from .flash import FlashReturns
 from .inputs import as_attended, forward_inputs, refuse_dropped_sinks, refuse_unsupported
 from .lse import LseObserver, as_batched
-from .masks import ForwardInputs, Sequences, sequences_of, window_of_layer
+from .masks import ForwardInputs, NamedWindow, Sequences, sequences_of, window_of_layer
 from .structure import Decoder, bind_forward
 
 _CACHES = ("cache", "past_key_values")  # what models call a KV cache since transformers 5.24, and before
@@ -347,16 +348,30 @@ def _left_window(
     config = module.config
     hints = [window, getattr(module, "sliding_window", None), getattr(config, "sliding_window", None)]
     known = [h for h in hints if isinstance(h, int) and h > 0]
-    return window_of_layer(sequences, mask, known, name, checks, _named_window(module, kwargs))
+    named = _named_window(module, kwargs, sequences.length)
+    left = window_of_layer(sequences, mask, known, name, checks, named)
+    if not named.sure and mask is not None:
+        _windows_read[module] = left + 1 if left >= 0 else None
+    return left
 
 
-def _named_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+# What the masks of layers showed that name no window while their configuration has one.
+_windows_read: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
+
+
+def _named_window(module: nn.Module, kwargs: dict[str, Any], length: int) -> NamedWindow:
     """The sliding window that a layer names to its attention function, as flash attention needs it, or as its own.
 
-    Not that of the configuration, which some models keep and do not use.
+    The configuration's alone says nothing: some models keep one and do not use it, and a few use it without naming it
+    (phimoe). Their mask is read once, in the first forward in which it matters.
     """
-    named = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-    return named if isinstance(named, int) and named > 0 else None
+    if "sliding_window" in kwargs or hasattr(module, "sliding_window"):
+        named = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+        return NamedWindow(named if isinstance(named, int) and named > 0 else None)
+    kept = getattr(module.config, "sliding_window", None)
+    if not isinstance(kept, int) or not 0 < kept < length:
+        return NamedWindow(None)
+    return NamedWindow(_windows_read.get(module), sure=module in _windows_read)
 
 
 def _layer_call(

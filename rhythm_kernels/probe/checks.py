@@ -25,8 +25,11 @@ def reads_now(device: torch.device) -> bool:
 
 
 def on_device(mask: Tensor, device: torch.device) -> Tensor:
-    """A mask as bool on `device`; on its way there from the host nobody waits for it."""
-    return mask.to(device, torch.bool, non_blocking=mask.device.type == "cpu")
+    """A mask as bool on `device`; on its way there from the host nobody waits for it.
+
+    But for one in pinned memory, which the copy would read later, when its owner may have written the next.
+    """
+    return mask.to(device, torch.bool, non_blocking=mask.device.type == "cpu" and not mask.is_pinned())
 
 
 class Checks:

@@ -112,6 +112,8 @@ def as_batched(lse: Tensor, batch: int, heads: int, length: int, live: Tensor | 
         if reads_now(lse.device) and not bool(fits):
             return None
         checks.require(fits, ValueError("attention_mask: the attention kernel left other tokens out than it names"))
+        if lse.shape[1] == 0:  # a batch of padding alone
+            return lse.new_zeros((batch, heads, length))
         at = (rank - 1).clamp(0, lse.shape[1] - 1)
         return torch.where(flat, lse[:, at], 0.0).unflatten(1, (batch, length)).transpose(0, 1)
     return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,14 +115,14 @@ def sequences_of(inputs: ForwardInputs, response_mask: Tensor | None, flash: boo
     if mask is not None and inputs.shown_whole and not reads_now(mask.device):
         checks.require(mask.all(), _given_no_mask("flash"))
         mask = None
-    starts = None
     if mask is None:
         if inputs.cu_seqlens is not None and flash:
             starts = inputs.cu_seqlens[:-1].to(inputs.device, torch.int64)
-        elif inputs.packs_positions and (inputs.attention_mask is None or (flash and inputs.batch == 1)):
-            starts = _packed_starts(inputs)
-    if starts is not None:
-        return _packed(inputs, starts, response_mask)
+            return _packed(inputs, starts, inputs.max_seqlen, response_mask)
+        if inputs.packs_positions and (inputs.attention_mask is None or (flash and inputs.batch == 1)):
+            found = _packed_starts(inputs)
+            if found is not None:
+                return _packed(inputs, *found, response_mask)
     if inputs.cu_seqlens is not None and not flash and inputs.cu_seqlens.numel() > 2:
         raise ValueError(
             "cu_seq_lens_q: only flash attention reads it; with other implementations pass packed position_ids, "
@@ -158,11 +158,12 @@ def _row_positions(inputs: ForwardInputs) -> Tensor | None:
     return position.to(inputs.device).expand(inputs.batch, -1)
 
 
-def _packed_starts(inputs: ForwardInputs) -> Tensor | None:
-    """Starts of the packed sequences, counted in the flattened batch; None where every row is one sequence.
+def _packed_starts(inputs: ForwardInputs) -> tuple[Tensor, int] | None:
+    """Starts of the packed sequences, counted in the flattened batch, and the longest; None: every row is one.
 
-    How many there are must be known to the host: on CUDA this is the one place that waits for the device. transformers
-    waits there too, to choose whether such a batch gets a `(T, T)` mask.
+    How many there are must be known to the host, and how long they are, or every pass would be launched over as many
+    tokens for each as there are in all: on CUDA this is the one place that waits for the device. transformers waits
+    there too, to choose whether such a batch gets a `(T, T)` mask.
     """
     position = _row_positions(inputs)
     if position is None:
@@ -170,7 +171,9 @@ def _packed_starts(inputs: ForwardInputs) -> Tensor | None:
     fresh = torch.ones_like(position, dtype=torch.bool)
     fresh[:, 1:] = position.diff(dim=1) != 1
     starts = fresh.flatten().nonzero().squeeze(1)
-    return None if starts.numel() == inputs.batch else starts
+    if starts.numel() == inputs.batch:
+        return None
+    return starts, int(starts.diff(append=starts.new_full((1,), fresh.numel())).max())
 
 
 def _padded(inputs: ForwardInputs, mask: Tensor | None, response_mask: Tensor | None, checks: Checks) -> Sequences:
@@ -202,7 +205,8 @@ def _padded(inputs: ForwardInputs, mask: Tensor | None, response_mask: Tensor | 
     return Sequences(inputs.batch, inputs.length, row, start, end, first, last, False, arguments, table, live=mask)
 
 
-def _packed(inputs: ForwardInputs, starts: Tensor, response_mask: Tensor | None) -> Sequences:
+def _packed(inputs: ForwardInputs, starts: Tensor, longest: int | None, response_mask: Tensor | None) -> Sequences:
+    """`longest`: no sequence has more tokens; None: not known."""
     total = inputs.batch * inputs.length
     stop = starts.new_full((1,), total)
     ends = torch.cat([starts[1:], stop])
@@ -222,9 +226,10 @@ def _packed(inputs: ForwardInputs, starts: Tensor, response_mask: Tensor | None)
     bounds = torch.stack([starts, response_end], dim=1).flatten()
     counted = torch.stack([response_start - starts, torch.full_like(starts, total)], dim=1).flatten()
     bounds = torch.cat([bounds, stop])
-    longest = total if inputs.max_seqlen is None else inputs.max_seqlen  # of the sequences in which something is
     if reads_now(inputs.device):
         longest = int(bounds.diff().max())
+    elif longest is None:
+        longest = total
     arguments = {
         "cu_seqlens": bounds.to(torch.int32),
         "response_start": counted.to(torch.int32),
@@ -246,13 +251,20 @@ def _given_no_mask(name: str) -> ValueError:
     )
 
 
+class NamedWindow(NamedTuple):
+    """A layer's sliding window, in visible keys, or None, and whether the layer itself says so."""
+
+    keys: int | None
+    sure: bool = True
+
+
 def window_of_layer(
-    sequences: Sequences, mask: Any, hints: Sequence[int], name: str, checks: Checks, named: int | None
+    sequences: Sequences, mask: Any, hints: Sequence[int], name: str, checks: Checks, named: NamedWindow
 ) -> int:
     """The left window that a layer's own mask shows (-1: none).
 
-    On the CPU by trying `hints` at a few rows of it; where the host may not read, the window `named` by the layer or
-    its configuration is taken, and held to the mask behind the host's back.
+    On the CPU, and where the layer is not `sure`, by trying `hints` at a few rows of it; else, where the host may not
+    read, the window that it names is taken, and held to the mask behind the host's back.
 
     Args:
         mask: what the layer was given: None, a bool or additive float `(B, 1, T, T)` tensor, or a `BlockMask`.
@@ -283,8 +295,8 @@ def window_of_layer(
             f"window of {[h for h in tried if h is not None]} keys: custom, chunked, prefix and bidirectional masks "
             "are not supported by the probe"
         )
-    at_once = reads_now(sequences.start.device)
-    for hint in tried if at_once else [named]:
+    at_once = reads_now(sequences.start.device) or not named.sure
+    for hint in tried if at_once else [named.keys]:
         left = -1 if hint is None or hint >= sequences.length else hint - 1
         key = (id(mask), left)
         if key not in sequences.checked:  # the mask is kept with its verdict, so that its id stays its own

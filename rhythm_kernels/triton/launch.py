@@ -40,8 +40,9 @@ def bits_of(scale: float, softcap: float) -> dict[str, float]:
     """
     factor = softcap if softcap > 0 else scale
     bits = ctypes.c_float(factor / math.log(2)).value
-    # A factor that float32 takes for 0 leaves every logit 0.
-    ratio = bits / factor if bits and math.isfinite(bits) else 1 / math.log(2)
+    # Below float32's normal numbers the rounding is coarse, and logits are 0 to within it: the plain ratio serves lse.
+    normal = math.isfinite(bits) and abs(bits) >= 2.0**-126
+    ratio = bits / factor if normal else 1 / math.log(2)
     to_bits = ctypes.c_float(ratio).value
     return {"bits": bits, "to_bits": to_bits, "to_bits_rest": ratio - to_bits}
 

@@ -47,6 +47,15 @@ def test_padded(family):
     check(probe, oracle(eager_maps(model, **batch), GROUPS, padded_bounds(batch["attention_mask"]), response))
 
 
+def test_a_batch_of_padding_alone():
+    """As one rank's share of a batch may be: nothing to measure, and no error."""
+    model = models.tiny_model("mistral", "eager")
+    batch = models.padded_batch()
+    batch["attention_mask"].zero_()
+    probe = probed(model, batch)
+    assert not probe.waad.any() and not probe.fai.any()
+
+
 @pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "both", "beside a mask"])
 def test_packed(how):
     model = models.tiny_model("qwen3", "eager")

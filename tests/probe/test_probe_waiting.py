@@ -226,10 +226,12 @@ def test_calibration_is_the_same(layout, monkeypatch):
     assert got.provenance == want.provenance
 
 
-@pytest.mark.parametrize("family", [*models.FAMILIES, "cohere2", "ministral", "starcoder2", "smollm3", "exaone4"])
+@pytest.mark.parametrize(
+    "family", [*models.FAMILIES, "cohere2", "ministral", "starcoder2", "smollm3", "exaone4", "phimoe"]
+)
 def test_the_window_of_each_layer_is_known_by_name(family, monkeypatch):
     """Where masks may not be read, the window is taken from the layer; there it must be the one that the mask shows."""
-    overrides = {"sliding_window": 9} if family in ("cohere2", "ministral", "starcoder2") else {}
+    overrides = {"sliding_window": 9} if family in ("cohere2", "ministral", "starcoder2", "phimoe") else {}
     model = models.tiny_model(family, "eager", **overrides)
     batch = models.padded_batch()
 
@@ -247,6 +249,44 @@ def test_the_window_of_each_layer_is_known_by_name(family, monkeypatch):
     want, got = both_ways(monkeypatch, run)
     assert got == want
     assert len(got) == 4
+
+
+@pytest.mark.parametrize(("family", "window"), [("phimoe", 9), ("llama", 9)])
+def test_a_window_that_only_the_configuration_names_is_read_once(family, window, monkeypatch):
+    """phimoe uses it, llama keeps and ignores it: the first forward that is longer reads the mask, the next do not."""
+    model = models.tiny_model(family, "eager", sliding_window=window)
+    forbid_reading(monkeypatch)
+    read = []
+    decide = capture.window_of_layer
+    monkeypatch.setattr(capture, "window_of_layer", lambda *args: (read.append(not args[-1].sure), decide(*args))[1])
+    found = []
+    for length in (window, 40, 40):
+        batch = {"input_ids": models.tokens(2, length), "attention_mask": torch.ones(2, length, dtype=torch.long)}
+        batch["attention_mask"][0, :3] = 0
+        with torch.no_grad(), RhythmProbe(model, HeadGroups([(0, 0)], [(0, 0)])) as probe:
+            model(**batch, use_cache=False)
+        found.append(probe.waad)
+    assert read == [False, True, False]
+    assert all(x.isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "rhythm"])
+def test_packed_sequences_are_launched_by_their_longest(implementation, monkeypatch):
+    """Not over as many tokens for each sequence as there are in all."""
+    model, (batch, bounds) = models.tiny_model("qwen3", implementation), models.packed_batch()
+    forbid_reading(monkeypatch)
+    found = []
+    measure = capture.Capture._measure
+
+    def watched(self, *args):
+        measure(self, *args)
+        found.append(self._sequences.table.max_seqlen)
+
+    monkeypatch.setattr(capture.Capture, "_measure", watched)
+    with torch.no_grad(), RhythmProbe(model, HeadGroups([(0, 0)], [(0, 0)])) as probe:
+        model(**batch, use_cache=False)
+    assert found == [max(end - start for _, start, end in bounds)]
+    assert probe.waad.isfinite().all()
 
 
 def holes():

@@ -101,3 +101,15 @@ def test_what_is_not_finite_stays_in_its_rows_and_columns(poison: float) -> None
             torch.testing.assert_close(got[name][1], want[1])
             torch.testing.assert_close(got[name][0][~touched[name]], want[0][~touched[name]])
             assert not bool(got[name][0][touched[name]].isfinite().all()), name
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-40, 1e-44, 7e-46, 1e-46, -1e-44, 0.0])
+def test_scales_below_the_normal_numbers(scale: float) -> None:
+    """All logits are 0 then, and the log-sum-exp is that of a count."""
+    case = PublicCase("tiny scale", length=40, options={"softmax_scale": scale})
+    q, k, options = case.inputs(DEVICE)
+    lse = reference.attention_lse(q.double(), k.double(), **options).float()
+    for horizon in ((3, 25), (3, None)):
+        got = rk.fai(q, k, lse, horizon=horizon, backend="triton", **options)
+        want = reference.fai(q.double(), k.double(), horizon=horizon, **options)
+        assert (got.double() - want).abs().max() < 1e-4
