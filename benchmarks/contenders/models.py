@@ -15,7 +15,7 @@ from rhythm_kernels import HeadGroups, RhythmProbe
 from ..gate import WHOLE, Results
 from ..shapes import ModelShape, Shape
 from . import eager_model
-from .own_time import OwnTime, Told, probe_methods
+from .own_time import PROBE, OwnTime, Told
 
 Call = Callable[[], Results]
 # Of the largest value of a measure, against maps of an eager model of the same weights and dtype: in 16 bits q and k
@@ -135,7 +135,7 @@ def probe(p: ModelProblem) -> Call:
     def run(own: OwnTime) -> Results:
         horizon = (p.shape.lo, p.shape.hi)
         with (
-            own.around(*probe_methods()),
+            own.around(*PROBE),
             RhythmProbe(p.model, p.groups, window=p.shape.window, horizon=horizon) as found,
         ):
             hidden = p.run()

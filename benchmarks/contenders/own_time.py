@@ -25,13 +25,8 @@ from ..gate import Results
 Method = tuple[type, str]
 
 
-def probe_methods() -> tuple[Method, ...]:
-    """All that a probe computes in a forward: its start and end, and each measured attention call after the attention.
-
-    Without `Capture._measure` (older packages), what the consumer does: the masks of a forward are then not counted.
-    """
-    inside: Method = (Capture, "_measure") if hasattr(Capture, "_measure") else (RhythmProbe, "layer")
-    return (RhythmProbe, "begin"), inside, (RhythmProbe, "end")
+# All that a probe computes in a forward: its start and end, and in each measured attention call what follows attention.
+PROBE: tuple[Method, ...] = ((RhythmProbe, "begin"), (Capture, "_measure"), (RhythmProbe, "end"))
 
 
 class OwnTime:

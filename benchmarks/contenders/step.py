@@ -21,7 +21,7 @@ from ..gate import Results
 from ..shapes import StepShape
 from . import eager_model
 from .models import build, random_groups
-from .own_time import OwnTime, Told, probe_methods
+from .own_time import PROBE, OwnTime, Told
 
 Call = Callable[[], Results]
 # What the gate runs in float32 on the device that is timed.
@@ -86,7 +86,7 @@ def _alone(p: StepProblem) -> Results:
 
 def _credit(p: StepProblem, own: OwnTime, amplitude: float = 1.5) -> Results:
     probe = RhythmProbe(p.model, p.groups, p.shape.window, p.horizon, p.batch.response_mask)
-    with own.around(*probe_methods()), probe:
+    with own.around(*PROBE), probe:
         log_probs = token_log_probs(p.model, p.batch)
     with own.bracket():
         gamma = p.credit(probe.waad, probe.fai, amplitude)

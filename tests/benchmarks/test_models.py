@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.contenders import eager_model, models, own_time
+from benchmarks.contenders import eager_model, models
 from benchmarks.contenders.models import ModelGate, ModelProblem
-from benchmarks.contenders.own_time import OwnTime, Told, probe_methods
+from benchmarks.contenders.own_time import OwnTime, Told
 from benchmarks.gate import WHOLE
 from benchmarks.rivals import RIVALS
 from benchmarks.rows import Row
@@ -20,7 +20,6 @@ from benchmarks.shapes import ModelShape, shapes
 from benchmarks.suites import SUITES
 from benchmarks.targets import TARGETS, verdict
 from benchmarks.timing import Budget, contest
-from rhythm_kernels import RhythmProbe
 
 CPU = torch.device("cpu")
 SHAPE = ModelShape(
@@ -178,18 +177,6 @@ def test_on_cuda_the_time_is_that_between_events(monkeypatch: pytest.MonkeyPatch
             pass
     assert len(recorded) == 6
     assert own.seconds()[0] == pytest.approx(0.03)
-
-
-def test_all_that_the_probe_does_in_an_attention_call_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package with `Capture._measure`, which calls the consumer's `layer`, and one without."""
-
-    class WithMeasure:
-        def _measure(self) -> None: ...
-
-    monkeypatch.setattr(own_time, "Capture", WithMeasure)
-    assert probe_methods() == ((RhythmProbe, "begin"), (WithMeasure, "_measure"), (RhythmProbe, "end"))
-    monkeypatch.setattr(own_time, "Capture", nn.Module)
-    assert probe_methods()[1] == (RhythmProbe, "layer")
 
 
 def test_the_probes_own_time_is_that_of_its_measured_layers() -> None:
