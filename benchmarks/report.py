@@ -15,6 +15,7 @@ _CEILINGS = ("read loop", "sum of a buffer", "copy kernel", "multiply-add loop",
 # Ours first and dark; the rest by hue, told apart by markers as well.
 _COLORS = {"rhythm": ("#0b3c5d", "#1d70a2", "#5aa9d6", "#9fcbe8")}
 _OTHERS = ("#b03a2e", "#d68910", "#7d3c98", "#1e8449", "#616a6b", "#a04000", "#2e4053")
+_OURS = ("rhythm", "probe", "+ credit", "coupled credit", "credit's own")
 _MARKERS = "osD^vPX*<>"
 
 
@@ -101,7 +102,7 @@ def _family(row: Row) -> str:
 
 
 def _style(rivals: list[str]) -> dict[str, dict[str, Any]]:
-    ours = [name for name in rivals if "rhythm" in name or "probe" in name]
+    ours = [name for name in rivals if any(part in name for part in _OURS)]
     others = [name for name in rivals if name not in ours]
     styles = {}
     for index, name in enumerate(ours):
