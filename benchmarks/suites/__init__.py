@@ -37,7 +37,7 @@ class Suite:
         work: counts what the pass must do.
         yardstick: device type -> the rival whose median every ratio is taken to.
         memory_curve: the peak memory is what counts: the allocator keeps nothing, and time is taken in one round.
-        seconds: device type -> for the rounds of one shape, at most, two of which are then enough: a GPU is lent by the
+        seconds: device type -> for the rounds of one shape, at most, two of which are then enough: a GPU is paid by the
             minute, and some calls take seconds.
     """
 
