@@ -6,14 +6,14 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 import rhythm_kernels as rk
 
 from ..gate import WHOLE, Results, tail_rows, worst
 from ..problem import AttentionProblem
+from .peers import attend
 
 Call = Callable[[], Results]
 # What rounding to the inputs' dtype may cost, beside the largest value of a gradient: out, P and dP are all rounded.
@@ -46,16 +46,8 @@ def ours(backend: str | None) -> Callable[[AttentionProblem], Call]:
     return lambda p: _gradients(p, functools.partial(forward, window=p.shape.window))
 
 
-def _sdpa(p: AttentionProblem, *backends: SDPBackend) -> Call:
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        gqa = k.shape[1] != q.shape[1]
-        if not backends:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
-        with sdpa_kernel(list(backends)):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
-
-    return _gradients(p, forward)
+def _sdpa(p: AttentionProblem, backend: SDPBackend | None = None) -> Call:
+    return _gradients(p, lambda *inputs: attend(*(x.transpose(1, 2) for x in inputs), backend=backend))
 
 
 def sdpa(p: AttentionProblem) -> Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable
 
@@ -27,29 +28,29 @@ def installed(module: str) -> Callable[[torch.device], str]:
     return reason
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = None) -> Tensor:
+    """`F.scaled_dot_product_attention` of `(B, H, T, D)`, as `(B, T, H, D)`; None: by the kernel that torch chooses."""
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        gqa = k.shape[1] != q.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+
+
 def sdpa(p: AttentionProblem) -> Call:
     """The forward of `F.scaled_dot_product_attention`, by the kernel that torch chooses."""
-    q, k, v = p.heads_first
-    return lambda: {"out": F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)}
+    return lambda: {"out": attend(*p.heads_first)}
 
 
 def _held_to(backend: SDPBackend, p: AttentionProblem) -> Call:
     """The same, held to one of torch's operators; k and v expanded outside of the timing where it knows no groups."""
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Results:
-        with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
-        return {"out": out.transpose(1, 2)}
-
     inputs = p.heads_first
     try:
-        call(*inputs)
+        attend(*inputs, backend)
     except RuntimeError as error:
         if "kernel" not in str(error):  # as in "No available kernel"
             raise
         q, k, v = inputs
         inputs = q, k.repeat_interleave(p.group, dim=1), v.repeat_interleave(p.group, dim=1)
-    return lambda: call(*inputs)
+    return lambda: {"out": attend(*inputs, backend)}
 
 
 def sdpa_flash(p: AttentionProblem) -> Call:

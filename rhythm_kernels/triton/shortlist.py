@@ -22,7 +22,7 @@ import torch
 from . import configs
 from .configs import Tile, words
 from .interpreted import INTERPRETED
-from .trial import DTYPES, Problem, Trial, arguments, outputs
+from .trial import DTYPES, Problem, Trial, arguments, first_line, outputs
 
 ROUNDS = 2  # each tile is timed so often, in turn with the table's; the least counts
 # The most wanted first: a budget may end before the last.
@@ -109,10 +109,6 @@ def shortlist(
                 table_ms, ms = (min(times) for times in zip(*pairs))
                 add(kernel, tile, f"{ms:9.4f} ms  {ms / table_ms:.3f} of the table's", ms=ms, table_ms=table_ms)
     return rows
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def compile_in_advance(jobs: list[Job], problem: Problem, workers: int, seconds: float) -> None:

@@ -93,6 +93,11 @@ def compiled() -> list[dict[Any, Any]]:
     return [x.device_caches for module in modules for x in vars(module).values() if hasattr(x, "device_caches")]
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _wait() -> None:
     if not INTERPRETED:
         torch.cuda.synchronize()
@@ -123,7 +128,7 @@ class Trial:
             with configs.forced({self.kernel: tile}):
                 found, spilled = self._run()
         except (TritonError, RuntimeError) as error:
-            return f"does not run: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            return f"does not run: {first_line(error)}"
         if spilled > self.spilled:
             return f"spills: {spilled} words, the table's {self.spilled}"
         for kind, x, want in zip(RUNS[self.kernel][2], found, self.want):

@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import rows
 from benchmarks.__main__ import BROKEN
 from benchmarks.problem import AttentionProblem
-from benchmarks.rivals import RIVALS
+from benchmarks.rivals import RIVALS, Rival
 from benchmarks.rows import Row
 from benchmarks.runner import BrokenDeviceError, Choice, broken, run_suite
 from benchmarks.shapes import AttentionShape
 from benchmarks.suites import SUITES
 from benchmarks.timing import BUDGETS, Budget, Clock
+from rhythm_kernels.probe.lse import LseObserver
 
 from . import cudnn, on_device
 
@@ -50,6 +50,13 @@ class First:
         self.device, self.out, self.deadline = device, out, deadline
         self.small = device.type == "cpu"
 
+    def _ours(self, suite: str) -> Iterator[Rival]:
+        """Our backends that run a suite's pass here."""
+        for rival in RIVALS[suite]:
+            here = self.device.type in rival.devices and not rival.unavailable(self.device)
+            if rival.name.startswith("rhythm") and here:
+                yield rival
+
     def passes(self) -> Iterator[str]:
         """Every pass of every backend once against float64: a short sequence whole, a longer one at both ends."""
         wrong = []
@@ -62,10 +69,7 @@ class First:
             problem = AttentionProblem.draw(shape, self.device)
             for suite in PASSES:
                 gate = SUITES[suite].gate(problem)
-                for rival in RIVALS[suite]:
-                    ours = rival.name.startswith("rhythm") and self.device.type in rival.devices
-                    if not ours or rival.unavailable(self.device):
-                        continue
+                for rival in self._ours(suite):
                     name = f"{suite:<18} {rival.name:<13} {shape.name:<32}"
                     begin = time.monotonic()
                     try:
@@ -91,12 +95,12 @@ class First:
             q = torch.randn(2, 8, length, 64, device=self.device, dtype=dtype, requires_grad=grad)
             k, v = (torch.randn(2, heads, length, 64, device=self.device, dtype=dtype) for _ in range(2))
             mask = torch.ones(2, 1, length, length, dtype=torch.bool, device=self.device).tril() if masked else None
-            with _Operators() as seen:
+            with LseObserver() as seen:
                 torch.nn.functional.scaled_dot_product_attention(
                     q, k, v, attn_mask=mask, is_causal=not masked, enable_gqa=heads != 8
                 )
             kind = f"{heads} kv heads of 8, {'padding mask' if masked else 'causal'}, {'grad' if grad else 'no grad'}"
-            yield f"{kind}: {', '.join(seen.names) or 'no fused operator'}"
+            yield f"{kind}: {seen.source or 'none that gives a log-sum-exp'}"
 
     def cudnn(self) -> Iterator[str]:
         """Whether cuDNN's output is the same bits with its log-sum-exp: `probe/lse.py` relies on it."""
@@ -145,10 +149,8 @@ class First:
             shape = AttentionShape(8192, dim=128, dtype="bfloat16")
         problem = AttentionProblem.draw(shape, self.device)
         for suite in _BANDS:
-            for rival in RIVALS[suite]:
-                if rival.name not in ("rhythm cuda", "rhythm triton", "rhythm cpu") or rival.unavailable(self.device):
-                    continue
-                if self.device.type not in rival.devices:
+            for rival in self._ours(suite):
+                if rival.name == "rhythm torch":  # a kernel or ten a tile: nobody's default where another is
                     continue
                 call = rival.make(problem)
                 call()
@@ -183,22 +185,6 @@ SECTIONS: dict[str, Callable[[First], Iterator[str]]] = {
     "host": First.host,
     "tiles": First.tiles,
 }
-
-
-class _Operators(TorchDispatchMode):
-    """The names of the attention operators that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.scaled_dot_product_attention.default:
-            with self:
-                return func.decompose(*args, **(kwargs or {}))
-        if "scaled_dot_product" in func._schema.name:
-            self.names.append(func._schema.name.removeprefix("aten::"))
-        return func(*args, **(kwargs or {}))
 
 
 def _wait(device: torch.device) -> None:
