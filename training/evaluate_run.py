@@ -6,12 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .folder import CONFIG, EVALUATION, MODEL
 from .models import load
 from .puzzles import Countdown
 from .recipe import RecipeError, load_recipe
-from .train import CONFIG, MODEL, evaluate_both
-
-EVALUATION = "evaluation.json"
+from .train import evaluate_both
 
 
 def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:

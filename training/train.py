@@ -19,6 +19,7 @@ import rhythm_kernels
 
 from .evaluate import Evaluation, evaluate
 from .examples import examples
+from .folder import CONFIG, GROUPS, METRICS, MODEL, REPORT, RESULT
 from .grpo import Recorder, build_trainer, trainer_config
 from .models import load
 from .puzzles import Countdown, reward_functions
@@ -26,15 +27,6 @@ from .recipe import Recipe
 from .report import size, write_report
 from .statistics import paired_difference
 from .tasks.countdown import Instance
-
-CONFIG, METRICS, RESULT, REPORT, GROUPS, MODEL = (
-    "config.yaml",
-    "metrics.jsonl",
-    "result.json",
-    "report.html",
-    "groups.json",
-    "model",
-)
 
 
 def run(recipe: Recipe) -> Path:
