@@ -90,10 +90,10 @@ def strip(
     tick: Callable[[float], str],
     zero: bool = False,
 ) -> str:
-    """Several values a line as small dots, their mean as a large one, and an interval: (name, values, mean, low, high).
+    """Several values a line as small rings, above them their mean and its interval: (name, values, mean, low, high).
 
     A row of None leaves its colour out, so that two charts of the same arms agree in colour. An interval that reaches
-    far beyond every dot is cut off at the frame, without its end mark, so that the dots stay apart.
+    far beyond every dot is cut off at the frame, without its end mark, so that the rings stay apart.
 
     Args:
         label: what a screen reader says.
@@ -108,13 +108,13 @@ def strip(
     high = min(max(*dots, *(row[4] for row in kept)), max(dots) + margin)
     ticks = nice_ticks(low, high)
     width, line, right = 440, 44, 24
-    left = 16 + 7 * max(len(row[0]) for row in kept)
+    left = 16 + 8 * max(len(row[0]) for row in kept)
     height = TOP + line * len(kept) + BOTTOM
     x = _scale(ticks[0], ticks[-1], left, width - right)
     parts = [_open(width, height, label), *_vertical_grid(ticks, x, height, tick)]
     if zero:
         parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-    at = TOP + line / 2 + 4
+    at = TOP + line / 2
     for i, row in enumerate(rows):
         if row is None:
             continue
@@ -133,7 +133,7 @@ def strip(
             ]
         parts.append(f'<circle class="point" cx="{x(mean):.1f}" cy="{at:.1f}" r="4.5"/>')
         parts += [
-            f'<circle class="seed" cx="{x(value):.1f}" cy="{at:.1f}" r="3"><title>{show(value)}</title></circle>'
+            f'<circle class="seed" cx="{x(value):.1f}" cy="{at + 11:.1f}" r="3"><title>{show(value)}</title></circle>'
             for value in values
         ]
         text = f'<text class="value" x="{x(mean):.1f}" y="{at - 11:.1f}" text-anchor="middle">{show(mean)}</text></g>'

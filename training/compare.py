@@ -167,7 +167,7 @@ def _run_charts(runs: Sequence[Run]) -> str:
 
 def _arm_charts(arms: Sequence[Arm], run: Run) -> str:
     note = _questions(run) + (
-        "A small dot is one seed, the large one the mean, the whisker the 95% interval of the mean over seeds "
+        "A ring is one seed, the dot the mean, the whisker the 95% interval of the mean over seeds "
         "(Student's t). sd is the standard deviation over seeds. Differences are paired by seed, which sets the order "
         "of the data: mean, its standard error (se) and its 95% interval over the seeds that both arms have."
     )
@@ -176,9 +176,9 @@ def _arm_charts(arms: Sequence[Arm], run: Run) -> str:
         found = [(arm.name, arm.accuracies(kind)) for arm in arms]
         drawn[f"{kind}, accuracy"] = strip(
             [(name, values, *_interval(values)) for name, values in found],
-            label=f"{kind} accuracy by arm, a dot a seed",
+            label=f"{kind} accuracy by arm, a ring a seed",
             show="{:.1%}".format,
-            tick="{:.0%}".format,
+            tick=lambda share: f"{100 * share:g}%",
         )
     for kind in KINDS:
         gaps = [(arm.name, [100 * d for d in arm.differences(arms[0], kind)]) for arm in arms]
@@ -186,9 +186,9 @@ def _arm_charts(arms: Sequence[Arm], run: Run) -> str:
         if any(row is not None for row in rows[1:]):
             drawn[f"{kind}, points against {escape(arms[0].name)}, paired by seed"] = strip(
                 [None, *rows[1:]],
-                label=f"{kind} accuracy against {arms[0].name}, a dot a seed",
+                label=f"{kind} accuracy against {arms[0].name}, a ring a seed",
                 show="{:+.1f}".format,
-                tick="{:+g}".format,
+                tick=lambda points: f"{points:+g}" if points else "0",
                 zero=True,
             )
     return f'{_figures(drawn)}{table(ARM_HEAD, _escaped(arm_rows(arms)))}<p class="note">{note}</p>'
