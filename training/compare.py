@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .arms import ARM_HEAD, KINDS, Arm, arm_rows, caution, group
 from .charts import curves, forest, strip
-from .folder import Run, read_run
+from .folder import MODEL, Run, read_run, write_text
 from .recipe import RecipeError
 from .report import page, section, table
 from .statistics import PairedDifference, paired_difference, spread
@@ -37,7 +37,7 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Path:
         arms = []
     notes = _notes(runs, arms, repeated)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(_page(runs, arms, notes), encoding="utf-8")
+    write_text(output, _page(runs, arms, notes))
     if arms:
         print(_text([_SHORT_HEAD, *_short_rows(runs)]), _text([ARM_HEAD, *arm_rows(arms)]), sep="\n\n")
     else:
@@ -111,6 +111,8 @@ def _notes(runs: Sequence[Run], arms: Sequence[Arm], repeated: Sequence[Run]) ->
     others = [str(run.folder) for run in runs if run.result["before"]["greedy"]["right"] != base]
     if others:
         notes.append(f"Not started from the model that {runs[0].folder} started from: {', '.join(others)}.")
+    if unsaved := [str(run.folder) for run in runs if not (run.folder / MODEL).is_dir()]:
+        notes.append(f"Measured, but ended before its model was saved: {', '.join(unsaved)}.")
     return [note for note in notes if note]
 
 
