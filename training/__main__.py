@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted; {interrupt or 'nothing was changed'}", file=sys.stderr)
+        print(f"interrupted; {str(interrupt) or 'nothing was changed'}", file=sys.stderr)
         return 130
     return 0
 
