@@ -58,7 +58,7 @@ def group(runs: Sequence[Run]) -> tuple[list[Arm], list[Run]]:
         said = {key: settings.get(key, _UNSET) for key in differ}
         mode = said.pop("rhythm.mode", None)
         parts = [str(mode)] if mode is not None else []
-        parts += [f"{key.partition('.')[2]}={value}" for key, value in said.items()]
+        parts += [f"{key.removeprefix('rhythm.')}={value}" for key, value in said.items()]
         arm.name = ", ".join(parts) or str(settings.get("rhythm.mode", "all"))
     return arms, repeated
 

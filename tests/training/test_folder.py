@@ -110,9 +110,10 @@ def fast(monkeypatch):
             state = SimpleNamespace(global_step=0)
             for state.global_step in (1, 2):
                 logs = {"loss": 0.0, "rewards/correctness/mean": recipe.grpo.seed / 8, "step_time": 1.0, "map_bytes": 1}
-                recorder.on_log(None, state, None, {**logs, "row_tokens": 1})
+                logs |= {"row_tokens": 1, "completions/mean_length": 9.0, "entropy": 1.0}
+                recorder.on_log(None, state, None, logs)
             checkpoint = Path(config.output_dir) / "checkpoint-2"
-            checkpoint.mkdir()
+            checkpoint.mkdir(exist_ok=True)
             (checkpoint / "state.json").write_text("{}")
 
         groups = SimpleNamespace(save=lambda path: Path(path).write_text("{}"))
@@ -153,6 +154,13 @@ def start(folder, seed):
     """A run whose configuration, metrics, result, report and model all say its seed."""
     recipe = load_recipe(TINY, [f"output.path={folder}", f"grpo.seed={seed}", "eval.size=8"])
     training.run(recipe)
+
+
+def status_of(words):
+    try:
+        return main(words)
+    except KeyboardInterrupt:
+        return pytest.fail("Ctrl-C came out as a traceback")
 
 
 def begin(folder, seed):
@@ -333,7 +341,7 @@ def test_ctrl_c_says_what_is_kept(fast, tmp_path, monkeypatch, capsys, moment):
     start(run, 1)
     monkeypatch.setattr(training, moment, interrupt)
     capsys.readouterr()
-    assert main(["train", TINY, f"output.path={run}", "grpo.seed=2", "eval.size=8"]) == 130
+    assert status_of(["train", TINY, f"output.path={run}", "grpo.seed=2", "eval.size=8"]) == 130
     lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("train:")]  # bars
     assert len(lines) == 1
     said = lines[0]
@@ -354,7 +362,7 @@ def test_ctrl_c_in_a_reader(fast, tmp_path, monkeypatch, capsys, command):
     monkeypatch.setattr(evaluating, "evaluate_both", interrupt)
     monkeypatch.setattr("training.compare._page", interrupt)
     capsys.readouterr()
-    assert main([command, str(run)]) == 130
+    assert status_of([command, str(run)]) == 130
     assert capsys.readouterr().err == "interrupted; nothing was changed\n"
 
 
