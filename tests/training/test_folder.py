@@ -191,13 +191,13 @@ def read(folder, loaded, scratch):
             assert "no finished run" in text or "its model is not" in text
             continue
         seed = yaml.safe_load((copy / "config.yaml").read_text())["grpo"]["seed"]
+        if name == "evaluate":
+            assert loaded == [(seed, {str(seed)})]  # the whole model, of the run that the configuration is of
         result = json.loads((copy / "result.json").read_text())
         lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
         assert result["seed"] == seed
         assert result["after"]["greedy"]["accuracy"] == seed / 8
         assert [line["accuracy"] for line in lines] == [seed / 8, seed / 8]
-        if name == "evaluate":
-            assert loaded == [(seed, {str(seed)})]  # the whole model, of the run that the configuration is of
         found[name] = seed
     return found
 
@@ -221,7 +221,7 @@ def test_a_run_cut_off_anywhere(fast, tmp_path, capsys):
     scratch.mkdir()
     shutil.copytree(first, tmp_path / "all" / "run")
     changes = count_changes(tmp_path / "all", lambda: start(tmp_path / "all" / "run", 2))
-    assert changes > 30
+    assert changes > 10
     assert whole(tmp_path / "all" / "run", fast, scratch) == 2
     seen = set()
     for n in range(changes + 1):
