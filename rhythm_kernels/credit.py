@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .canonical import MAX_LENGTH
 
 __all__ = ["CREDIT_MODES", "CreditMode", "rhythm_credit", "shape_advantages"]
 
@@ -78,7 +79,7 @@ def rhythm_credit(
 
     Returns:
         `gamma`, `(B, T)` float32, detached: 1 outside the response, and 1 everywhere for a response that is empty
-        or has non-finite measures.
+        or has non-finite measures (WAAD or FAI of a row whose log-sum-exp is not finite are NaN).
 
     Raises:
         ValueError, TypeError: an argument out of range, or of the wrong shape, type or device; a backend that cannot
@@ -131,7 +132,7 @@ def rhythm_credit(
             gamma_amp,
             top,
             alpha,
-            neighbors,
+            min(neighbors, MAX_LENGTH),
             bottom and mode != "random",
             tau_waad,
             tau_delta,
