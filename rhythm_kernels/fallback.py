@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import torch_attention
-from .tiles import KEY_TILE, host_max, host_min, logits, ranges, row_tile, token_table, visible
+from .tiles import KEY_TILE, host_max, host_min, logits, ranges, row_tile, sink_peak, token_table, visible
 from .torch_credit import credit as credit
 
 MOMENT_SCALE = 2.0**24
@@ -21,6 +21,16 @@ def _finish(per_head_result: Tensor, scored: Tensor, per_head: bool) -> Tensor:
     """`(..., B, H_selected, T)` -> the result's layout, 0 outside R."""
     result = torch.where(scored[:, None], per_head_result, 0.0)
     return result if per_head else result.mean(dim=-2)
+
+
+def _known(lse: Tensor, sinks: Tensor | None, query_heads: Tensor, lse_rows: Tensor) -> Tensor:
+    """`(B, H_selected, T)`: the log-sum-exp of the selected heads, NaN where it, or its head's sink, leaves no A."""
+    row_lse = lse.index_select(1, lse_rows)
+    lost = 0 * row_lse  # NaN where lse is not finite
+    if sinks is not None:
+        sink = sinks[query_heads, None]
+        lost = lost + torch.where(sink == float("-inf"), 0.0, 0 * sink)
+    return row_lse + lost
 
 
 def band_rows(
@@ -43,7 +53,7 @@ def band_rows(
     tokens = token_table(seqs, batch, length)
     query_heads, lse_rows = heads.long().unbind(1)
     out = q.new_empty((batch, len(heads), length), dtype=torch.float32)
-    row_lse = lse.index_select(1, lse_rows)
+    row_lse = _known(lse, sinks, query_heads, lse_rows)
     rowsum = torch.ones_like(row_lse)
     if sinks is not None:
         rowsum = 1 - torch.exp(sinks[query_heads, None] - row_lse)
@@ -79,7 +89,7 @@ def band_columns(
     batch, length = q.shape[:2]
     tokens = token_table(seqs, batch, length)
     query_heads, lse_rows = heads.long().unbind(1)
-    row_lse = lse.index_select(1, lse_rows)
+    row_lse = _known(lse, sinks, query_heads, lse_rows)
     position = torch.arange(length, device=q.device)
     last = torch.minimum(tokens.end - 1, position + hi)
     count = (last - (position + lo) + 1).clamp(min=0)
@@ -120,7 +130,7 @@ def row_stats(
             peak = lse.new_full(size, float("-inf"))
             total = lse.new_zeros(size)
         else:
-            peak = sinks[query_heads, None].expand(size)
+            peak = sink_peak(sinks[query_heads, None]).expand(size)
             total = lse.new_ones(size)
         near, far = lse.new_zeros(size), lse.new_zeros(size)
         start = host_min(tokens.start[:, slice(*rows)], 0)
@@ -132,17 +142,19 @@ def row_stats(
             new_peak = torch.maximum(peak, x.amax(dim=-1))
             # Until a row meets its first key both peaks are -inf, and their difference is not a number.
             decay = torch.where(peak == new_peak, 1.0, torch.exp(peak - new_peak))
-            weights = torch.where(mask, torch.exp(x - new_peak[..., None]), 0.0)
+            # From 0 where every logit was -inf so far.
+            base = torch.where(new_peak == float("-inf"), 0.0, new_peak)
+            weights = torch.where(mask, torch.exp(x - base[..., None]), 0.0)
             away = distance.clamp(min=0).float()
             total = total * decay + weights.sum(dim=-1)
             near = near * decay + (weights * away.clamp(max=window)).sum(dim=-1)
             far = far * decay + (weights * away).sum(dim=-1)
             peak = new_peak
-        some = total != 0
         tile = (slice(None), slice(None), slice(*rows))
-        lse[tile] = torch.where(some, peak + torch.log(total), float("-inf"))
-        waad[tile] = torch.where(some, near / total, 0.0).clamp(0, window)
-        span[tile] = torch.where(some, far / total, 0.0)
+        # A live row sees itself: 0 / 0 comes of logits of -inf alone, and is NaN as it should; other rows are cleared.
+        lse[tile] = peak + torch.log(total)
+        waad[tile] = (near / total).clamp(0, window)
+        span[tile] = far / total
     lse = torch.where(tokens.scored[:, None], lse, float("-inf"))
     return lse, _finish(waad, tokens.scored, per_head), _finish(span, tokens.scored, per_head)
 
@@ -170,7 +182,7 @@ def column_stats(
     batch, length = q.shape[:2]
     tokens = token_table(seqs, batch, length)
     query_heads, lse_rows = heads.long().unbind(1)
-    row_lse = lse.index_select(1, lse_rows)
+    row_lse = _known(lse, sinks, query_heads, lse_rows)
     results = q.new_zeros((5 if moments else 1, batch, len(heads), length), dtype=torch.float32)
     for keys in ranges(0, length, KEY_TILE):
         state = results.new_zeros((5, batch, len(heads), keys[1] - keys[0]))
