@@ -96,9 +96,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         # a version of TRL that reads them before its forward meets a KeyError, and is not plain GRPO in silence.
         reading = {name: value for name, value in inputs.items() if name != "advantages"}
         if "rhythm_gamma" in inputs:  # of the old-log-prob pass, or of an earlier iteration over these inputs
-            reading["advantages"] = shape_advantages(
-                inputs["advantages"], inputs["rhythm_gamma"], self.args.rhythm_sign
-            )
+            reading["advantages"] = self._shaped(inputs)
         else:
             self._armed, self._loss = True, (inputs, reading)
         try:

@@ -229,7 +229,8 @@ def sharded_2(model, mesh):
 
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard([model.model.norm, model.get_input_embeddings()], mesh=mesh, reshard_after_forward=False)
+    rest = [model.model.norm, model.get_input_embeddings(), model.get_output_embeddings()]  # the last two are tied
+    fully_shard(rest, mesh=mesh, reshard_after_forward=False)
     return fully_shard(model, mesh=mesh)
 
 
@@ -253,7 +254,8 @@ def tokens_of(batch):
 
 def _sharded_rank(rank: int, folder: str, path: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in here.items()}, ACCELERATE_USE_CPU="true")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     batch = written(rank)
