@@ -2,7 +2,7 @@
 
 Arguments are checked here; gamma comes from the op `torch.ops.rhythm_kernels.credit`, on any device, without reading a
 value back to the host (values in CPU tensors are checked, as everywhere). Equation numbers are those of
-arXiv 2510.13554; what the paper leaves open is marked "ours". The definition, as plain Python loops, is
+arXiv 2510.13554v2; what the paper leaves open is marked "ours". The definition, as plain Python loops, is
 :func:`rhythm_kernels.reference.rhythm_credit`: every backend gives its bits.
 """
 
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from . import ops, reference
 
-__all__ = ["CREDIT_MODES", "CreditMode", "rhythm_credit", "shape_advantages"]
+__all__ = ["CREDIT_MODES", "SIGNS", "CreditMode", "Sign", "rhythm_credit", "shape_advantages"]
 
 CreditMode = Literal["local", "global", "coupled", "random", "entropy", "uniform"]
 CREDIT_MODES: tuple[str, ...] = get_args(CreditMode)
+Sign = Literal["both", "positive", "negative"]
+SIGNS: tuple[str, ...] = get_args(Sign)
 
 
 def rhythm_credit(
@@ -39,7 +41,7 @@ def rhythm_credit(
     tau_delta: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The factor `gamma` by which each token's non-negative advantage is to be multiplied (eqs. 13 to 18).
+    """The factor `gamma` by which each token's advantage is to be multiplied (eq. 13), from eqs. 14 to 19.
 
     A row of the batch is one response: its masked tokens in order, as one sequence, also where the mask has holes
     (tool calls). `n` is their number and `m = ceil(top * n)` the size of a set; ties go to the earlier token (ours).
@@ -47,9 +49,9 @@ def rhythm_credit(
     ========== =========================================================================================== ======
     mode       tokens that get `gamma_amp`                                                                     eq.
     ========== =========================================================================================== ======
-    local      `T_loc`: the `m` largest `delta[t] = |WAAD[t] - WAAD[t+1]|`, 0 at the last token (ours)      13, 14
-    global     `T_glob`: the `m` largest FAI, without tokens whose FAI is 0 (ours)                          15, 16
-    coupled    `T_glob`, where a dominated token hands the share `alpha` to the token that introduced it    17, 18
+    local      `T_loc`: the `m` largest `delta[t] = |WAAD[t] - WAAD[t+1]|`, 0 at the last token (ours)      14, 15
+    global     `T_glob`: the `m` largest FAI, without tokens whose FAI is 0 (ours)                          16, 17
+    coupled    `T_glob`, where a dominated token hands the share `alpha` to the token that introduced it    18, 19
     random     `m` tokens drawn by `generator`                                                                   -
     entropy    the `m` largest `entropy`                                                                         -
     uniform    none: gamma is 1                                                                                  -
@@ -139,18 +141,20 @@ def rhythm_credit(
         )
 
 
-def shape_advantages(advantages: Tensor, gamma: Tensor) -> Tensor:
-    """Multiply advantages by `gamma` where they are not negative; `gamma = 1` changes no bit.
+def shape_advantages(advantages: Tensor, gamma: Tensor, sign: Sign = "both") -> Tensor:
+    """The shaped advantage of eq. 13: `advantages * gamma`; `gamma = 1` changes no bit.
 
     Args:
         advantages: `(B,)`, one a response, or `(B, T)`; floating point.
         gamma: `(B, T)` of :func:`rhythm_credit`.
+        sign: which advantages gamma scales: `"both"`; `"positive"`, those that are at least 0, as the paper's first
+            version had it; `"negative"`, those below 0. The last two are ablations (Table 7a).
 
     Returns:
-        `(B, T)`, detached.
+        `(B, T)`, detached, of the dtype that the two promote to.
 
     Raises:
-        ValueError, TypeError: wrong shape, type or device.
+        ValueError, TypeError: wrong shape, type or device, or no such sign.
     """
     for name, x in (("advantages", advantages), ("gamma", gamma)):
         if not isinstance(x, Tensor):
@@ -164,12 +168,22 @@ def shape_advantages(advantages: Tensor, gamma: Tensor) -> Tensor:
             f"advantages has shape {tuple(advantages.shape)}: it must be (B,) or (B, T) "
             f"where gamma has {tuple(gamma.shape)}"
         )
+    check_sign(sign)
     if advantages.device != gamma.device:
         raise ValueError(f"advantages is on {advantages.device}: it must be where gamma is, on {gamma.device}")
     advantages, gamma = advantages.detach(), gamma.detach()
     if advantages.dim() == 1:
         advantages = advantages[:, None]
-    return torch.where(advantages >= 0, advantages * gamma, advantages)
+    shaped = advantages * gamma
+    if sign == "both":
+        return shaped
+    return torch.where((advantages >= 0) == (sign == "positive"), shaped, advantages)
+
+
+def check_sign(sign: object, name: str = "sign") -> None:
+    """Which advantages gamma scales: one of `SIGNS`, else an error that calls it `name`."""
+    if sign not in SIGNS:
+        raise ValueError(f"{name} is {sign!r}: it must be one of {', '.join(SIGNS)}")
 
 
 def _check_measures(waad: Tensor, fai: Tensor, response_mask: Tensor, entropy: Tensor | None) -> None:

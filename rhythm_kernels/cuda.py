@@ -136,7 +136,7 @@ def credit(
     tau_waad: float | None,
     tau_delta: float | None,
 ) -> Tensor:
-    """Gamma (eqs. 13 to 18), `(B, T)` float32, all responses in one launch."""
+    """Gamma (eqs. 14 to 19), `(B, T)` float32, all responses in one launch."""
     batch, tokens = mask.shape
     key = 8 if waad.dtype == torch.float64 else 4
     scratch_of_one = (tokens * (3 * key + 9) + 63) // 64 * 64  # credit_scratch() of csrc/include/rhythm/credit.h

@@ -22,7 +22,7 @@ Conventions of every function here (those of flash-attn):
 
 Errors: `TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, device, index or range, for a backend
 that cannot serve; raised before any kernel runs. Values in CUDA tensors are not read by the host but clamped.
-Equation numbers are those of arXiv 2510.13554.
+Equation numbers are those of arXiv 2510.13554v2.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def fai(
     k: Tensor,
     lse: Tensor | None = None,
     *,
-    horizon: tuple[int, int | None] = (10, 50),
+    horizon: tuple[int, int | None] = (10, 100),
     heads: Tensor | Sequence[int] | None = None,
     softmax_scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),

@@ -195,7 +195,7 @@ def credit(
     tau_waad: float | None,
     tau_delta: float | None,
 ) -> Tensor:
-    """Gamma (eqs. 13 to 18), `(B, T)` float32, each response by one thread."""
+    """Gamma (eqs. 14 to 19), `(B, T)` float32, each response by one thread."""
     out = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
     levels = gamma_levels(gamma_amp, alpha)
     registered().credit(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out)

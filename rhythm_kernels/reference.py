@@ -2,7 +2,7 @@
 
 This file is what all other backends are tested against. It imports nothing of ours, favours reading over speed,
 and keeps the precision of its inputs (float64 in, float64 out; anything narrower is raised to float32).
-Equation numbers are those of arXiv 2510.13554. Shapes follow :mod:`rhythm_kernels.functional`:
+Equation numbers are those of arXiv 2510.13554v2. Shapes follow :mod:`rhythm_kernels.functional`:
 ``q (B, T, H, D)``, ``k (B, T, H_kv, D)``, ``lse (B, H, T)``, or packed with ``cu_seqlens``.
 """
 
@@ -217,7 +217,7 @@ def fai(
     k: Tensor,
     lse: Tensor | None = None,
     *,
-    horizon: tuple[int, int | None] = (10, 50),
+    horizon: tuple[int, int | None] = (10, 100),
     heads: Tensor | Sequence[int] | None = None,
     softmax_scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
@@ -429,7 +429,7 @@ def rhythm_credit(
     tau_waad: float | None = None,
     tau_delta: float | None = None,
 ) -> Tensor:
-    """`gamma (B, T)` of eqs. 13 to 18, token by token: see :func:`rhythm_kernels.rhythm_credit`.
+    """`gamma (B, T)` of eqs. 14 to 19, token by token: see :func:`rhythm_kernels.rhythm_credit`.
 
     Measures are compared in float32, or in float64 where one of them is; so are given thresholds. A draw belongs to
     the token it stands at, and gamma is computed in double and rounded once.
@@ -452,7 +452,7 @@ def rhythm_credit(
         widened = [x[row, tokens].to(precision) for x in measures]
         if n == 0 or not all(x.isfinite().all() for x in widened):
             continue
-        delta = [*(widened[0][:-1] - widened[0][1:]).abs().tolist(), 0.0]  # eq. 13
+        delta = [*(widened[0][:-1] - widened[0][1:]).abs().tolist(), 0.0]  # eq. 14
         w, f, *rest = (x.tolist() for x in widened)
         everyone = range(n)
         heard = [t for t in everyone if f[t] > 0]
@@ -460,9 +460,9 @@ def rhythm_credit(
         t_glob = _top(f, heard, m, lowest=bottom)
 
         bonus = [0.0] * n
-        if mode == "local":  # eq. 14
+        if mode == "local":  # eq. 15
             bonus = [float(t in t_loc) for t in everyone]
-        elif mode == "global":  # eq. 16
+        elif mode == "global":  # eq. 17
             bonus = [float(t in t_glob) for t in everyone]
         elif mode in ("entropy", "random"):
             t_score = _top(rest[0], everyone, m, lowest=bottom and mode == "entropy")
@@ -472,12 +472,12 @@ def rhythm_credit(
             high = min((delta[t] for t in t_loc), default=math.inf)
             high = high if tau_delta is None else _rounded(tau_delta, precision)
             dominated, intros = set(), set()
-            for t in t_glob:  # eq. 17
+            for t in t_glob:  # eq. 18
                 before = range(max(0, t - neighbors), t)
                 if len(before) > 0 and w[t] <= low and max(delta[u] for u in before) >= high:
                     dominated.add(t)
                     intros.add(max(before, key=lambda u: (delta[u], u)))
-            for t in everyone:  # eq. 18
+            for t in everyone:  # eq. 19
                 bonus[t] += float(t in t_glob and t not in dominated)
                 bonus[t] += (1 - alpha) * (t in dominated)
                 bonus[t] += alpha * (t in intros)

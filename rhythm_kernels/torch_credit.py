@@ -18,7 +18,7 @@ __all__ = ["credit", "gamma_levels"]
 
 
 def gamma_levels(gamma_amp: float, alpha: float) -> list[float]:
-    """Eq. 18: the float32 value of gamma by what a token is.
+    """Eq. 19: the float32 value of gamma by what a token is.
 
     Index 0: in no set; 1: in `T_glob` (of the other modes: chosen) and not dominated; 2: dominated; 3 to 5: the same,
     and an intro token too.
@@ -100,7 +100,7 @@ def _extreme(x: Tensor, among: Tensor, size: Tensor, *, lowest: bool) -> Tensor:
 
 
 def _delta(waad: Tensor, live: Tensor) -> Tensor:
-    """Eq. 13: how far WAAD moves from each token to the next one; 0 at the last."""
+    """Eq. 14: how far WAAD moves from each token to the next one; 0 at the last."""
     step = (waad[:, :-1] - waad[:, 1:]).abs()
     delta = torch.zeros_like(waad)
     delta[:, :-1] = torch.where(live[:, 1:], step, 0)
@@ -116,7 +116,7 @@ def _coupled(
     tau_waad: float | None,
     tau_delta: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 17 on compact rows: which tokens are dominated, and which are intro tokens of those, `(B, T)` bool."""
+    """Eq. 18 on compact rows: which tokens are dominated, and which are intro tokens of those, `(B, T)` bool."""
     delta = _delta(waad, live)
     low: Tensor | float
     high: Tensor | float

@@ -29,7 +29,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     magnitude: float = 1.0
     window: int = 10
-    horizon: tuple[int, int | None] = (10, 50)
+    horizon: tuple[int, int | None] = (10, 50)  # below the length, so that both of its ends are met
     min_distance: int = 4
     sinks: bool = False
     fused: bool = False  # q, k are views of one fused projection, in (heads, tokens) order

@@ -13,7 +13,7 @@ from torch.library import opcheck
 
 import rhythm_kernels as rk
 from rhythm_kernels import ops, reference
-from rhythm_kernels.credit import CREDIT_MODES, rhythm_credit, shape_advantages
+from rhythm_kernels.credit import CREDIT_MODES, SIGNS, rhythm_credit, shape_advantages
 from tests.credit_cases import credit_cases, many_tokens
 
 # A response of ten tokens; m = ceil(0.4 * 10) = 4, k = 3.
@@ -239,15 +239,41 @@ def test_compiles_without_a_graph_break():
 def test_shape_advantages():
     gamma = torch.tensor([[1.0, 1.5, 1.25], [1.0, 1.5, 1.25], [1.5, 1.5, 1.5]])
     shaped = shape_advantages(torch.tensor([2.0, -2.0, 0.0]), gamma)
-    assert shaped.tolist() == [[2.0, 3.0, 2.5], [-2.0, -2.0, -2.0], [0.0, 0.0, 0.0]]
+    assert shaped.tolist() == [[2.0, 3.0, 2.5], [-2.0, -3.0, -2.5], [0.0, 0.0, 0.0]]  # eq. 13: both signs
     per_token = torch.tensor([[2.0, -1.0, 4.0]])
-    assert shape_advantages(per_token, gamma[:1]).tolist() == [[2.0, -1.0, 5.0]]
+    assert shape_advantages(per_token, gamma[:1]).tolist() == [[2.0, -1.5, 5.0]]
     assert not shape_advantages(per_token.requires_grad_(), gamma[:1]).requires_grad
 
 
-def test_gamma_of_one_changes_no_bit():
+@pytest.mark.parametrize(
+    ("sign", "shaped"),
+    [("both", [3.0, -3.0, 0.0]), ("positive", [3.0, -2.0, 0.0]), ("negative", [2.0, -3.0, 0.0])],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_which_signs_are_shaped(sign, shaped, dtype):
+    advantages = torch.tensor([2.0, -2.0, 0.0], dtype=dtype)
+    gamma = torch.full((3, 2), 1.5)
+    for of_each in (advantages, advantages[:, None].expand(3, 2)):
+        assert shape_advantages(of_each, gamma, sign).tolist() == [[x, x] for x in shaped]
+    assert shape_advantages(advantages, gamma, sign=sign).dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_the_signs_meet_only_where_an_advantage_is_zero_or_not_a_number():
+    """`positive` and `negative` between them shape each advantage once; NaN stays NaN and hides in neither."""
+    advantages, gamma = torch.tensor([-math.inf, -1e-45, -0.0, 0.0, 1e-45, math.nan]), torch.full((6, 1), 2.0)
+    positive, negative = (shape_advantages(advantages, gamma, sign) for sign in ("positive", "negative"))
+    twice = shape_advantages(shape_advantages(advantages, gamma, "positive"), gamma, "negative")
+    torch.testing.assert_close(twice, shape_advantages(advantages, gamma), rtol=0, atol=0, equal_nan=True)
+    assert positive[1] == advantages[1]
+    assert negative[4] == advantages[4]
+    assert positive[5].isnan()
+    assert negative[5].isnan()
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+def test_gamma_of_one_changes_no_bit(sign):
     advantages = torch.randn(64)
-    assert torch.equal(shape_advantages(advantages, torch.ones(64, 7)), advantages[:, None].expand(64, 7))
+    assert torch.equal(shape_advantages(advantages, torch.ones(64, 7), sign), advantages[:, None].expand(64, 7))
 
 
 @pytest.mark.parametrize(

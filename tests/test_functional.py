@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -30,6 +32,15 @@ def test_random_cases(seed: int, backend: str) -> None:
             check(case, backend)
         except AssertionError as error:
             raise AssertionError(f"{case}") from error
+
+
+@pytest.mark.parametrize("function", [rk.waad, rk.fai, rk.RhythmProbe, reference.waad, reference.fai])
+def test_defaults_are_those_of_the_method(function) -> None:
+    """W = 10 and H = [10, 100], as the paper's second version trains; longer than most cases here, so asked for."""
+    method = {"window": 10, "horizon": (10, 100)}
+    stated = {n: p.default for n, p in inspect.signature(function).parameters.items() if n in method}
+    assert stated
+    assert stated == {name: method[name] for name in stated}
 
 
 def test_the_default_backend_serves_the_cpu() -> None:

@@ -1,4 +1,4 @@
-"""Long sums of the compiled and the tile-wise passes: sinks, a dominant first key and uniform rows, to 32,768 tokens."""
+"""Long sums of the compiled and the tile-wise passes: a sink, a dominant first key, uniform rows; to 32,768 tokens."""
 
 from __future__ import annotations
 

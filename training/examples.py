@@ -39,11 +39,10 @@ def examples(
         groups = head_groups(model, batches, rhythm.layers, rhythm.head_quantile)
     attention_modes: dict[str, CreditMode] = {"local": "local", "global": "global", "coupled": "coupled"}
     mode = attention_modes.get(rhythm.mode, "coupled")
-    low, high = rhythm.horizon
     shown = []
     for i, batch in zip(chosen, batches):
         mask = batch["response_mask"]
-        with torch.no_grad(), RhythmProbe(model, groups, rhythm.window, (low, high), mask) as probe:
+        with torch.no_grad(), RhythmProbe(model, groups, rhythm.window, rhythm.horizon, mask) as probe:
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         gamma = rhythm_credit(
             probe.waad, probe.fai, mask, mode, rhythm.gamma_amp, rhythm.top, rhythm.alpha, rhythm.neighbors

@@ -71,11 +71,12 @@ class Rhythm:
     alpha: float = 0.5
     neighbors: int = 3
     window: int = 10
-    horizon: list[int] = field(default_factory=lambda: [10, 50])
+    horizon: tuple[int, int | None] = (10, 100)  # None, `null` in a file: to the end of the response
     layers: str | list[int] = "middle5"
     head_quantile: float = 0.3
     groups: str | None = None
     regroup_steps: int = 0
+    sign: str = "both"
 
 
 @dataclass
@@ -221,9 +222,13 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
     elif kind is type(None):
         if value is None:
             return None
-    elif origin is list:
-        if isinstance(value, list | tuple):
-            return [_coerce(name, item, arguments[0]) for item in value]
+    elif origin in (list, tuple):
+        kinds = arguments * len(value) if origin is list and isinstance(value, list | tuple) else arguments
+        if isinstance(value, list | tuple) and len(value) == len(kinds):
+            try:
+                return origin(_coerce(name, item, of) for item, of in zip(value, kinds))
+            except RecipeError:
+                pass
     elif kind is float:
         try:
             if not isinstance(value, bool):
@@ -232,5 +237,15 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    shown = {int: "a whole number", float: "a number", str: "a word"}.get(kind, str(kind).replace("typing.", ""))
-    raise RecipeError(f"{name} is {value!r}: it must be {shown}")
+    raise RecipeError(f"{name} is {value!r}: it must be {_in_words(kind)}")
+
+
+def _in_words(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), [_in_words(argument) for argument in typing.get_args(kind)]
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(arguments)
+    if origin is list:
+        return f"a list, each entry {arguments[0]}"
+    if origin is tuple:
+        return f"a list of {len(arguments)}: {', '.join(arguments)}"
+    return {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}.get(kind, "null")

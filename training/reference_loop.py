@@ -2,13 +2,13 @@
 
     python -m training.reference_loop training/recipes/countdown_tiny.yaml grpo.max_steps=10
 
-One step of the method (arXiv 2510.13554; equation numbers are the paper's):
+One step of the method (arXiv 2510.13554v2; equation numbers are the paper's):
 
 1. `sample` a group of responses to each prompt.
 2. Judge them; `group_advantages` compares each reward with its group's (eq. 6).
 3. Run the model once over prompts and responses, with a probe around it. That forward gives the log-probs to learn
    from, and on its way WAAD and FAI of every response token (eqs. 9 and 10): no map, no second model, no extra pass.
-4. `rhythm_credit` turns the two into a factor a token (eqs. 13 to 18); it multiplies advantages that are not negative.
+4. `rhythm_credit` turns the two into a factor a token (eqs. 14 to 19); it multiplies the advantages (eq. 13).
 5. `surrogate` is the clipped objective over these token advantages (eq. 12). One optimizer step.
 
 The TRL subclass in `rhythm_kernels/integrations/trl.py` is tested against this loop.
@@ -126,8 +126,7 @@ def learn(
         `loss` of the first step, and the mean of `gamma` over response tokens.
     """
     # The model is still the one that sampled: this forward is the behaviour policy's, and it is the one measured.
-    low, high = rhythm.horizon
-    probe = RhythmProbe(model, groups, rhythm.window, (low, high), batch.response_mask) if groups else None
+    probe = RhythmProbe(model, groups, rhythm.window, rhythm.horizon, batch.response_mask) if groups else None
     with probe or nullcontext():
         log_probs = token_log_probs(model, batch, temperature)
     old_log_probs = log_probs.detach()
@@ -143,7 +142,7 @@ def learn(
             rhythm.alpha,
             rhythm.neighbors,
         )
-    shaped = shape_advantages(advantages, gamma)
+    shaped = shape_advantages(advantages, gamma, rhythm.sign)
     report: dict[str, float] = {}
     for iteration in range(iterations):
         if iteration > 0:

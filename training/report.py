@@ -222,9 +222,11 @@ def _examples(examples: list[dict[str, Any]], config: dict[str, Any]) -> str:
         for key, (name, meaning) in reversed(GLOSSARY.items())
     )
     rhythm = config["rhythm"]
+    first, last = rhythm["horizon"]
+    horizon = f"{first} tokens to the end of the response" if last is None else f"{first} to {last} tokens"
     note = (
         f"Held-out responses of the trained model, measured in one forward pass: W = {rhythm['window']}, horizon "
-        f"{rhythm['horizon'][0]} to {rhythm['horizon'][1]} tokens, &gamma; by the {examples[0]['mode']} rule. Bars "
+        f"{horizon}, &gamma; by the {examples[0]['mode']} rule. Bars "
         "below each token, from the top: WAAD and FAI (of the response's largest), &gamma; &minus; 1. The words are "
         "coloured by the measure chosen above; a pointer over a word shows its numbers."
     )

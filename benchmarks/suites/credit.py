@@ -1,4 +1,4 @@
-"""`credit`: gamma (eqs. 13 to 18) of a batch of responses."""
+"""`credit`: gamma (eqs. 14 to 19) of a batch of responses."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Response {
     return finite && n_ > 0;
   }
 
-  // Eqs. 13 and 15: the roles kAnchor and kOutside.
+  // Eqs. 14 and 16: the roles kAnchor and kOutside.
   void choose() {
     const bool by_fai = p_.mode == CreditMode::kGlobal || p_.mode == CreditMode::kCoupled;
     if (p_.mode == CreditMode::kLocal || p_.mode == CreditMode::kCoupled) {
@@ -95,7 +95,7 @@ class Response {
       if (rank_[i] > cut.key || (rank_[i] == cut.key && cut.ties-- > 0)) role_[i] = kAnchor;
   }
 
-  // Eq. 17: the role kDominated, and the intro tokens.
+  // Eq. 18: the role kDominated, and the intro tokens.
   void hand_on() {
     const int64_t size = set_size(p_.top, n_);
     if (size <= 0) return;

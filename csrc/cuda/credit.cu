@@ -1,4 +1,4 @@
-// credit: gamma (eqs. 13 to 18) of a batch of jagged responses in one launch, the reference's bits.
+// credit: gamma (eqs. 14 to 19) of a batch of jagged responses in one launch, the reference's bits.
 //
 // A block owns a response, whatever its length: it closes the holes of the mask, finds every threshold by radix selection
 // on keys in the order of the floats, eight bits at a time, and gives ties to the earlier token by a scan. What it keeps
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kMaxThreads) credit_kernel(const CreditProblem
     return;
   }
 
-  // Eqs. 13 and 15. Ranks: 0 for tokens that may not be chosen.
+  // Eqs. 14 and 16. Ranks: 0 for tokens that may not be chosen.
   const Key zero = key_of(T(0));
   int candidates = 0;
   for (int64_t i = threadIdx.x; i < n; i += step) {
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kMaxThreads) credit_kernel(const CreditProblem
   }
   __syncthreads();
 
-  // Eq. 17, each dominated token its own intro.
+  // Eq. 18, each dominated token its own intro.
   const bool coupled = p.mode == CreditMode::kCoupled && wanted > 0;
   const int neighbors = p.neighbors < n ? static_cast<int>(p.neighbors) : n;
   if (coupled) {
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kMaxThreads) credit_kernel(const CreditProblem
     __syncthreads();
   }
 
-  // Eq. 18. A token looks for those that it introduces, so that no two threads write one place.
+  // Eq. 19. A token looks for those that it introduces, so that no two threads write one place.
   for (int64_t i = threadIdx.x; i < n; i += step) {
     int role = chosen[i] ? kAnchor : kOutside;
     bool introduces = false;

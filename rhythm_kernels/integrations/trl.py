@@ -1,7 +1,7 @@
 """TRL's GRPO with rhythm credit: a thin subclass that measures the passes TRL makes anyway.
 
 Where TRL computes the old log-probs, they are measured there; where it does not, the training forward is the behaviour
-policy itself and is measured. Either way gamma of eq. 18 stands in `inputs["rhythm_gamma"]`, `(B, T)` float32, and the
+policy itself and is measured. Either way gamma of eq. 19 stands in `inputs["rhythm_gamma"]`, `(B, T)` float32, and the
 advantages that the loss reads are shaped by it. Nothing of TRL's loss is copied.
 """
 
@@ -32,7 +32,7 @@ _GROUPS_FILE = "rhythm_groups.json"
 
 
 class RhythmGRPOTrainer(GRPOTrainer):
-    """Drop-in `GRPOTrainer` whose token advantages follow the rhythm of attention (arXiv 2510.13554).
+    """Drop-in `GRPOTrainer` whose token advantages follow the rhythm of attention (arXiv 2510.13554v2).
 
     Takes what `GRPOTrainer` takes, with a `RhythmGRPOConfig` as `args`. `rhythm_groups` holds the head groups in use
     (None before the first batch); they are saved with each checkpoint and read back on resuming.
@@ -94,7 +94,9 @@ class RhythmGRPOTrainer(GRPOTrainer):
         # a version of TRL that reads them before its forward meets a KeyError, and is not plain GRPO in silence.
         reading = {name: value for name, value in inputs.items() if name != "advantages"}
         if "rhythm_gamma" in inputs:  # of the old-log-prob pass, or of an earlier iteration over these inputs
-            reading["advantages"] = shape_advantages(inputs["advantages"], inputs["rhythm_gamma"])
+            reading["advantages"] = shape_advantages(
+                inputs["advantages"], inputs["rhythm_gamma"], self.args.rhythm_sign
+            )
         else:
             self._armed, self._loss = True, (inputs, reading)
         try:
@@ -117,8 +119,11 @@ class RhythmGRPOTrainer(GRPOTrainer):
         result = self._measured_pass(mask, model, *args, **kwargs)
         assert self._pass is not None
         inputs["rhythm_gamma"] = reading["rhythm_gamma"] = self._credit(mask, self._pass)
-        reading["advantages"] = shape_advantages(inputs["advantages"], inputs["rhythm_gamma"])
+        reading["advantages"] = self._shaped(inputs)
         return result
+
+    def _shaped(self, inputs: dict[str, Any]) -> Tensor:
+        return shape_advantages(inputs["advantages"], inputs["rhythm_gamma"], self.args.rhythm_sign)
 
     def _measured_pass(self, mask: Tensor, model: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's log-prob pass with a probe around it; what it saw is left in `self._pass`."""

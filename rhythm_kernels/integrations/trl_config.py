@@ -10,9 +10,16 @@ import torch
 from trl import GRPOConfig
 
 from ..canonical import check_horizon, check_window
-from ..credit import rhythm_credit
+from ..credit import check_sign, rhythm_credit
 
 __all__ = ["RhythmGRPOConfig"]
+
+
+class _Distance(int):
+    """How a command line's word for a distance is read: an integer, or `null` (as in YAML) for no end."""
+
+    def __new__(cls, word: str) -> Any:
+        return None if word == "null" else int(word)
 
 
 @dataclass
@@ -25,13 +32,19 @@ class RhythmGRPOConfig(GRPOConfig):
     rhythm_alpha: float = field(default=0.5, metadata={"help": "Share of a dominated token's bonus its intro gets."})
     rhythm_neighbors: int = field(default=3, metadata={"help": "Tokens before an anchor that may be its intro."})
     rhythm_window: int = field(default=10, metadata={"help": "W of WAAD, in tokens."})
-    rhythm_horizon: list[int] = field(default=(10, 50), metadata={"help": "First and last distance of FAI."})  # type: ignore[arg-type]
+    rhythm_horizon: list[_Distance] = field(
+        default=(10, 100),  # type: ignore[arg-type]
+        metadata={"help": "First and last distance of FAI, in tokens; a last of `null` is the end of the response."},
+    )
     rhythm_layers: str = field(default="middle5", metadata={"help": "`middle5`, `all`, or a list of layers."})
     rhythm_head_quantile: float = field(default=0.3, metadata={"help": "Share of the heads in each group."})
     rhythm_groups: str | None = field(
         default=None, metadata={"help": "File of head groups; without one, they are calibrated on the first batch."}
     )
     rhythm_regroup_steps: int = field(default=0, metadata={"help": "Calibrate again every so many steps; 0: never."})
+    rhythm_sign: str = field(
+        default="both", metadata={"help": "Advantages that the credit scales: `both`, `positive` or `negative`."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +57,7 @@ class RhythmGRPOConfig(GRPOConfig):
             raise ValueError(f"rhythm_head_quantile is {self.rhythm_head_quantile}: it must be above 0 and at most 1")
         check_window(self.rhythm_window, "rhythm_window")
         check_horizon(self.rhythm_horizon, "rhythm_horizon")
+        check_sign(self.rhythm_sign, "rhythm_sign")
         if self.rhythm_groups is not None and not os.path.exists(self.rhythm_groups):
             raise ValueError(f"rhythm_groups is {self.rhythm_groups!r}: there is no such file")
         if self.rhythm_regroup_steps < 0:

@@ -1,4 +1,4 @@
-"""`credit`: the factor gamma of each token (eqs. 13 to 18), a batch of jagged responses at a time."""
+"""`credit`: the factor gamma of each token (eqs. 14 to 19), a batch of jagged responses at a time."""
 
 import torch
 from torch import Tensor

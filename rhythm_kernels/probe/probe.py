@@ -59,7 +59,7 @@ class RhythmProbe:
         model: nn.Module,
         groups: HeadGroups,
         window: int = 10,
-        horizon: tuple[int, int | None] = (10, 50),
+        horizon: tuple[int, int | None] = (10, 100),
         response_mask: Tensor | None = None,
     ) -> None:
         _check_groups(groups)

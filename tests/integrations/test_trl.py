@@ -64,12 +64,13 @@ class FedFromMaps(GRPOTrainer):
     """Plain TRL, whose advantages are shaped by gamma from full eager maps of the behaviour policy."""
 
     groups = None
+    sign = "both"
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         waad, fai, self.groups = measures_from_maps(eager_copy(self.model), output, self.groups)
         gamma = reference.rhythm_credit(waad, fai, response_mask(output))
-        output["advantages"] = shape_advantages(output["advantages"], gamma)
+        output["advantages"] = shape_advantages(output["advantages"], gamma, self.sign)
         return output
 
 
@@ -381,6 +382,7 @@ def build(tmp_path, **changed):
         ({"rhythm_window": 0}, "rhythm_window must be at least 1, got 0"),
         ({"rhythm_horizon": (10,)}, r"rhythm_horizon must be a pair .*, got \(10,\)"),
         ({"rhythm_horizon": (10, 5)}, r"rhythm_horizon\[1\] must be at least 10, got 5"),
+        ({"rhythm_sign": "plus"}, "rhythm_sign is 'plus': it must be one of both, positive, negative"),
         ({"rhythm_groups": "no/such.json"}, "rhythm_groups is 'no/such.json': there is no such file"),
         ({"rhythm_layers": "middle"}, "layers: 'middle'"),
         ({"rhythm_layers": [7]}, "layer 7"),
@@ -419,11 +421,12 @@ def test_defaults_are_those_of_the_method():
         "rhythm_alpha": 0.5,
         "rhythm_neighbors": 3,
         "rhythm_window": 10,
-        "rhythm_horizon": (10, 50),
+        "rhythm_horizon": (10, 100),
         "rhythm_layers": "middle5",
         "rhythm_head_quantile": 0.3,
         "rhythm_groups": None,
         "rhythm_regroup_steps": 0,
+        "rhythm_sign": "both",
     }
 
 
@@ -433,6 +436,36 @@ def test_configuration_from_the_command_line(tmp_path):
     assert config.rhythm_mode == "global"
     assert list(config.rhythm_horizon) == [4, 20]
     assert config.rhythm_layers == "middle5"
+    assert config.rhythm_sign == "both"
+
+
+def test_an_open_horizon_is_typed_as_null(tmp_path):
+    """On a command line and in a file of settings, and it reaches the measures."""
+    words = ["--output_dir", str(tmp_path), "--rhythm_horizon", "10", "null", "--bf16", "False"]
+    (typed,) = HfArgumentParser(RhythmGRPOConfig).parse_args_into_dataclasses(words)
+    (tmp_path / "settings.yaml").write_text(f"output_dir: {tmp_path}\nrhythm_horizon: [10, null]\nbf16: false\n")
+    (read,) = HfArgumentParser(RhythmGRPOConfig).parse_yaml_file(str(tmp_path / "settings.yaml"))
+    assert list(typed.rhythm_horizon) == list(read.rhythm_horizon) == [10, None]
+    with pytest.raises(SystemExit):
+        HfArgumentParser(RhythmGRPOConfig).parse_args_into_dataclasses([*words[:4], "ten"])
+    ours, to_the_end = (
+        train(RhythmGRPOTrainer, RhythmGRPOConfig, tmp_path, rhythm_window=4, rhythm_horizon=horizon)
+        for horizon in ([2, 8], [2, None])
+    )
+    fai, wide = (trainer.state.log_history[0]["rhythm/fai_mean"] for trainer in (ours, to_the_end))
+    assert 0 < wide < fai  # more of the later rows, and the far ones look back less
+
+
+@pytest.mark.parametrize("schedule", ["on-policy", "off-policy"])
+@pytest.mark.parametrize("sign", ["positive", "negative"])
+def test_one_sign_alone(tmp_path, sign, schedule):
+    """As TRL with maps and `shape_advantages` of that sign learns, and not as with both."""
+    changed = SCHEDULES[schedule]
+    oracle = train(type("OneSign", (FedFromMaps,), {"sign": sign}), GRPOConfig, tmp_path, **changed)
+    ours = train(RhythmGRPOTrainer, RhythmGRPOConfig, tmp_path, rhythm_sign=sign, **changed, **RHYTHM)
+    torch.testing.assert_close(weights(ours), weights(oracle), rtol=0, atol=1e-6)
+    both = train(RhythmGRPOTrainer, RhythmGRPOConfig, tmp_path, **changed, **RHYTHM)
+    assert (weights(ours) - weights(both)).abs().max() > 1e-4
 
 
 def test_last_token():

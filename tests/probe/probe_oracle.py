@@ -52,7 +52,7 @@ def group_map(maps: dict[int, Tensor], heads: list[Head]) -> Tensor:
     return torch.stack([maps[layer][:, head] for layer, head in heads]).mean(0)
 
 
-def oracle(maps, groups, bounds: Bounds, response_mask=None, window=10, horizon=(10, 50)) -> tuple[Tensor, Tensor]:
+def oracle(maps, groups, bounds: Bounds, response_mask=None, window=10, horizon=(10, 100)) -> tuple[Tensor, Tensor]:
     """WAAD (eq. 9) and FAI (eq. 10), `(B, T)` float64."""
     local, global_ = group_map(maps, groups.local), group_map(maps, groups.global_)
     batch, length = local.shape[:2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from training.recipe import ROOT, RecipeError, load_recipe, parse_recipe
+from training.recipe import ROOT, RecipeError, Rhythm, load_recipe, parse_recipe
 
 TINY = ROOT / "training" / "recipes" / "countdown_tiny.yaml"
 
@@ -22,9 +22,11 @@ def test_every_recipe_makes_a_trainer_configuration(path, tmp_path):
     from training.grpo import trainer_config
 
     recipe = load_recipe(path, [f"output.path={tmp_path}"])
+    assert recipe.rhythm == Rhythm()  # the paper's settings: what a recipe states is what the defaults are
     config = trainer_config(recipe)
     assert config.max_steps == recipe.grpo.max_steps
     assert config.rhythm_gamma_amp == recipe.rhythm.gamma_amp
+    assert (config.rhythm_horizon, config.rhythm_sign) == ((10, 100), "both")
     assert config.reward_weights == [1.0] * len(recipe.grpo.rewards) + [0.0]
 
 
@@ -33,10 +35,22 @@ def test_overrides():
     recipe = load_recipe(TINY, [*changed, "grpo.gradient_checkpointing=true", "rhythm.groups=null"])
     assert recipe.grpo.max_steps == 2
     assert recipe.grpo.learning_rate == 1e-3
-    assert recipe.rhythm.horizon == [4, 20]
+    assert recipe.rhythm.horizon == (4, 20)
     assert recipe.rhythm.layers == "all"
     assert recipe.rhythm.groups is None
     assert recipe.grpo.more["gradient_checkpointing"] is True
+
+
+def test_an_open_horizon_and_one_sign(tmp_path):
+    """Written as they are typed, read back from a run's folder, and handed to the trainer."""
+    from training.grpo import trainer_config
+
+    changed = ["rhythm.horizon=[10, null]", "rhythm.sign=positive", f"output.path={tmp_path}"]
+    recipe = parse_recipe(yaml.safe_load(yaml.safe_dump(load_recipe(TINY, changed).to_dict())))
+    config = trainer_config(recipe)
+    assert (config.rhythm_horizon, config.rhythm_sign) == ((10, None), "positive")
+    with pytest.raises(RecipeError, match="rhythm_sign is 'plus': it must be one of both, positive, negative"):
+        trainer_config(load_recipe(TINY, ["rhythm.sign=plus"]))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +67,11 @@ def test_overrides():
         ("grpo.max_steps=true", "grpo.max_steps is True"),
         ("grpo.learning_rate=fast", "grpo.learning_rate is 'fast': it must be a number"),
         ("rhythm.mode=3", "rhythm.mode is 3: it must be a word"),
-        ("task.numbers=3", "task.numbers is 3"),
+        ("task.numbers=3", "task.numbers is 3: it must be a list, each entry a whole number"),
+        ("task.numbers=[3, x]", "task.numbers is [3, 'x']: it must be a list, each entry a whole number"),
+        ("rhythm.horizon=[10]", "it must be a list of 2: a whole number, a whole number or null"),
+        ("rhythm.horizon=[null, 10]", "rhythm.horizon is [None, 10]: it must be a list of 2"),
+        ("rhythm.layers=1.5", "rhythm.layers is 1.5: it must be a word or a list, each entry a whole number"),
         ("task.numbers=[", "is not YAML"),
         ("eval.size=0", "eval.size is 0: it must be at least 1"),
         ("eval.temperature=-1", "eval.temperature is -1.0: it must be at least 0"),

@@ -41,7 +41,7 @@ def test_log_probs_ignore_padding():
     padded = torch.tensor([[0, 0, 3, 4, 5, 6]])
     plain = token_log_probs(model, Batch(ids, torch.ones_like(ids), ids > 0))
     left = token_log_probs(model, Batch(padded, (padded > 0).long(), padded > 0))
-    torch.testing.assert_close(left[:, 3:], plain[:, 1:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(left[:, 3:], plain[:, 1:], rtol=0, atol=5e-6)
     assert plain[0, 0] == 0
     alone = model(input_ids=ids).logits.log_softmax(-1)[0, 1, 5]
     torch.testing.assert_close(plain[0, 2], alone)
@@ -77,7 +77,8 @@ def test_the_trl_subclass_does_the_same(tmp_path, mode, iterations):
             batches.append((Batch(tokens, live, response), output["advantages"]))
             return output
 
-    changed = {"loss_type": "dapo", "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+    # Plain gradient descent: Adam magnifies the rounding of small gradients.
+    changed = {"loss_type": "dapo", "lr_scheduler_type": "constant", "learning_rate": 0.3, "optim": "sgd"}
     theirs = train_trl(
         Recording,
         RhythmGRPOConfig,
@@ -89,13 +90,13 @@ def test_the_trl_subclass_does_the_same(tmp_path, mode, iterations):
         **RHYTHM,
     )
     model = build_model().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    rhythm = Rhythm(mode=mode, window=RHYTHM["rhythm_window"], horizon=list(RHYTHM["rhythm_horizon"]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    rhythm = Rhythm(mode=mode, window=RHYTHM["rhythm_window"], horizon=RHYTHM["rhythm_horizon"])
     assert len(batches) == 3
     for batch, advantages in batches:
         learn(model, optimizer, batch, advantages, theirs.rhythm_groups, rhythm, iterations=iterations)
     ours = torch.cat([p.detach().flatten() for p in model.parameters()])
-    torch.testing.assert_close(ours, weights(theirs), rtol=0, atol=5e-5)  # Adam magnifies rounding of small gradients
+    torch.testing.assert_close(ours, weights(theirs), rtol=0, atol=5e-6)
     assert (ours - torch.cat([p.detach().flatten() for p in build_model().parameters()])).abs().max() > 1e-3
 
 

@@ -14,8 +14,8 @@ KINDS = {
 # A running sum takes a tile of 32 at a time, as the table's smallest do: the more, the more roundings. On the other
 # side tiles are wide, for the interpreter's sake.
 _MANY_ROWS, _MANY_KEYS = Tile(256, 32, 1, 1), Tile(32, 256, 1, 1)
-TILES = {name: _MANY_ROWS for name in ("band_rows", "row_stats", "attention", "attention_alone", "attention_dq")}
-TILES |= {name: _MANY_KEYS for name in ("band_columns", "column_stats", "column_moments", "attention_dkv")}
+TILES = dict.fromkeys(("band_rows", "row_stats", "attention", "attention_alone", "attention_dq"), _MANY_ROWS)
+TILES |= dict.fromkeys(("band_columns", "column_stats", "column_moments", "attention_dkv"), _MANY_KEYS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

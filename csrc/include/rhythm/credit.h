@@ -1,4 +1,4 @@
-// Credit (eqs. 13 to 18) as the kernels see it: what one call is about, and the arithmetic that CPU and CUDA share, so
+// Credit (eqs. 14 to 19) as the kernels see it: what one call is about, and the arithmetic that CPU and CUDA share, so
 // that both give the reference's bits. No LibTorch here.
 #pragma once
 
