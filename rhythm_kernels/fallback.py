@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import torch_attention
-from .tiles import KEY_TILE, host_max, host_min, logits, ranges, row_tile, sink_peak, token_table, visible
+from .tiles import KEY_TILE, add_to, host_max, host_min, logits, ranges, row_tile, sink_peak, token_table, visible
 from .torch_credit import credit as credit
 
 MOMENT_SCALE = 2.0**24
@@ -59,13 +59,13 @@ def band_rows(
         rowsum = 1 - torch.exp(sinks[query_heads, None] - row_lse)
     step = row_tile(q, len(heads), KEY_TILE)
     for rows in ranges(0, length, step):
-        near = torch.zeros((), device=q.device)
+        near = lost = torch.zeros((), device=q.device)
         for keys in ranges(max(0, rows[0] - window + 1), rows[1], KEY_TILE):
             mask, distance = visible(tokens, rows, keys, window_left)
             x = logits(q, k, rows, keys, query_heads, scale, softcap)
             # Masked after the exponential: a row whose lse is not finite must not leak into hidden keys.
             maps = torch.where(mask & (distance < window), torch.exp(x - row_lse[:, :, slice(*rows), None]), 0.0)
-            near = near + (maps * (window - distance)).sum(dim=-1)
+            near, lost = add_to(near, lost, (maps * (window - distance)).sum(dim=-1))
         out[:, :, slice(*rows)] = (window * rowsum[:, :, slice(*rows)] - near).clamp(0, window)
     return _finish(out, tokens.scored, per_head)
 
@@ -95,13 +95,15 @@ def band_columns(
     count = (last - (position + lo) + 1).clamp(min=0)
     out = q.new_zeros((batch, len(heads), length), dtype=torch.float32)
     for keys in ranges(0, length, KEY_TILE):
+        received = lost = torch.zeros((), device=q.device)
         stop = min(keys[1] + hi, host_max(tokens.end[:, slice(*keys)], length))
         for rows in ranges(keys[0] + lo, stop, row_tile(q, len(heads), KEY_TILE)):
             mask, distance = visible(tokens, rows, keys, window_left)
             mask = mask & (distance >= lo) & (distance <= hi)
             x = logits(q, k, rows, keys, query_heads, scale, softcap)
             maps = torch.where(mask, torch.exp(x - row_lse[:, :, slice(*rows), None]), 0.0)
-            out[:, :, slice(*keys)] += maps.sum(dim=2)
+            received, lost = add_to(received, lost, maps.sum(dim=2))
+        out[:, :, slice(*keys)] = received
     return _finish(out / count.clamp(min=1)[:, None], tokens.scored, per_head)
 
 
@@ -126,13 +128,11 @@ def row_stats(
     lse, waad, span = (q.new_empty(shape, dtype=torch.float32) for _ in range(3))
     for rows in ranges(0, length, row_tile(q, len(heads), KEY_TILE)):
         size = (batch, len(heads), rows[1] - rows[0])
-        if sinks is None:
-            peak = lse.new_full(size, float("-inf"))
-            total = lse.new_zeros(size)
-        else:
-            peak = sink_peak(sinks[query_heads, None]).expand(size)
-            total = lse.new_ones(size)
-        near, far = lse.new_zeros(size), lse.new_zeros(size)
+        sink = None if sinks is None else sink_peak(sinks[query_heads, None]).expand(size)
+        peak = lse.new_full(size, float("-inf")) if sink is None else sink
+        # Relative to the peak, of the keys alone: the mass, and the sums that WAAD and span divide by it. A sink's mass
+        # joins them last, as keys would vanish beside it.
+        sums = lost = lse.new_zeros((3, *size))
         start = host_min(tokens.start[:, slice(*rows)], 0)
         if window_left >= 0:
             start = max(start, rows[0] - window_left)
@@ -146,10 +146,12 @@ def row_stats(
             base = torch.where(new_peak == float("-inf"), 0.0, new_peak)
             weights = torch.where(mask, torch.exp(x - base[..., None]), 0.0)
             away = distance.clamp(min=0).float()
-            total = total * decay + weights.sum(dim=-1)
-            near = near * decay + (weights * away.clamp(max=window)).sum(dim=-1)
-            far = far * decay + (weights * away).sum(dim=-1)
+            tile_sums = [x.sum(dim=-1) for x in (weights, weights * away.clamp(max=window), weights * away)]
+            sums, lost = add_to(sums * decay, lost * decay, torch.stack(tile_sums))
             peak = new_peak
+        total, near, far = sums
+        if sink is not None:
+            total = total + torch.where(peak == sink, 1.0, torch.exp(sink - peak))
         tile = (slice(None), slice(None), slice(*rows))
         # A live row sees itself: 0 / 0 comes of logits of -inf alone, and is NaN as it should; other rows are cleared.
         lse[tile] = peak + torch.log(total)
@@ -185,7 +187,7 @@ def column_stats(
     row_lse = _known(lse, sinks, query_heads, lse_rows)
     results = q.new_zeros((5 if moments else 1, batch, len(heads), length), dtype=torch.float32)
     for keys in ranges(0, length, KEY_TILE):
-        state = results.new_zeros((5, batch, len(heads), keys[1] - keys[0]))
+        state = results.new_zeros((6, batch, len(heads), keys[1] - keys[0]))
         stop = host_max(tokens.end[:, slice(*keys)], length)
         for rows in ranges(keys[0] + min_distance, stop, row_tile(q, len(heads), KEY_TILE)):
             mask, distance = visible(tokens, rows, keys, window_left)
@@ -212,16 +214,16 @@ def _tile_moments(maps: Tensor, position: Tensor, moments: bool) -> Tensor:
 
 
 def _merge(a: Tensor, b: Tensor, moments: bool) -> Tensor:
-    """Moments of the union of two disjoint sets of rows."""
-    n_a, mean_a, m2_a, m3_a, m4_a = a
+    """Moments of the union of two disjoint sets of rows; `a`, the sum so far, has its mean's lost rounding as sixth."""
+    n_a, mean_a, m2_a, m3_a, m4_a, lost = a
     n_b, mean_b, m2_b, m3_b, m4_b = b
     n = n_a + n_b
     safe = n.clamp(min=1)
-    delta = mean_b - mean_a
+    delta = mean_b - mean_a + lost
     share_a, share_b = n_a / safe, n_b / safe
-    mean = mean_a + delta * share_b
+    mean, lost = add_to(mean_a, lost, delta * share_b)
     if not moments:
-        return torch.stack([n, mean, m2_a, m3_a, m4_a])
+        return torch.stack([n, mean, m2_a, m3_a, m4_a, lost])
     between = n_a * share_b
     m2 = m2_a + m2_b + delta**2 * between
     m3 = m3_a + m3_b + delta**3 * between * (share_a - share_b) + 3 * delta * (share_a * m2_b - share_b * m2_a)
@@ -232,12 +234,12 @@ def _merge(a: Tensor, b: Tensor, moments: bool) -> Tensor:
         + 6 * delta**2 * (share_a**2 * m2_b + share_b**2 * m2_a)
         + 4 * delta * (share_a * m3_b - share_b * m3_a)
     )
-    return torch.stack([n, mean, m2, m3, m4])
+    return torch.stack([n, mean, m2, m3, m4, lost])
 
 
 def _standardise(state: Tensor) -> Tensor:
     """Count, mean, population variance, skewness and kurtosis; 0 where they are not defined."""
-    count, mean, m2, m3, m4 = state
+    count, mean, m2, m3, m4, _ = state
     safe = count.clamp(min=1)
     variance = m2 / safe
     spread = (variance != 0) & (count >= 2)

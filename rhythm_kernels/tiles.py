@@ -96,6 +96,17 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(a, b).float()
 
 
+def add_to(total: Tensor, lost: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
+    """`total + term`, and what its rounding, and those before it, took too much (Kahan).
+
+    A sum over many tiles, or one that holds a term far above the others, is then as exact as a sum of two. A sum that
+    is not finite stays what it is.
+    """
+    owed = term - lost
+    after = total + owed
+    return after, torch.where(after.isfinite(), (after - total) - owed, 0.0)
+
+
 def logits(
     q: Tensor,
     k: Tensor,

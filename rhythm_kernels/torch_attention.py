@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .tiles import (
     KEY_TILE,
+    add_to,
     exactly,
     host_min,
     logits,
@@ -89,11 +90,10 @@ def _tiled(
     lse = q.new_full((batch, n_heads, length), float("-inf"), dtype=torch.float32)
     for rows in ranges(0, length, row_tile(q, n_heads, KEY_TILE)):
         size = (batch, n_heads, rows[1] - rows[0])
-        if sinks is None:
-            peak, total = lse.new_full(size, float("-inf")), lse.new_zeros(size)
-        else:
-            peak, total = sink_peak(sinks)[:, None].expand(size), lse.new_ones(size)
-        mixed = lse.new_zeros((*size, v.shape[3]))
+        sink = None if sinks is None else sink_peak(sinks)[:, None].expand(size)
+        peak = lse.new_full(size, float("-inf")) if sink is None else sink
+        total = lost = lse.new_zeros(size)  # of the keys alone: a sink's mass joins last, they would vanish beside it
+        mixed = mixed_lost = lse.new_zeros((*size, v.shape[3]))
         for keys in ranges(_first_key(tokens.start, rows, window_left), rows[1], KEY_TILE):
             mask, _ = visible(tokens, rows, keys, window_left)
             x = logits(q, k, rows, keys, heads, scale, softcap).masked_fill(~mask, float("-inf"))
@@ -103,9 +103,12 @@ def _tiled(
             base = torch.where(new_peak == float("-inf"), 0.0, new_peak)
             weights = torch.where(mask, torch.exp(x - base[..., None]), 0.0)
             values = v[:, slice(*keys)].index_select(2, value_heads).float().transpose(1, 2)
-            total = total * decay + weights.sum(dim=-1)
-            mixed = mixed * decay[..., None] + product(weights, values)
+            total, lost = add_to(total * decay, lost * decay, weights.sum(dim=-1))
+            decay = decay[..., None]
+            mixed, mixed_lost = add_to(mixed * decay, mixed_lost * decay, product(weights, values))
             peak = new_peak
+        if sink is not None:
+            total = total + torch.where(peak == sink, 1.0, torch.exp(sink - peak))
         live = (tokens.end[:, slice(*rows)] > tokens.start[:, slice(*rows)])[:, None]
         result = torch.where(live[..., None], mixed / total[..., None], 0.0)
         out[:, slice(*rows)] = result.transpose(1, 2).to(out.dtype)

@@ -70,7 +70,9 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
   float* const queries = keys + p.head_dim * ld_keys;
   float* const lse = queries + p.head_dim * ld_queries;
   float* const sums = lse + ld_queries;
-  float* const mean = sums + kColumnTile;
+  float* const total = sums + kColumnTile;
+  float* const lost = total + kColumnTile;
+  float* const mean = lost + kColumnTile;
   __builtin_memset(mean, 0, kColumnTile * sizeof(float));
 
   // The number of rows goes by position alone; those that a sliding window hides add nothing.
@@ -94,16 +96,18 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
     for (int g = 0; g < group.count; ++g) {
       const Head head = p.heads[group.entry[g]];
       const T* const source = head_of<T>(p.q, row, p.q_row, head.query, p.q_head);
-      __builtin_memset(sums, 0, kColumnTile * sizeof(float));
+      __builtin_memset(total, 0, 2 * kColumnTile * sizeof(float)); // and lost
       for (int64_t offset = from; offset < to; offset += at_once) {
         const int64_t last = smaller(offset + at_once, to);
         const int64_t columns = whole_vectors(last - offset + kLanes - 1);
         load_transposed(source, p.q_token, p.head_dim, s0 + offset, columns, s0, end, queries, ld_queries);
         load_lse(p, row, head, s0 + offset, columns, s0, end, lse);
+        __builtin_memset(sums, 0, kColumnTile * sizeof(float));
         add_rows(p, s0, end, hi, offset, last, n_vectors, keys, ld_keys, queries, ld_queries, lse, sums);
+        for (int64_t c = 0; c < n_vectors * kLanes; c += kLanes) add_to(total + c, lost + c, load(sums + c));
       }
       for (int64_t c = 0; c < count; ++c) {
-        const float value = inverse[c] > 0 ? sums[c] * inverse[c] : 0.0f;
+        const float value = inverse[c] > 0 ? total[c] * inverse[c] : 0.0f;
         mean[c] += value;
         if (p.per_head) p.out[(row * p.n_heads + group.entry[g]) * p.tokens + s0 + c] = value;
       }

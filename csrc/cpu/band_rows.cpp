@@ -11,17 +11,18 @@
 namespace rhythm {
 namespace RHYTHM_CAPABILITY {
 
-// Add A (W - distance) of the distances [near, far] to band[g * kMaxStrip + lane] for the rows t .. t + kLanes - 1 of
-// `count` heads (head g's transposed rows at g * step of `rows`, its lse at g * kMaxStrip). Column 0 of `keys` is token
-// t - far.
+// Add A (W - distance) of the distances [near, far], summed by themselves, to band[g * kMaxStrip + lane] for the rows
+// t .. t + kLanes - 1 of `count` heads (head g's transposed rows at g * step of `rows`, its lse at g * kMaxStrip).
+// Column 0 of `keys` is token t - far.
 static void add_band(const Problem& p, int64_t t, int64_t start, int64_t near, int64_t far, const float* rows,
-                     int64_t step, const float* keys, int64_t ld_keys, const float* lse, int count, float* band) {
+                     int64_t step, const float* keys, int64_t ld_keys, const float* lse, int count, float* band,
+                     float* lost) {
   const Int lanes = lane_index();
   Vec dots[kAccumulators];
   for (int g = 0; g < count; g += kMaxFixed) {
     const int fixed = count - g < kMaxFixed ? count - g : kMaxFixed;
     Vec sums[kMaxFixed];
-    for (int f = 0; f < fixed; ++f) sums[f] = load(band + (g + f) * kMaxStrip);
+    for (int f = 0; f < fixed; ++f) sums[f] = Vec{};
     int moved = 0;
     for (int64_t distance = far; distance >= near; distance -= moved) {
       moved = (int)smaller(moved_for(fixed), distance - near + 1);
@@ -36,7 +37,7 @@ static void add_band(const Problem& p, int64_t t, int64_t start, int64_t near, i
         }
       }
     }
-    for (int f = 0; f < fixed; ++f) store(band + (g + f) * kMaxStrip, sums[f]);
+    for (int f = 0; f < fixed; ++f) add_to(band + (g + f) * kMaxStrip, lost + (g + f) * kMaxStrip, sums[f]);
   }
 }
 
@@ -52,7 +53,8 @@ static void run_strip(const Problem& p, const Sequence& seq, int64_t t0, int64_t
   float* const keys = queries + kMaxGroup * p.head_dim * kMaxLanes;
   float* const lse = keys + p.head_dim * ld_keys; // [g][kMaxStrip]
   float* const band = lse + kMaxGroup * kMaxStrip;
-  float* const mean = band + kMaxGroup * kMaxStrip;
+  float* const lost = band + kMaxGroup * kMaxStrip;
+  float* const mean = lost + kMaxGroup * kMaxStrip;
   __builtin_memset(mean, 0, kMaxStrip * sizeof(float));
 
   const int64_t farthest = smaller(smaller(p.window - 1, p.score.window_left), last - 1 - seq.start);
@@ -60,7 +62,7 @@ static void run_strip(const Problem& p, const Sequence& seq, int64_t t0, int64_t
   for (int64_t i = 0; i < p.n_groups; ++i) {
     const HeadGroup& group = p.groups[i];
     const T* const kv = head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head);
-    __builtin_memset(band, 0, group.count * kMaxStrip * sizeof(float));
+    __builtin_memset(band, 0, 2 * kMaxGroup * kMaxStrip * sizeof(float)); // and lost
     for (int g = 0; g < group.count; ++g)
       load_lse(p, row, p.heads[group.entry[g]], t0, width, t0, last, lse + g * kMaxStrip);
     for (int64_t near = 0; near <= farthest; near += kBandChunk) {
@@ -73,7 +75,8 @@ static void run_strip(const Problem& p, const Sequence& seq, int64_t t0, int64_t
         for (int g = 0; g < group.count; ++g)
           load_transposed(head_of<T>(p.q, row, p.q_row, p.heads[group.entry[g]].query, p.q_head), p.q_token,
                           p.head_dim, t0 + r, kLanes, t0, last, queries + g * step, kLanes);
-        add_band(p, t0 + r, seq.start, near, far, queries, step, keys + r, ld_keys, lse + r, group.count, band + r);
+        add_band(p, t0 + r, seq.start, near, far, queries, step, keys + r, ld_keys, lse + r, group.count, band + r,
+                 lost + r);
       }
     }
     for (int g = 0; g < group.count; ++g) {

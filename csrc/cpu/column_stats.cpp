@@ -15,11 +15,11 @@ namespace RHYTHM_CAPABILITY {
 constexpr float kUnit = 16777216.0f;
 
 // Per key: rows counted, their mean (the plain sum where the mean alone is wanted), and the sums of the second to
-// fourth power of what is left after the mean.
+// fourth power of what is left after the mean. The mean is a long sum of small steps: `lost` is what they rounded off.
 struct Moments {
-  float count[kStatsTile], mean[kStatsTile], m2[kStatsTile], m3[kStatsTile], m4[kStatsTile];
+  float count[kStatsTile], mean[kStatsTile], lost[kStatsTile], m2[kStatsTile], m3[kStatsTile], m4[kStatsTile];
 };
-static_assert(sizeof(Moments) == 5 * kStatsTile * sizeof(float), "column_stats_scratch counts these");
+static_assert(sizeof(Moments) == 6 * kStatsTile * sizeof(float), "column_stats_scratch counts these");
 
 static void merge(Moments& into, int64_t c, Vec count, Vec mean, Vec m2, Vec m3, Vec m4) {
   const Vec na = load(into.count + c), nb = count;
@@ -27,7 +27,7 @@ static void merge(Moments& into, int64_t c, Vec count, Vec mean, Vec m2, Vec m3,
   const Vec share = select(n > Vec{}, nb / select(n > Vec{}, n, splat(1.0f)), Vec{}); // nb / n
   const Vec rest = 1.0f - share;                                                     // na / n
   const Vec a2 = load(into.m2 + c), a3 = load(into.m3 + c);
-  const Vec delta = mean - load(into.mean + c);
+  const Vec delta = mean - load(into.mean + c) + load(into.lost + c);
   const Vec step = delta * share; // what the mean moves by
   const Vec cross = delta * na * step;
   store(into.m4 + c, load(into.m4 + c) + m4 + cross * delta * delta * (rest * rest - rest * share + share * share) +
@@ -35,7 +35,7 @@ static void merge(Moments& into, int64_t c, Vec count, Vec mean, Vec m2, Vec m3,
                          4.0f * delta * (rest * m3 - share * a3));
   store(into.m3 + c, a3 + m3 + cross * delta * (rest - share) + 3.0f * delta * (rest * m2 - share * a2));
   store(into.m2 + c, a2 + m2 + cross);
-  store(into.mean + c, load(into.mean + c) + step);
+  add_to(into.mean + c, into.lost + c, step);
   store(into.count + c, n);
 }
 
@@ -58,7 +58,7 @@ static void take_rows(const Problem& p, int64_t s, int64_t t0, int64_t count, fl
   }
   const Vec rows = __builtin_convertvector(counted, Vec);
   if (!p.moments) {
-    store(state.mean + c, load(state.mean + c) + sum);
+    add_to(state.mean + c, state.lost + c, sum);
     store(state.count + c, load(state.count + c) + rows);
     return;
   }

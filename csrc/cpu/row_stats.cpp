@@ -10,12 +10,20 @@
 namespace rhythm {
 namespace RHYTHM_CAPABILITY {
 
-// What the online softmax of one head of the tile carries, a float a row: the running maximum, and the sums of
-// e = exp(x - maximum), of e (t - s) (distances, as t - sum e s would cancel) and of e max(W - (t - s), 0).
+// What the online softmax of one head of the tile carries, a float a row: the running maximum (from the sink on, where
+// there is one), and over the keys alone the sums of e = exp(x - maximum), of e (t - s) (distances, as t - sum e s would
+// cancel) and of e max(W - (t - s), 0). A chunk is summed by itself and then added at once, and what that rounds away is
+// kept: single keys would vanish beside a first key, or a sink, that has nearly all of the row.
 struct Running {
   float maximum[kRowTile], sum[kRowTile], distance[kRowTile], band[kRowTile];
+  float sum_lost[kRowTile], distance_lost[kRowTile], band_lost[kRowTile];
+
+  void rescale(int64_t r, Vec factor) {
+    float* const sums[] = {sum, distance, band, sum_lost, distance_lost, band_lost};
+    for (float* values : sums) store(values + r, load(values + r) * factor);
+  }
 };
-static_assert(sizeof(Running) == 4 * kRowTile * sizeof(float), "row_stats_scratch counts these");
+static_assert(sizeof(Running) == 7 * kRowTile * sizeof(float), "row_stats_scratch counts these");
 
 // Take in the keys s0 .. s0 + count - 1 of one vector of rows starting at token t: dots[n * kRowTile + lane].
 static void take_keys(const Problem& p, int64_t t, int64_t s0, int64_t count, float* dots, Running& state,
@@ -37,10 +45,8 @@ static void take_keys(const Problem& p, int64_t t, int64_t s0, int64_t count, fl
   }
   // A row that has seen no key yet keeps -inf; its exponentials are taken from 0 and are all 0.
   const Vec origin = select(maximum == minus_inf, Vec{}, maximum);
-  const Vec rescale = exp(before - origin);
-  Vec sum = load(state.sum + r) * rescale;
-  Vec far = load(state.distance + r) * rescale;
-  Vec band = load(state.band + r) * rescale;
+  state.rescale(r, exp(before - origin));
+  Vec sum = Vec{}, far = Vec{}, band = Vec{};
   Vec distance = lane_number() + (float)(t - s0);
   const bool near = t - (s0 + count - 1) < p.window;
   for (int64_t n = 0; n < count; ++n) {
@@ -55,9 +61,9 @@ static void take_keys(const Problem& p, int64_t t, int64_t s0, int64_t count, fl
     distance -= 1.0f;
   }
   store(state.maximum + r, maximum);
-  store(state.sum + r, sum);
-  store(state.distance + r, far);
-  store(state.band + r, band);
+  add_to(state.sum + r, state.sum_lost + r, sum);
+  add_to(state.distance + r, state.distance_lost + r, far);
+  if (near) add_to(state.band + r, state.band_lost + r, band);
 }
 
 // lse, WAAD and span of `rows` rows of one head, from what was carried.
@@ -65,20 +71,22 @@ static void finish(const Problem& p, const Tile& tile, int32_t entry, const Runn
                    float* span_mean) {
   const int64_t rows = tile.last - tile.first, row = tile.seq.row;
   const int64_t at = (row * p.n_heads + entry) * p.tokens + tile.first;
-  float waad[kRowTile], span[kRowTile];
-  for (int64_t r = 0; r < rows; ++r) p.out_lse[at + r] = state.maximum[r] + __builtin_logf(state.sum[r]);
+  float whole[kRowTile], waad[kRowTile], span[kRowTile];
   for (int64_t r = 0; r < rows; r += kLanes) {
     const Vec sum = load(state.sum + r);
-    Vec rowsum = splat(1.0f);
+    Vec all = sum;
     if (p.score.sinks != nullptr)
-      rowsum = 1.0f - exp(p.score.sinks[p.heads[entry].query] - load(state.maximum + r)) / sum;
-    const Vec w = waad_from_band(rowsum, load(state.band + r) / sum, (float)p.window);
-    const Vec d = load(state.distance + r) / sum;
+      all += exp(p.score.sinks[p.heads[entry].query] - load(state.maximum + r));
+    // Not 1 - the sink's share: that would be known to 1e-7 of the row, and not of what the sink leaves.
+    const Vec w = waad_from_band(sum / all, load(state.band + r) / all, (float)p.window);
+    const Vec d = load(state.distance + r) / all;
+    store(whole + r, all);
     store(waad + r, w);
     store(span + r, d);
     store(waad_mean + r, load(waad_mean + r) + w);
     store(span_mean + r, load(span_mean + r) + d);
   }
+  for (int64_t r = 0; r < rows; ++r) p.out_lse[at + r] = state.maximum[r] + __builtin_logf(whole[r]);
   if (p.per_head) {
     __builtin_memcpy(p.out + at, waad, rows * sizeof(float));
     __builtin_memcpy(p.out_span + at, span, rows * sizeof(float));
@@ -107,11 +115,8 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
       load_transposed(head_of<T>(p.q, row, p.q_row, head.query, p.q_head), p.q_token, p.head_dim, t0, width, t0,
                       tile.last, queries + g * step, ld_rows);
       __builtin_memset(&states[g], 0, sizeof(Running));
-      const bool sink = p.score.sinks != nullptr;
-      for (int64_t r = 0; r < kRowTile; ++r) {
-        states[g].maximum[r] = sink ? p.score.sinks[head.query] : -__builtin_inff();
-        states[g].sum[r] = sink ? 1.0f : 0.0f;
-      }
+      const float from = p.score.sinks != nullptr ? p.score.sinks[head.query] : -__builtin_inff();
+      for (int64_t r = 0; r < kRowTile; ++r) states[g].maximum[r] = from;
     }
     const T* const kv = head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head);
     for (int64_t s = first_key; s < tile.last; s += kChunk) {

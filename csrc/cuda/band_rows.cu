@@ -61,15 +61,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
         float x[kTiles][4];
         products(queries, keys, head_dim, x);
         exponents(x, p, [&](int, int i) { return lse[i / 2]; });
+        // A chunk's pairs join the sum at once: one by one they would vanish beside a key that has nearly all of a row.
+        float part[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int distance = row[i / 2] - (s0 + kPassing * tile + 2 * lane.column + i % 2);
             const bool near = static_cast<unsigned>(distance) <= static_cast<unsigned>(far);
-            sum[i / 2] += near ? exp_of(x[tile][i]) * static_cast<float>(window - distance) : 0.0f;
+            part[i / 2] += near ? exp_of(x[tile][i]) * static_cast<float>(window - distance) : 0.0f;
           }
         }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) sum[half] += part[half];
       }
 
       float value[2];

@@ -26,7 +26,7 @@ static inline int64_t band_rows_key_columns(const Problem& p) {
   return padded(band_rows_strip(p) + (p.window < kBandChunk ? p.window : kBandChunk) + kMaxLanes);
 }
 static inline int64_t band_rows_scratch(const Problem& p) {
-  return p.head_dim * (kMaxGroup * kMaxLanes + band_rows_key_columns(p)) + (2 * kMaxGroup + 1) * kMaxStrip;
+  return p.head_dim * (kMaxGroup * kMaxLanes + band_rows_key_columns(p)) + (3 * kMaxGroup + 1) * kMaxStrip;
 }
 
 static inline int64_t band_columns_positions(const Problem& p) {
@@ -36,16 +36,16 @@ static inline int64_t band_columns_positions(const Problem& p) {
 
 static inline int64_t band_columns_scratch(const Problem& p) {
   const int64_t positions = padded(band_columns_positions(p) + kMaxLanes);
-  return p.head_dim * (padded(kColumnTile) + positions) + positions + 2 * kColumnTile;
+  return p.head_dim * (padded(kColumnTile) + positions) + positions + 4 * kColumnTile;
 }
 
 static inline int64_t row_stats_scratch(const Problem& p) {
   return p.head_dim * (kMaxGroup * padded(kRowTile) + kChunk) + kChunk * kRowTile +
-         (4 * kMaxGroup + 2) * kRowTile;
+         (7 * kMaxGroup + 2) * kRowTile;
 }
 
 static inline int64_t column_stats_scratch(const Problem& p) {
-  return p.head_dim * (padded(kStatsTile) + kChunk) + kChunk * kStatsTile + kChunk + 10 * kStatsTile;
+  return p.head_dim * (padded(kStatsTile) + kChunk) + kChunk * kStatsTile + kChunk + 11 * kStatsTile;
 }
 
 // Defines the task `pass` of this capability from `run<T>(problem, tile, scratch)`, T the element type of q and k.

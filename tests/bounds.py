@@ -1,0 +1,52 @@
+"""How far each measure may be from float64, and how far it was: the one source of every tolerance.
+
+The tests are held to these functions, and `docs/kernels.md` prints :func:`table`. Of measures that are given a
+log-sum-exp, the float32 number given is meant, itself half a unit in its last place off.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rhythm_kernels.reference import ColumnMoments
+
+OUT = 1e-5  # of attention's float32 output, relative to the largest value
+GRADIENT = 1e-5  # of a gradient, relative to what the sizes of its terms come to
+MOMENT = 1e-3  # of a column's mean, variance, skewness and kurtosis, relative
+
+
+def lse(size: Tensor | float) -> Tensor | float:
+    """Of a log-sum-exp of this size."""
+    return 1e-4 * (size.abs().nan_to_num(posinf=1).clamp(min=1) if isinstance(size, Tensor) else max(1.0, abs(size)))
+
+
+def waad(window: int) -> float:
+    """In tokens, whatever T. Without a given lse it is this share of what a sink leaves to the keys."""
+    return 1e-4 * max(1.0, window / 10)
+
+
+def fai() -> float:
+    """Of a mean of attention weights, at most 1, whatever T and the horizon."""
+    return 1e-4
+
+
+def span(length: int) -> float:
+    """In tokens: span is at most T, and its bound grows with it."""
+    return 1e-4 * length
+
+
+def moments(want: ColumnMoments) -> ColumnMoments:
+    """Of each of them. Below a deviation of 1e-3 of the mean skewness and kurtosis are float32's noise: see `seen`."""
+    return ColumnMoments(
+        want.count * 0 + MOMENT,
+        MOMENT * want.mean + 1e-12,
+        MOMENT * want.variance + 1e-9 * want.mean**2 + 1e-30,
+        MOMENT * want.skewness.abs().clamp(min=1),
+        MOMENT * want.kurtosis.abs().clamp(min=1),
+    )
+
+
+def seen(want: ColumnMoments) -> Tensor:
+    """Where one head's attention varies enough for float32 to carry a third or fourth moment."""
+    deviation = want.variance.sqrt()
+    return (deviation == 0) | ((deviation > 1e-3 * want.mean) & (deviation > 1e-15))

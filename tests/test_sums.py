@@ -1,0 +1,57 @@
+"""Long sums of the compiled and the tile-wise passes: a sink, a dominant first key, uniform rows; to 32,768 tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+import rhythm_kernels as rk
+
+from .sums import FIRST, PASSES, SINKS, Head, errors, gradient_errors, hold
+
+BACKENDS = [name for name in ("torch", "cpu") if not rk.backends()[name]]
+KINDS = {"sinks": SINKS, "first key": FIRST}
+# What costs minutes with all heads: those that were farthest off.
+LONG = {
+    ("cpu", "sinks"): (Head(sink=4), Head(sink=12), Head(sink=16, spread=1)),
+    ("cpu", "first key"): (Head(), Head(first=12), Head(first=16, spread=1)),
+    ("torch", "sinks"): (Head(sink=12),),
+    ("torch", "first key"): (Head(), Head(first=12)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_pass(backend: str, kind: str) -> None:
+    hold(errors(KINDS[kind], 4096, backend, PASSES[backend]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bands_as_wide_as_the_sequence(backend: str, kind: str) -> None:
+    hold(errors(KINDS[kind][1::2], 2048, backend, PASSES[backend][:3], window=2048, horizon=(10, 2048)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(kind: str) -> None:
+    hold(gradient_errors(KINDS[kind], 1024, "torch"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_pass_at_32768(backend: str, kind: str) -> None:
+    hold(errors(LONG[backend, kind], 32_768, backend, PASSES[backend]))
+
+
+@pytest.mark.long
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled passes are not built")
+@pytest.mark.parametrize("head", [Head(sink=12), Head(first=12)])
+def test_wide_bands_at_32768(head: Head) -> None:
+    hold(errors([head], 32_768, "cpu", ("band_rows", "band_columns"), window=32_768, horizon=(10, 32_768)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_at_4096(kind: str) -> None:
+    hold(gradient_errors(KINDS[kind], 4096, "torch"))
