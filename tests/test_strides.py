@@ -156,7 +156,8 @@ def test_attention_and_its_gradient(rule: str, tensor: str, backend: str) -> Non
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         every = drawn(dtype, device)
         if rule == "plain":
-            every["v"], every["grad"] = torch.randn_like(every["k"]), torch.randn_like(every["q"])
+            # A key head for every query head: those of a group are copied.
+            every |= {name: torch.randn_like(every["q"]) for name in ("k", "v", "grad")}
         for layout, lay in layouts(backend, dtype):
             given = every | {tensor: lay(every[tensor])}
             rules = {} if rule == "plain" else {"softcap": 5.0, "window_size": (11, 0)}
