@@ -50,3 +50,27 @@ def seen(want: ColumnMoments) -> Tensor:
     """Where one head's attention varies enough for float32 to carry a third or fourth moment."""
     deviation = want.variance.sqrt()
     return (deviation == 0) | ((deviation > 1e-3 * want.mean) & (deviation > 1e-15))
+
+
+# Largest errors of `tests/sums.py` as shares of their bounds, on rows with sinks, a dominant first key and uniform rows
+# (`pytest -rP` prints them): at these lengths, bands of CUDA as wide as the sequence.
+MEASURED_AT = {"cpu": 32_768, "torch": 32_768, "triton": 4096, "cuda": 4096}
+MEASURED: dict[str, tuple[float | None, ...]] = {}
+
+
+def table() -> list[str]:
+    """The lines of the table in docs/kernels.md."""
+    heads = (f"{name}, T = {length:,}" for name, length in MEASURED_AT.items())
+    lines = ["| pass: measure | bound | " + " | ".join(heads) + " |", "| --- | --- |" + " --- |" * len(MEASURED_AT)]
+    for name, shares in MEASURED.items():
+        words = ("" if share is None else f"{100 * share:.2g}%" for share in shares)
+        lines.append(f"| {name} | {WORDS[name.split(': ')[1].split(',')[0]]} | " + " | ".join(words) + " |")
+    return lines
+
+
+WORDS = {
+    "lse": "`1e-4 max(1, |lse|)`",
+    "waad": "`1e-4 max(1, W / 10)`",
+    "fai": "1e-4",
+    "span": "`1e-4 T`",
+}

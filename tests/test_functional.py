@@ -10,6 +10,7 @@ import torch
 import rhythm_kernels as rk
 from rhythm_kernels import reference
 
+from . import bounds
 from .cases import CASES, Case, check, random_cases
 
 # Backends that can be forced on CPU tensors here; Triton's interpreter has its own, smaller runs in tests/triton.
@@ -133,9 +134,9 @@ def test_attention_with_rhythm(case: Case, backend: str | None) -> None:
         floor = 2e-6 * (1 + want.abs().max())
         assert (got - want).abs().max() <= 2 * (plain - want).abs().max() + floor, name
     assert not lse.requires_grad and not stats.waad.requires_grad
-    torch.testing.assert_close(lse.double(), lse64, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(stats.waad.double(), stats64.waad, atol=1e-4, rtol=0)
-    torch.testing.assert_close(stats.span.double(), stats64.span, atol=1e-4 * q.shape[-3], rtol=0)
+    assert ((lse.double() - lse64).abs().nan_to_num() <= bounds.lse(lse64)).all()
+    torch.testing.assert_close(stats.waad.double(), stats64.waad, atol=bounds.waad(case.window), rtol=0)
+    torch.testing.assert_close(stats.span.double(), stats64.span, atol=bounds.span(q.shape[-3]), rtol=0)
 
 
 @pytest.mark.parametrize("backend", [None, "torch"])

@@ -14,6 +14,7 @@ from benchmarks.problem import AttentionProblem
 from benchmarks.shapes import AttentionShape
 from rhythm_kernels import ops, reference
 from rhythm_kernels.credit import CREDIT_MODES
+from tests import bounds
 from tests.cases import Case, check
 
 Device = torch.device | str
@@ -37,11 +38,11 @@ def check_bands(case: Case, backend: str, device: Device) -> None:
     lse = reference.attention_lse(q.double(), k.double(), **rule).float()
     waad = rk.waad(q, k, lse, window=case.window, backend=backend, **options)
     want = reference.waad(q.double(), k.double(), window=case.window, **options)
-    assert (waad.double() - want).abs().max() < 1e-4 * max(1, case.window / 10)
+    assert (waad.double() - want).abs().max() < bounds.waad(case.window)
     if case.horizon[1] is not None:
         fai = rk.fai(q, k, lse, horizon=case.horizon, backend=backend, **options)
         want = reference.fai(q.double(), k.double(), horizon=case.horizon, **options)
-        assert (fai.double() - want).abs().max() < 1e-4
+        assert (fai.double() - want).abs().max() < bounds.fai()
 
 
 def check_case(case: Case, backend: str, device: Device) -> None:

@@ -15,6 +15,7 @@ import rhythm_kernels as rk
 from rhythm_kernels import ops, reference
 from rhythm_kernels.canonical import canonical
 from rhythm_kernels.triton import configs
+from tests import bounds
 from tests.cases import CASES, Case, random_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,27 +76,27 @@ def check(case: Case, size: int) -> None:
     got = run(rk.attention_with_rhythm, tensors, case.dtype, backend="triton", **options)
     length = tensors[0].shape[-3]
     size_of_lse = float(torch.where(want[1].isfinite(), want[1], 0.0).abs().max())
-    bounds = {"lse": 1e-4, "waad": 1e-4 * max(1, case.window / 10), "span": 1e-4 * length}
+    of_statistics = {"lse": bounds.lse(1), "waad": bounds.waad(case.window), "span": bounds.span(length)}
     # A unit in the last place of the result's type. Interpreted, bfloat16 is multiplied as float32; on a GPU, and
     # for float16 anywhere, weights and their gradients are rounded once more before each product.
     rounding = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2**-8 if DEVICE == "cpu" else 2e-2}
     for name, g, w, p in zip(NAMES, got, want, plain, strict=True):
         assert g.shape == w.shape, name
-        assert g.dtype == (torch.float32 if name in bounds else case.dtype), name
+        assert g.dtype == (torch.float32 if name in of_statistics else case.dtype), name
         assert torch.equal(g.isfinite(), w.isfinite()), name
         live = w.isfinite()
         if not bool(live.any()):
             continue
         error = float((g.double() - w)[live].abs().max())
         largest = float(w[live].abs().max())
-        if name in bounds:
-            bound = bounds[name] * (max(1.0, largest) if name == "lse" else 1.0)
+        if name in of_statistics:
+            bound = of_statistics[name] * (max(1.0, largest) if name == "lse" else 1.0)
         else:
             # The gradients are rounded themselves, and start from an out and an lse that were.
             rounded = rounding[case.dtype] if name == "out" else 2 * rounding[case.dtype] + size_of_lse * 2**-22
             bound = 2 * float((p - w)[live].abs().max()) + rounded * (1 + largest)
         assert error <= bound, f"{name}: {error:.3g}, at most {bound:.3g}"
-        if name not in bounds:
+        if name not in of_statistics:
             dead = want[1].isinf().all(-2)
             assert bool((g[dead] == 0).all()), f"{name} is not 0 at tokens without attention"
 

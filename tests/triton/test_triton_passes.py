@@ -11,6 +11,7 @@ from torch import Tensor
 from triton_cases import DEVICE, Case
 
 import rhythm_kernels.triton as rhythm_triton
+from tests import bounds
 
 CASES = {
     "plain": Case(),
@@ -64,7 +65,7 @@ def close(got: Tensor, want: Tensor, tolerance: float) -> None:
 
 def check_band_rows(case: Case, window: int = WINDOW) -> None:
     want = case.dense(cases.waad(window))
-    tolerance = 1e-4 * max(1, window / 10)
+    tolerance = bounds.waad(window)
     for per_head, expected in ((False, want.mean(1)), (True, want)):
         got = rhythm_triton.band_rows(**case.given(case.lse()), window=window, per_head=per_head)
         close(got, expected, tolerance)
@@ -75,7 +76,7 @@ def check_band_columns(case: Case, lo: int, hi: int) -> None:
     want = case.dense(cases.fai(lo, hi))
     for per_head, expected in ((False, want.mean(1)), (True, want)):
         got = rhythm_triton.band_columns(**case.given(case.lse()), lo=lo, hi=hi, per_head=per_head)
-        close(got, expected, 1e-4)
+        close(got, expected, bounds.fai())
 
 
 def check_row_stats(case: Case, window: int = WINDOW) -> None:
@@ -85,9 +86,9 @@ def check_row_stats(case: Case, window: int = WINDOW) -> None:
     largest = float(lse[lse.isfinite()].abs().max()) if bool(lse.isfinite().any()) else 0.0
     for per_head in (False, True):
         got = rhythm_triton.row_stats(**case.given(), window=window, per_head=per_head)
-        close(got[0], lse, 1e-4 * max(1.0, largest))
-        close(got[1], waad if per_head else waad.mean(1), 1e-4 * max(1, window / 10))
-        close(got[2], span if per_head else span.mean(1), 1e-4 * case.length)
+        close(got[0], lse, bounds.lse(largest))
+        close(got[1], waad if per_head else waad.mean(1), bounds.waad(window))
+        close(got[2], span if per_head else span.mean(1), bounds.span(case.length))
 
 
 def check_column_stats(case: Case, min_distance: int) -> None:
@@ -96,7 +97,7 @@ def check_column_stats(case: Case, min_distance: int) -> None:
         arguments = {**case.given(case.lse()), "min_distance": min_distance, "per_head": per_head}
         mean = rhythm_triton.column_stats(**arguments, moments=False)
         assert mean.shape[0] == 1
-        close(mean[0], want[1], 1e-4)
+        close(mean[0], want[1], bounds.fai())
         got = rhythm_triton.column_stats(**arguments, moments=True)
         close(got[:2], want[:2], 1e-4)
         # Variance by itself, and the ratios where there is one that float32 attention weights can show.
@@ -130,7 +131,7 @@ def test_row_stats(case: Case) -> None:
 def test_any_window_of_waad(window: int) -> None:
     case = Case(length=70, table=[(0, 2, 69, 40)], heads=[1])
     want = case.dense(cases.waad(window))
-    tolerance = 1e-4 * max(1, min(window, 70) / 10)
+    tolerance = bounds.waad(min(window, 70))
     close(rhythm_triton.band_rows(**case.given(case.lse()), window=window, per_head=True), want, tolerance)
     close(rhythm_triton.row_stats(**case.given(), window=window, per_head=True)[1], want, tolerance)
 
@@ -225,6 +226,6 @@ def test_any_strides_of_lse() -> None:
     lse = case.lse()[:, [1, 3]].transpose(1, 2).contiguous().transpose(1, 2)
     given_arguments = case.given(lse) | {"heads": torch.tensor([[3, 1], [1, 0]], dtype=torch.int32, device=DEVICE)}
     got = rhythm_triton.band_rows(**given_arguments, window=WINDOW, per_head=True)
-    close(got, case.dense(cases.waad(WINDOW)), 1e-4)
+    close(got, case.dense(cases.waad(WINDOW)), bounds.waad(WINDOW))
     got = rhythm_triton.band_columns(**given_arguments, lo=2, hi=9, per_head=True)
-    close(got, case.dense(cases.fai(2, 9)), 1e-4)
+    close(got, case.dense(cases.fai(2, 9)), bounds.fai())
