@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from . import torch_attention
-from .tiles import KEY_TILE, add_to, host_max, host_min, logits, ranges, row_tile, sink_peak, token_table, visible
+from .tiles import (
+    KEY_TILE,
+    add_to,
+    host_max,
+    host_min,
+    logits,
+    ranges,
+    row_tile,
+    sink_mass,
+    sink_peak,
+    token_table,
+    visible,
+)
 from .torch_credit import credit as credit
 
 MOMENT_SCALE = 2.0**24
@@ -151,7 +163,7 @@ def row_stats(
             peak = new_peak
         total, near, far = sums
         if sink is not None:
-            total = total + torch.where(peak == sink, 1.0, torch.exp(sink - peak))
+            total = total + sink_mass(sink, peak)
         tile = (slice(None), slice(None), slice(*rows))
         # A live row sees itself: 0 / 0 comes of logits of -inf alone, and is NaN as it should; other rows are cleared.
         lse[tile] = peak + torch.log(total)

@@ -317,7 +317,7 @@ def column_moments(
         mean = torch.where(rows, maps, 0.0).sum(dim=1) / count.clamp(min=1)
         central = torch.where(rows, maps - mean[:, None, :], 0.0)
         m2, m3, m4 = ((central**p).sum(dim=1) / count.clamp(min=1) for p in (2, 3, 4))
-        spread = (m2 != 0) & (count >= 2)  # NaN is not 0: it goes on into all three
+        spread = (m2 * m2 != 0) & (count >= 2)  # NaN is not 0: it goes on into all three
         safe = torch.where(spread, m2, 1.0)
         variance = torch.where(count >= 2, m2, 0.0)
         skewness = torch.where(spread, m3 / safe**1.5, 0.0)

@@ -96,6 +96,19 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(a, b).float()
 
 
+def product_of_seen(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """`weights @ values`, where weights are 0 outside of `seen`.
+
+    0 times NaN is NaN: what is not finite in `values`, in padding or in another sequence, must reach only the rows that
+    see it. Values in CUDA tensors are not read by the host, so that there the care is always taken.
+    """
+    odd = ~values.isfinite()
+    if values.device.type == "cpu" and not bool(odd.any()):
+        return product(weights, values)
+    touched = torch.matmul(seen.to(values.dtype), odd.to(values.dtype)) > 0
+    return torch.where(touched, product(weights, values), product(weights, values.masked_fill(odd, 0.0)))
+
+
 def add_to(total: Tensor, lost: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
     """`total + term`, and what its rounding, and those before it, took too much (Kahan).
 
@@ -127,6 +140,12 @@ def logits(
 def sink_peak(sinks: Tensor) -> Tensor:
     """Where an online softmax with sinks starts: the sinks, NaN for `+inf`, beside which no key has a share."""
     return torch.where(sinks == float("inf"), float("nan"), sinks)
+
+
+def sink_mass(sink: Tensor, peak: Tensor) -> Tensor:
+    """A sink's share of a softmax, relative to the peak; one of `-inf` has none, also where all logits are `-inf`."""
+    mass = torch.where(peak == sink, 1.0, torch.exp(sink - peak))
+    return torch.where(sink == float("-inf"), 0.0, mass)
 
 
 def visible(tokens: Tokens, rows: tuple[int, int], keys: tuple[int, int], window_left: int) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,10 @@ from .tiles import (
     host_min,
     logits,
     product,
+    product_of_seen,
     ranges,
     row_tile,
+    sink_mass,
     sink_peak,
     token_table,
     visible,
@@ -105,10 +107,10 @@ def _tiled(
             values = v[:, slice(*keys)].index_select(2, value_heads).float().transpose(1, 2)
             total, lost = add_to(total * decay, lost * decay, weights.sum(dim=-1))
             decay = decay[..., None]
-            mixed, mixed_lost = add_to(mixed * decay, mixed_lost * decay, product(weights, values))
+            mixed, mixed_lost = add_to(mixed * decay, mixed_lost * decay, product_of_seen(weights, values, mask))
             peak = new_peak
         if sink is not None:
-            total = total + torch.where(peak == sink, 1.0, torch.exp(sink - peak))
+            total = total + sink_mass(sink, peak)
         live = (tokens.end[:, slice(*rows)] > tokens.start[:, slice(*rows)])[:, None]
         result = torch.where(live[..., None], mixed / total[..., None], 0.0)
         out[:, slice(*rows)] = result.transpose(1, 2).to(out.dtype)
@@ -155,9 +157,10 @@ def backward(
                 dx = dx * (1 - (x / softcap) ** 2)
             dx = torch.where(mask, dx, 0.0) * scale
             keys_of_heads = k[:, slice(*keys)].index_select(2, kv_heads).float().transpose(1, 2)
-            dq[:, slice(*rows)] += product(dx, keys_of_heads).transpose(1, 2)
-            dk[:, slice(*keys)] += product(dx.transpose(-1, -2), queries).transpose(1, 2)
-            dv[:, slice(*keys)] += product(weights.transpose(-1, -2), upstream).transpose(1, 2)
+            dq[:, slice(*rows)] += product_of_seen(dx, keys_of_heads, mask).transpose(1, 2)
+            seen_by = mask.transpose(-1, -2)
+            dk[:, slice(*keys)] += product_of_seen(dx.transpose(-1, -2), queries, seen_by).transpose(1, 2)
+            dv[:, slice(*keys)] += product_of_seen(weights.transpose(-1, -2), upstream, seen_by).transpose(1, 2)
     dk, dv = (x.unflatten(2, (k.shape[2], -1)).sum(dim=3) for x in (dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 

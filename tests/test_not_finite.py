@@ -177,22 +177,24 @@ def test_a_sink_beyond_float32_is_infinite(backend: str) -> None:
     assert rk.fai(q, k, horizon=(0, 3), sinks=sinks, backend=backend, per_head=True)[:, HEAD].isnan().all()
 
 
+@pytest.mark.parametrize("sunk", [False, True], ids=["no sink", "a sink of -inf"])
 @pytest.mark.parametrize("backend", MEASURING, indirect=True)
-def test_logits_that_are_all_infinite(backend: str) -> None:
+def test_logits_that_are_all_infinite(backend: str, sunk: bool) -> None:
     """A computed lse is -inf where every logit is, NaN where one is +inf; the measures are NaN beside either."""
     device = device_of(backend)
+    sinks = torch.full((1,), -INF, device=device) if sunk else None
     k = torch.ones(1, 9, 1, 1, device=device)
     for value, kind in ((INF, torch.isnan), (-INF, torch.isneginf)):
         q = torch.ones(1, 9, 1, 1, device=device)
         q[0, 5] = value
-        lse = rk.attention_lse(q, k, backend=backend)
+        lse = rk.attention_lse(q, k, sinks=sinks, backend=backend)
         assert kind(lse[0, 0, 5])
-        fai = rk.fai(q, k, horizon=(1, 2), backend=backend)
-        waad, span = rk.waad(q, k, backend=backend), rk.span(q, k, backend=backend)
+        fai = rk.fai(q, k, horizon=(1, 2), sinks=sinks, backend=backend)
+        waad, span = (measure(q, k, sinks=sinks, backend=backend) for measure in (rk.waad, rk.span))
         assert waad[0].isnan().tolist() == span[0].isnan().tolist() == [t == 5 for t in range(9)]
         assert fai[0].isnan().tolist() == [t in (3, 4) for t in range(9)]
         if backend in ATTENDING:
-            out, lse, stats = rk.attention_with_rhythm(q, k, k, backend=backend)
+            out, lse, stats = rk.attention_with_rhythm(q, k, k, sinks=sinks, backend=backend)
             assert out[0, :, 0, 0].isnan().tolist() == stats.waad[0].isnan().tolist() == [t == 5 for t in range(9)]
             assert kind(lse[0, 0, 5])
 
@@ -213,3 +215,37 @@ def test_attention_of_a_query_or_key_that_is_not_a_number(backend: str, dtype: t
         bad[1, 5] = True
         assert torch.equal(lse[0].isnan(), bad) and torch.equal(out[0].isnan().all(-1).T, bad)
         torch.testing.assert_close(out[0][~bad.T], clean[0][0][~bad.T])
+
+
+@pytest.mark.parametrize("value", [INF, NAN], ids=str)
+@pytest.mark.parametrize("rule", [{}, {"softcap": 5.0}, {"window_size": (4, 0)}, {"sinks": torch.zeros(H)}], ids=str)
+@pytest.mark.parametrize("backend", ATTENDING, indirect=True)
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_stands_outside_a_sequence_does_not_reach_it(
+    packed: bool, backend: str, rule: dict[str, Any], value: float
+) -> None:
+    """Padding, or a neighbour in the pack, that holds NaN: attention and gradients of the rest are as without it."""
+    device, end = device_of(backend), 15
+    rule = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in rule.items()}
+    shape = (T, 1, D) if packed else (1, T, 1, D)
+    whole = [torch.randn(shape[:-2] + (heads, D), device=device) for heads in (H, 1, 1, H)]  # q, k, v, upstream
+    if packed:
+        cu_seqlens = torch.tensor([0, end, T], dtype=torch.int32, device=device)
+        rule |= {"cu_seqlens": cu_seqlens, "max_seqlen": end}
+    else:
+        rule |= {"seq_end": torch.tensor([end], dtype=torch.int32, device=device)}
+
+    def results(tensors: list[Tensor]) -> list[Tensor]:
+        q, k, v = (x.clone().requires_grad_() for x in tensors[:3])
+        out, lse, stats = rk.attention_with_rhythm(q, k, v, backend=backend, **rule)
+        grads = torch.autograd.grad(out, (q, k, v), tensors[3])
+        found = [out.detach(), *grads, stats.waad]
+        return [x[:end] if packed else x[0, :end] for x in found] + [lse[..., :end]]
+
+    before = results(whole)
+    assert all(x.isfinite().all() for x in before)
+    for i in range(4):
+        broken = [x.clone() for x in whole]
+        (broken[i] if packed else broken[i][0])[end + 2 :] = value
+        for a, b in zip(before, results(broken), strict=True):
+            torch.testing.assert_close(b, a, atol=0, rtol=0)

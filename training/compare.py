@@ -26,18 +26,18 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Path:
     runs = [read_run(folder) for folder in folders]
     base = runs[0]
     for run in runs[1:]:
-        for key, one, two in (
-            ("split", base.result["split"], run.result["split"]),
-            ("instances", _instances(base), _instances(run)),
-        ):
-            if one != two:
-                raise RecipeError(f"{run.folder}: evaluated on {two} {key}, {base.folder} on {one}")
+        for key, one in _asked(base).items():
+            if one != (two := _asked(run)[key]):
+                raise RecipeError(f"{run.folder}: evaluated on {two} ({key}), {base.folder} on {one}")
     arms, repeated = group(runs)
     if all(len(arm.runs) == 1 for arm in arms):
         arms = []
     notes = _notes(runs, arms, repeated)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, _page(runs, arms, notes))
+    if output.exists() and not output.is_file():  # /dev/null and other pipes are written to, not replaced
+        output.write_text(_page(runs, arms, notes), encoding="utf-8")
+    else:
+        write_text(output.resolve(), _page(runs, arms, notes))
     if arms:
         print(_text([_SHORT_HEAD, *_short_rows(runs)]), _text([ARM_HEAD, *arm_rows(arms)]), sep="\n\n")
     else:
@@ -50,6 +50,12 @@ def against(base: Run, run: Run, kind: str) -> PairedDifference:
     """How the final model of `run` differs from that of `base`, instance by instance."""
     right = [[c == "1" for c in r.result["after"][kind]["right"]] for r in (base, run)]
     return paired_difference(*right)
+
+
+def _asked(run: Run) -> dict[str, object]:
+    """What settles which instances a run was evaluated on."""
+    task = {f"task.{key}": run.config["task"].get(key) for key in ("name", "level", "numbers")}
+    return {"split": run.result["split"], "instances": _instances(run), **task}
 
 
 def _instances(run: Run) -> int:

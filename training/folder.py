@@ -81,6 +81,8 @@ def read_run(folder: Path) -> Run:
         raise RecipeError(f"{folder}: no finished run ({error.strerror}: {error.filename})") from error
     except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"{folder}: no finished run (a file in it cannot be read: {error})") from error
+    if not _is_config(folder / CONFIG):
+        raise RecipeError(f"{folder}: no finished run ({CONFIG} is not that of a run)")
     return Run(folder, config, result, lines)
 
 
@@ -126,8 +128,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def open_run(folder: Path) -> Iterator[None]:
+def open_run(folder: Path) -> Iterator[str]:
     """The time in which a run writes to `folder`: moves what was there to `previous`, and removes it at the end.
+
+    Gives a sentence about what was there, empty where nothing was.
 
     Raises:
         RecipeError: where another run is writing there, or the folder's names are not those of a run.
@@ -141,11 +145,11 @@ def open_run(folder: Path) -> Iterator[None]:
             _check(folder)
             begun = True
             try:
-                _make_room(folder)
+                note = _make_room(folder)
             except KeyboardInterrupt:
                 _make_room(folder)  # a few renames: nothing that follows has to describe half of them
                 raise
-            yield
+            yield note
             _remove_previous(folder)
     except RecipeError as error:
         raise RecipeError(f"{error}{_earlier(folder) if begun else ''}") from error
@@ -182,7 +186,7 @@ def _check(folder: Path) -> None:
         if odd := _foreign(folder / name):
             raise RecipeError(f"{odd} is not what a run left: move it away, or choose another output.path")
     for place in (folder, folder / PREVIOUS):
-        if (found := _holds(place)) and not _is_config(place / CONFIG):
+        if (found := _holds(place) or _begun(place)) and not _is_config(place / CONFIG):
             raise RecipeError(
                 f"{place / found[0]} is there without the {CONFIG} of a run, so no run wrote it: move it away, or "
                 "choose another output.path"
@@ -191,6 +195,11 @@ def _check(folder: Path) -> None:
 
 def _holds(folder: Path) -> list[str]:
     return [name for name in _MOVED if os.path.lexists(folder / name)]
+
+
+def _begun(folder: Path) -> list[str]:
+    """What was being written when a run was cut off; its first file is its configuration."""
+    return [name + _PARTIAL for name in _MOVED if name != CONFIG and os.path.lexists(folder / (name + _PARTIAL))]
 
 
 def _foreign(folder: Path) -> Path | None:
@@ -208,11 +217,11 @@ def _is_config(path: Path) -> bool:
     except (OSError, ValueError, yaml.YAMLError):
         return False
     groups = {field.name for field in dataclasses.fields(Recipe)}
-    return isinstance(content, dict) and bool(content) and set(content) <= groups
+    return isinstance(content, dict) and set(content) == groups
 
 
-def _make_room(folder: Path) -> None:
-    """Move what an earlier run left to `previous`, or go on with that where it was cut off.
+def _make_room(folder: Path) -> str:
+    """Move what an earlier run left to `previous`, or go on with that where it was cut off; says so in a sentence.
 
     Nothing new is written before `previous.partial` has become `previous`, so all in the two belongs to one run. A
     `previous` that says more (a finished run against the remains of one) stays, and the remains go.
@@ -225,14 +234,17 @@ def _make_room(folder: Path) -> None:
         moving.mkdir(exist_ok=True)
         for name in found:
             os.rename(folder / name, moving / name)
+    removes = ""
     if moving.exists():
         if _worth(previous) > _worth(moving):
             os.rename(moving, removed)
+            removes = f"; what a later run left unfinished in {folder} is removed"
         else:
             if previous.exists():
                 os.rename(previous, removed)
             os.rename(moving, previous)
         _remove(removed)
+    return f"The run before is in {previous} until this one has finished{removes}." if previous.exists() else ""
 
 
 def _remove_previous(folder: Path) -> None:
@@ -276,5 +288,5 @@ def _kept(folder: Path) -> str:
             kept.append(f"{what} in {folder / name}")
         else:
             missing.append(what)
-    text = f"kept: {', '.join(kept) or 'nothing of this run'}"
+    text = f"kept until another run starts there: {', '.join(kept)}" if kept else "kept: nothing of this run"
     return text + (f"; missing: {', '.join(missing)}" if missing else "") + _earlier(folder)

@@ -244,7 +244,7 @@ def _tape(example: dict[str, Any]) -> str:
         waad, fai, gamma = (example[name][i] for name in ("waad", "fai", "gamma"))
         shares = (waad / most["waad"], fai / most["fai"], max(0.0, gamma - 1) / bonus)
         style = ";".join(f"--{name}:{share:.3f}" for name, share in zip("wfg", shares))
-        title = f"{token}  (token {i + 1})&#10;WAAD {waad:.2f}&#10;FAI {fai:.4f}&#10;&gamma; {gamma:g}"
+        title = f"{escape(token)}  (token {i + 1})&#10;WAAD {waad:.2f}&#10;FAI {fai:.4f}&#10;&gamma; {gamma:g}"
         cells.append(
             f'<span class="t" style="{style}" title="{title}"><b>{escape(token)}</b>'
             '<i class="waad"></i><i class="fai"></i><i class="gamma"></i></span>'

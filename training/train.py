@@ -20,11 +20,11 @@ import rhythm_kernels
 
 from .evaluate import Evaluation, evaluate
 from .examples import examples
-from .folder import CONFIG, GROUPS, METRICS, MODEL, PREVIOUS, REPORT, RESULT, open_run, replacing, write_text
+from .folder import CONFIG, GROUPS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, write_text
 from .grpo import Recorder, build_trainer, trainer_config
 from .models import load
 from .puzzles import Countdown, reward_functions
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
 from .report import size, write_report
 from .statistics import paired_difference
 from .tasks.countdown import Instance
@@ -46,11 +46,16 @@ def run(recipe: Recipe) -> Path:
     model, tokenizer = load(recipe)
 
     folder = Path(recipe.output.path)
-    with open_run(folder):
+    if recipe.rhythm.groups is not None and Path(recipe.rhythm.groups).resolve().is_relative_to(folder.resolve()):
+        raise RecipeError(
+            f"rhythm.groups is {recipe.rhythm.groups}: it is in output.path, whose files this run moves away; copy it "
+            "to another folder"
+        )
+    with open_run(folder) as note:
         write_text(folder / CONFIG, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
         print(_headline(recipe, model))
-        if (folder / PREVIOUS).exists():
-            print(f"What was in {folder} is in {folder / PREVIOUS} until this run has finished.")
+        if note:
+            print(note)
 
         before = evaluate_both(model, tokenizer, task, held_out, recipe, "before")
         with Recorder(folder / METRICS, recipe.grpo.max_steps) as recorder:

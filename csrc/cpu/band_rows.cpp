@@ -62,7 +62,8 @@ static void run_strip(const Problem& p, const Sequence& seq, int64_t t0, int64_t
   for (int64_t i = 0; i < p.n_groups; ++i) {
     const HeadGroup& group = p.groups[i];
     const T* const kv = head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head);
-    __builtin_memset(band, 0, 2 * kMaxGroup * kMaxStrip * sizeof(float)); // and lost
+    __builtin_memset(band, 0, group.count * kMaxStrip * sizeof(float));
+    __builtin_memset(lost, 0, group.count * kMaxStrip * sizeof(float));
     for (int g = 0; g < group.count; ++g)
       load_lse(p, row, p.heads[group.entry[g]], t0, width, t0, last, lse + g * kMaxStrip);
     for (int64_t near = 0; near <= farthest; near += kBandChunk) {

@@ -72,11 +72,11 @@ static void finish(const Problem& p, const Tile& tile, int32_t entry, const Runn
   const int64_t rows = tile.last - tile.first, row = tile.seq.row;
   const int64_t at = (row * p.n_heads + entry) * p.tokens + tile.first;
   float whole[kRowTile], waad[kRowTile], span[kRowTile];
+  const float sink = p.score.sinks != nullptr ? p.score.sinks[p.heads[entry].query] : -__builtin_inff();
   for (int64_t r = 0; r < rows; r += kLanes) {
     const Vec sum = load(state.sum + r);
     Vec all = sum;
-    if (p.score.sinks != nullptr)
-      all += exp(p.score.sinks[p.heads[entry].query] - load(state.maximum + r));
+    if (sink != -__builtin_inff()) all += exp(sink - load(state.maximum + r));
     // Not 1 - the sink's share: that would be known to 1e-7 of the row, and not of what the sink leaves.
     const Vec w = waad_from_band(sum / all, load(state.band + r) / all, (float)p.window);
     const Vec d = load(state.distance + r) / all;

@@ -61,6 +61,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         self.rhythm_groups: HeadGroups | None = None
         self._grouped_at = 0
         self._measuring = args.rhythm_mode in ("local", "global", "coupled")
+        self._calibrated = False  # whether the latest old-log-prob pass was calibrated on
         self._armed = False  # whether the next log-prob pass is the policy's own and still to be measured
         self._pass: MeasuredPass | None = None
         self._loss: tuple[dict[str, Any], dict[str, Any]] | None = None  # inputs of the loss, and the copy it reads
@@ -73,6 +74,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         schedule = self.args.steps_per_generation * self.num_iterations
         corrects = self.use_vllm and getattr(self, "vllm_importance_sampling_correction", False)
         self._armed, self._pass = bool(self.args.gradient_accumulation_steps % schedule or corrects), None
+        self._calibrated = False
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
@@ -80,8 +82,10 @@ class RhythmGRPOTrainer(GRPOTrainer):
         mask = response_mask(output)
         if "old_per_token_logps" in output:
             # That pass does not know of tools: where one had the last word, it was measured with too long a response.
-            if self._pass is None or bool((last_token(mask) != last_token(output["completion_mask"])).any()):
+            if self._pass is None or self._tool_had_the_last_word(output, mask):
                 arguments, extra = log_prob_arguments(self, output)
+                if self._calibrated:
+                    self._calibrate(*arguments[:2], mask, **extra)
                 with torch.no_grad():
                     self._measured_pass(mask, self.model, *arguments, **extra)
             assert self._pass is not None
@@ -113,6 +117,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
             mask = attention_mask[:, -length:]
             if self._calibration_is_due():
                 self._calibrate(input_ids, attention_mask, mask, *args[3:], **kwargs)
+                self._calibrated = True
             return self._measured_pass(mask, model, *args, **kwargs)
         inputs, reading = self._loss  # the training forward
         mask = response_mask(inputs)
@@ -162,6 +167,13 @@ class RhythmGRPOTrainer(GRPOTrainer):
         for name, total in zip(list(statistics)[1:], sums):
             metrics[f"rhythm/{name}"].append(total / max(tokens, 1))
         return gamma
+
+    def _tool_had_the_last_word(self, output: dict[str, Any], mask: Tensor) -> bool:
+        """Of any response of any process: what follows is a forward, which sharded models make together."""
+        if "tool_mask" not in output:
+            return False
+        late = (last_token(mask) != last_token(output["completion_mask"])).any()
+        return bool(self.accelerator.gather(late.reshape(1)).any())
 
     def _calibration_is_due(self) -> bool:
         every, step = self.args.rhythm_regroup_steps, self.state.global_step

@@ -36,7 +36,7 @@ class RhythmGRPOConfig(GRPOConfig):
     rhythm_neighbors: int = field(default=3, metadata={"help": "Tokens before an anchor that may be its intro."})
     rhythm_window: int = field(default=10, metadata={"help": "W of WAAD, in tokens."})
     rhythm_horizon: list[_Distance] = field(
-        default=(10, 100),  # type: ignore[arg-type]
+        default_factory=lambda: (10, 100),  # type: ignore[arg-type,return-value]  # command lines read no `default`
         metadata={"help": "First and last distance of FAI, in tokens; a last of `null` is the end of the response."},
     )
     rhythm_layers: str = field(default="middle5", metadata={"help": "`middle5`, `all`, or a list of layers."})

@@ -155,8 +155,9 @@ def attention_kernel(
     if sinks is not None:
         sink = tl.load(sinks + head) * LOG2E
         top = tl.maximum(peak, sink)
-        fade = tl.exp2(peak - top)
-        mass, reach, near, peak = mass * fade + tl.exp2(sink - top), reach * fade, near * fade, top
+        base = tl.where(top == float("-inf"), 0.0, top)  # a sink of -inf beside logits of -inf
+        fade = tl.exp2(peak - base)
+        mass, reach, near, peak = mass * fade + tl.exp2(sink - base), reach * fade, near * fade, top
         o_low = o_low * fade[:, None]
         if V1 > 0:
             o_high = o_high * fade[:, None]

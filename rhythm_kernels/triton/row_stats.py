@@ -108,9 +108,10 @@ def row_stats_kernel(
     if sinks is not None:
         sink = tl.load(sinks + head) * LOG2E
         top = tl.maximum(peak, sink)
-        fade = tl.exp2(peak - top)
+        base = tl.where(top == float("-inf"), 0.0, top)  # a sink of -inf beside logits of -inf
+        fade = tl.exp2(peak - base)
         mass, reach, band, peak = mass * fade, reach * fade, band * fade, top
-        whole = mass + tl.exp2(sink - top)
+        whole = mass + tl.exp2(sink - base)
     lse_out += row * lse_b + tl.cast(listed, tl.int64) * lse_h + t
     tl.store(lse_out, (peak + tl.log2(whole)) * LN2, mask=live)
     out = row * out_b + tl.cast(listed, tl.int64) * out_h + t

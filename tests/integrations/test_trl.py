@@ -324,16 +324,22 @@ def test_tool_tokens_are_neither_scored_nor_counted(tmp_path):
             return loss
 
     original = GRPOTrainer._generate_and_score_completions
+    calibrations = []
     for schedule in ("on-policy", "two iterations"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(GRPOTrainer, "_generate_and_score_completions", lambda s, i: mark(original(s, i)))
             trainer = train(Tools, RhythmGRPOConfig, tmp_path, **{**SCHEDULES[schedule], "max_steps": 1}, **RHYTHM)
         model, inputs = seen.pop()
         groups = trainer.rhythm_groups.local, trainer.rhythm_groups.global_
+        calibrations.append(trainer.rhythm_groups.provenance)
         waad, fai, _ = measures_from_maps(model, inputs, groups)
         gamma = reference.rhythm_credit(waad, fai, response_mask(inputs))
         assert torch.equal(inputs["rhythm_gamma"], gamma)
         assert (gamma[:, 3:6] == 1).all()
+    # Both passes group the heads by the same response, which ends where the model's own words do.
+    first, second = calibrations
+    assert first["calibration"] == second["calibration"]
+    torch.testing.assert_close(first["span"], second["span"], rtol=0, atol=1e-5)
 
 
 def test_groups_are_saved_and_read_back(tmp_path):
@@ -414,7 +420,8 @@ def test_a_plain_configuration_is_refused(tmp_path):
 
 def test_defaults_are_those_of_the_method():
     names = {f.name: f for f in dataclasses.fields(RhythmGRPOConfig) if f.name.startswith("rhythm_")}
-    assert {name: field.default for name, field in names.items()} == {
+    defaults = {n: f.default_factory() if f.default is dataclasses.MISSING else f.default for n, f in names.items()}
+    assert defaults == {
         "rhythm_mode": "coupled",
         "rhythm_gamma_amp": 1.5,
         "rhythm_top": 0.4,
@@ -437,6 +444,9 @@ def test_configuration_from_the_command_line(tmp_path):
     assert list(config.rhythm_horizon) == [4, 20]
     assert config.rhythm_layers == "middle5"
     assert config.rhythm_sign == "both"
+    left_out = [*words[:4], "--bf16", "False"]
+    (config,) = HfArgumentParser(RhythmGRPOConfig).parse_args_into_dataclasses(left_out)
+    assert tuple(config.rhythm_horizon) == (10, 100)
 
 
 def test_an_open_horizon_is_typed_as_null(tmp_path):

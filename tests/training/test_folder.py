@@ -312,11 +312,42 @@ def test_what_no_run_wrote_is_left_alone(fast, tmp_path, monkeypatch, capsys):
         with pytest.raises(RecipeError, match=message):
             start(other, 1)
         assert [p.name for p in other.iterdir()] == [name]
+    project = tmp_path / "project"  # whose own settings have the names of some of our groups
+    (project / "model").mkdir(parents=True)
+    (project / "config.yaml").write_text("model: {hidden: 12}\n")
+    download = tmp_path / "download"
+    download.mkdir()
+    (download / "model.partial").write_text("half")
+    for other in (project, download):
+        before = sorted(other.rglob("*"))
+        with pytest.raises(RecipeError, match=r"is there without the config\.yaml of a run"):
+            start(other, 1)
+        assert sorted(other.rglob("*")) == before
     (tmp_path / "previous").mkdir()
     (tmp_path / "previous" / "thesis.txt").write_text("mine")
     with pytest.raises(RecipeError, match=r"thesis\.txt is not what a run left"):
         start(".", 3)
     assert (tmp_path / "previous" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_start_says_what_becomes_of_what_was_there(fast, tmp_path, capsys):
+    run = tmp_path / "run"
+    start(run, 1)
+    assert "previous" not in capsys.readouterr().out
+    begin(run, 2)
+    assert f"The run before is in {run / 'previous'} until this one has finished." in capsys.readouterr().out
+    start(run, 3)
+    said = capsys.readouterr().out
+    assert f"until this one has finished; what a later run left unfinished in {run} is removed." in said
+
+
+def test_groups_that_the_run_would_move_away_are_refused(fast, tmp_path, capsys):
+    run = tmp_path / "run"
+    start(run, 1)
+    recipe = load_recipe(TINY, [f"output.path={run}", f"rhythm.groups={run / 'groups.json'}"])
+    with pytest.raises(RecipeError, match=r"rhythm\.groups is .*: it is in output\.path"):
+        training.run(recipe)
+    assert whole(run, fast, tmp_path) == 1
 
 
 def test_links_are_not_followed(fast, tmp_path, capsys):
@@ -454,5 +485,5 @@ def test_ctrl_c_in_a_process(settings, tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in error
     last = error.strip().splitlines()[-1]
-    assert last.startswith("interrupted; kept: the metrics of ")
+    assert last.startswith("interrupted; kept until another run starts there: the metrics of ")
     assert last.endswith("missing: the result, the report, the model")
