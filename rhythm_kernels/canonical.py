@@ -196,10 +196,10 @@ def _check_qk(q: Tensor, k: Tensor, packed: bool, double: bool) -> tuple[Tensor,
         )
     if q.shape[1] >= MAX_LENGTH:
         raise ValueError(f"q must have fewer than 2^31 - 2^16 tokens a row, got {q.shape[1]}")
-    return _last_contiguous(q.detach()), _last_contiguous(k.detach())
+    return last_contiguous(q.detach()), last_contiguous(k.detach())
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
+def last_contiguous(x: Tensor) -> Tensor:
     """Kernels read the head dimension in vectors; every other stride is free."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 

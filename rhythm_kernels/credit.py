@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .canonical import MAX_LENGTH
 
 __all__ = ["CREDIT_MODES", "SIGNS", "CreditMode", "Sign", "rhythm_credit", "shape_advantages"]
 
@@ -80,7 +81,7 @@ def rhythm_credit(
 
     Returns:
         `gamma`, `(B, T)` float32, detached: 1 outside the response, and 1 everywhere for a response that is empty
-        or has non-finite measures.
+        or has non-finite measures (WAAD or FAI of a row whose log-sum-exp is not finite are NaN).
 
     Raises:
         ValueError, TypeError: an argument out of range, or of the wrong shape, type or device; a backend that cannot
@@ -133,7 +134,7 @@ def rhythm_credit(
             gamma_amp,
             top,
             alpha,
-            neighbors,
+            min(neighbors, MAX_LENGTH),
             bottom and mode != "random",
             tau_waad,
             tau_delta,

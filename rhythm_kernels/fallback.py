@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import torch_attention
-from .tiles import KEY_TILE, add_to, host_max, host_min, logits, ranges, row_tile, token_table, visible
+from .tiles import KEY_TILE, add_to, host_max, host_min, logits, ranges, row_tile, sink_peak, token_table, visible
 from .torch_credit import credit as credit
 
 MOMENT_SCALE = 2.0**24
@@ -21,6 +21,16 @@ def _finish(per_head_result: Tensor, scored: Tensor, per_head: bool) -> Tensor:
     """`(..., B, H_selected, T)` -> the result's layout, 0 outside R."""
     result = torch.where(scored[:, None], per_head_result, 0.0)
     return result if per_head else result.mean(dim=-2)
+
+
+def _known(lse: Tensor, sinks: Tensor | None, query_heads: Tensor, lse_rows: Tensor) -> Tensor:
+    """`(B, H_selected, T)`: the log-sum-exp of the selected heads, NaN where it, or its head's sink, leaves no A."""
+    row_lse = lse.index_select(1, lse_rows)
+    lost = 0 * row_lse  # NaN where lse is not finite
+    if sinks is not None:
+        sink = sinks[query_heads, None]
+        lost = lost + torch.where(sink == float("-inf"), 0.0, 0 * sink)
+    return row_lse + lost
 
 
 def band_rows(
@@ -43,7 +53,7 @@ def band_rows(
     tokens = token_table(seqs, batch, length)
     query_heads, lse_rows = heads.long().unbind(1)
     out = q.new_empty((batch, len(heads), length), dtype=torch.float32)
-    row_lse = lse.index_select(1, lse_rows)
+    row_lse = _known(lse, sinks, query_heads, lse_rows)
     rowsum = torch.ones_like(row_lse)
     if sinks is not None:
         rowsum = 1 - torch.exp(sinks[query_heads, None] - row_lse)
@@ -79,7 +89,7 @@ def band_columns(
     batch, length = q.shape[:2]
     tokens = token_table(seqs, batch, length)
     query_heads, lse_rows = heads.long().unbind(1)
-    row_lse = lse.index_select(1, lse_rows)
+    row_lse = _known(lse, sinks, query_heads, lse_rows)
     position = torch.arange(length, device=q.device)
     last = torch.minimum(tokens.end - 1, position + hi)
     count = (last - (position + lo) + 1).clamp(min=0)
@@ -118,7 +128,7 @@ def row_stats(
     lse, waad, span = (q.new_empty(shape, dtype=torch.float32) for _ in range(3))
     for rows in ranges(0, length, row_tile(q, len(heads), KEY_TILE)):
         size = (batch, len(heads), rows[1] - rows[0])
-        sink = None if sinks is None else sinks[query_heads, None].expand(size)
+        sink = None if sinks is None else sink_peak(sinks[query_heads, None]).expand(size)
         peak = lse.new_full(size, float("-inf")) if sink is None else sink
         # Relative to the peak, of the keys alone: the mass, and the sums that WAAD and span divide by it. A sink's mass
         # joins them last, as keys would vanish beside it.
@@ -132,7 +142,9 @@ def row_stats(
             new_peak = torch.maximum(peak, x.amax(dim=-1))
             # Until a row meets its first key both peaks are -inf, and their difference is not a number.
             decay = torch.where(peak == new_peak, 1.0, torch.exp(peak - new_peak))
-            weights = torch.where(mask, torch.exp(x - new_peak[..., None]), 0.0)
+            # From 0 where every logit was -inf so far.
+            base = torch.where(new_peak == float("-inf"), 0.0, new_peak)
+            weights = torch.where(mask, torch.exp(x - base[..., None]), 0.0)
             away = distance.clamp(min=0).float()
             tile_sums = [x.sum(dim=-1) for x in (weights, weights * away.clamp(max=window), weights * away)]
             sums, lost = add_to(sums * decay, lost * decay, torch.stack(tile_sums))
@@ -140,11 +152,11 @@ def row_stats(
         total, near, far = sums
         if sink is not None:
             total = total + torch.where(peak == sink, 1.0, torch.exp(sink - peak))
-        some = total != 0
         tile = (slice(None), slice(None), slice(*rows))
-        lse[tile] = torch.where(some, peak + torch.log(total), float("-inf"))
-        waad[tile] = torch.where(some, near / total, 0.0).clamp(0, window)
-        span[tile] = torch.where(some, far / total, 0.0)
+        # A live row sees itself: 0 / 0 comes of logits of -inf alone, and is NaN as it should; other rows are cleared.
+        lse[tile] = peak + torch.log(total)
+        waad[tile] = (near / total).clamp(0, window)
+        span[tile] = far / total
     lse = torch.where(tokens.scored[:, None], lse, float("-inf"))
     return lse, _finish(waad, tokens.scored, per_head), _finish(span, tokens.scored, per_head)
 
@@ -172,7 +184,7 @@ def column_stats(
     batch, length = q.shape[:2]
     tokens = token_table(seqs, batch, length)
     query_heads, lse_rows = heads.long().unbind(1)
-    row_lse = lse.index_select(1, lse_rows)
+    row_lse = _known(lse, sinks, query_heads, lse_rows)
     results = q.new_zeros((5 if moments else 1, batch, len(heads), length), dtype=torch.float32)
     for keys in ranges(0, length, KEY_TILE):
         state = results.new_zeros((6, batch, len(heads), keys[1] - keys[0]))

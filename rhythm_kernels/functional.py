@@ -5,12 +5,15 @@ Conventions of every function here (those of flash-attn):
 - `q (B, T, H, D)`, `k (B, T, H_kv, D)` float32, bfloat16 or float16, any strides (a head dimension that is not
   contiguous is copied); `H` a multiple of `H_kv`, `1 <= D <= 256`. Packed: `q (total, H, D)` with `cu_seqlens`.
 - `lse (B, H, T)` float32, packed `(H, total)`: natural log-sum-exp of each query row over all query heads, with the
-  scale, softcap, window and sink that the model used; any strides. Without it a streaming pass computes it.
+  scale, softcap, window and sink that the model used; any strides. Without it a streaming pass computes it. Where it
+  is infinite or NaN at a live row, A of that row is NaN at the keys it sees: WAAD there, FAI and moments of the keys
+  that it counts for, and gamma is 1 for the whole response. Rows that are not live stay 0 whatever it holds there.
 - `heads`: indices of query heads (list, or int tensor), default all. Results are the plain mean over them (eq. 8), or
   per head with `per_head=True`.
 - `softmax_scale`: default `D ** -0.5`. `window_size = (left, right)`: a query sees itself and `left` keys before it
   (-1: all); the measures are of causal attention, so `right` is -1 or 0. `softcap`: `x -> softcap tanh(x / softcap)`
-  where positive. `sinks (H,)`: logits that join each row's denominator only.
+  where positive. `sinks (H,)`: logits that join each row's denominator only, read as float32; one of `-inf` is no
+  sink, one of `+inf` or NaN leaves the keys nothing: all of its head is NaN, `out` and `lse` too.
 - Padded batches: `seq_start`, `seq_end` int32 `(B,)`, the live range of each row. Packed: `cu_seqlens` int32
   `(sequences + 1,)`; `max_seqlen` bounds the longest (read from a CPU tensor, else the total:
   give it on a GPU, where every sequence has programs for so many tokens).
@@ -53,11 +56,22 @@ def _canonical(
     return form
 
 
-def _dense(name: str, *tensors: Tensor | None, **arguments: Any) -> Any:
+def _checked(form: Canonical) -> dict[str, Any]:
+    """For the dense definition: what checking made of arguments, such as numbers beyond every length, or sinks."""
+    scale, softcap, left, sinks = form.score
+    return {
+        "heads": form.heads[:, 0],
+        "softmax_scale": scale,
+        "window_size": (left, -1),
+        "softcap": softcap,
+        "sinks": sinks,
+    }
+
+
+def _dense(name: str, form: Canonical, *tensors: Tensor | None, **arguments: Any) -> Any:
     """The dense definition in float64, for `backend="reference"`; a float32 result like every backend's."""
-    q = tensors[0]
-    assert q is not None
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    arguments |= _checked(form)
+    with torch.no_grad(), torch.autocast(form.q.device.type, enabled=False):
         result = getattr(reference, name)(*(None if x is None else x.double() for x in tensors), **arguments)
     return ColumnMoments(*(x.float() for x in result)) if isinstance(result, tuple) else result.float()
 
@@ -91,7 +105,8 @@ def waad(
 
     With `lse` only the last `window` keys of each row are read: O(T window D). Without, one streaming pass: O(T^2 D).
 
-    Returns float32 `(B, T)` in tokens, within `[0, window]`; see the module for layouts, arguments and errors.
+    Returns float32 `(B, T)` in tokens, within `[0, window]`, NaN at a live row whose `lse`, given or computed, is not
+    finite, or with a sink of `+inf` or NaN; see the module for layouts, arguments and errors.
     """
     window = check_window(window)
     _check_per_head(per_head)
@@ -109,7 +124,7 @@ def waad(
     }
     form = _canonical("row_stats" if lse is None else "band_rows", backend, q, k, lse, **arguments)
     if backend == "reference":
-        return _dense("waad", q, k, lse, window=window, per_head=per_head, **arguments)
+        return _dense("waad", form, q, k, lse, window=window, per_head=per_head, **arguments)
     return passes.waad(form, window, per_head, backend)
 
 
@@ -137,7 +152,9 @@ def fai(
     T(s) holds the response rows at distance `horizon[0]` to `horizon[1]`, by position: O(T horizon D) with `lse`.
     `horizon=(lo, None)` runs to the sequence's end: one O(T^2 D) pass. 0 where T(s) is empty.
 
-    Returns float32 `(B, T)`, attention per row, within `[0, 1]`; see the module for layouts, arguments and errors.
+    Returns float32 `(B, T)`, attention per row, within `[0, 1]`; NaN where a row of T(s) that sees the token has an
+    `lse`, given or computed, that is not finite, or a sink of `+inf` or NaN; see the module for layouts, arguments and
+    errors.
     """
     lo, hi = check_horizon(horizon)
     _check_per_head(per_head)
@@ -155,7 +172,7 @@ def fai(
     }
     form = _canonical("column_stats" if hi is None else "band_columns", backend, q, k, lse, **arguments)
     if backend == "reference":
-        return _dense("fai", q, k, lse, horizon=(lo, hi), per_head=per_head, **arguments)
+        return _dense("fai", form, q, k, lse, horizon=(lo, hi), per_head=per_head, **arguments)
     return passes.fai(form, (lo, hi), per_head, backend)
 
 
@@ -182,7 +199,8 @@ def span(
     One streaming pass, O(T^2 D), whether or not `lse` is given: every key counts. Accumulated as distances, so that
     a million tokens lose nothing to cancellation.
 
-    Returns float32 `(B, T)` in tokens, within `[0, T)`; see the module for layouts, arguments and errors.
+    Returns float32 `(B, T)` in tokens, within `[0, T)`, NaN as :func:`waad`; see the module for layouts, arguments and
+    errors.
     """
     _check_per_head(per_head)
     arguments: dict[str, Any] = {
@@ -199,7 +217,7 @@ def span(
     }
     form = _canonical("row_stats", backend, q, k, lse, **arguments)
     if backend == "reference":
-        return _dense("span", q, k, lse, per_head=per_head, **arguments)
+        return _dense("span", form, q, k, lse, per_head=per_head, **arguments)
     return passes.span(form, per_head, backend)
 
 
@@ -228,8 +246,8 @@ def column_moments(
     of the `mean` it gives with `per_head=True`. Central moments are merged tile by tile.
 
     Returns a named tuple `(count, mean, variance, skewness, kurtosis)` of float32 `(B, T)`: population variance,
-    kurtosis `m4 / m2^2` (3 for a normal distribution); 0 where there are fewer than two rows or no variance. See the
-    module for layouts, arguments and errors.
+    kurtosis `m4 / m2^2` (3 for a normal distribution); 0 where there are fewer than two rows or no variance. All but
+    the count are NaN where :func:`fai` would be. See the module for layouts, arguments and errors.
     """
     min_distance = check_int("min_distance", min_distance, 0)
     _check_per_head(per_head)
@@ -247,7 +265,7 @@ def column_moments(
     }
     form = _canonical("column_stats", backend, q, k, lse, **arguments)
     if backend == "reference":
-        return _dense("column_moments", q, k, lse, min_distance=min_distance, per_head=per_head, **arguments)
+        return _dense("column_moments", form, q, k, lse, min_distance=min_distance, per_head=per_head, **arguments)
     return passes.column_moments(form, min_distance, per_head, backend)
 
 
@@ -270,8 +288,8 @@ def attention_lse(
     """Natural log-sum-exp of each response row, sinks included, where no FlashAttention returned one.
 
     Returns float32 `(B, H_selected, T)`, packed `(H_selected, total)`; `-inf` on rows without keys (padding) and
-    before `response_start`. To hand it to another function as `lse`, leave `heads` at None. See the module for
-    arguments and errors.
+    before `response_start`; never `+inf`: NaN where a logit or the sink is `+inf` or NaN. To hand it to another
+    function as `lse`, leave `heads` at None. See the module for arguments and errors.
     """
     arguments: dict[str, Any] = {
         "heads": heads,
@@ -287,7 +305,7 @@ def attention_lse(
     }
     form = _canonical("row_stats", backend, q, k, None, **arguments)
     if backend == "reference":
-        return _dense("attention_lse", q, k, **arguments)
+        return _dense("attention_lse", form, q, k, **arguments)
     return passes.attention_lse(form, backend)
 
 
@@ -315,7 +333,8 @@ def attention_with_rhythm(
     `v (B, T, H_kv, D_v)`, `D_v` up to 256 and not necessarily D. `out (B, T, H, D_v)` has v's dtype and is
     differentiable in q, k, v (the backward pass recomputes from `lse`; sinks get no gradient); it covers every live
     row and is 0 elsewhere. `lse (B, H, T)` float32 is detached and covers all heads; `heads`, `response_start` and
-    `per_head` concern the statistics alone. On a CPU this is torch's own attention and the row pass.
+    `per_head` concern the statistics alone. On a CPU this is torch's own attention and the row pass. `out`, `lse` and
+    statistics are NaN where a logit or the sink is `+inf` or NaN; a sink of `-inf` is none.
 
     See the module for layouts, arguments and errors.
     """
@@ -336,7 +355,9 @@ def attention_with_rhythm(
     form = _canonical("attention", backend, q, k, None, **arguments)
     _check_v(v, q, k)
     if backend == "reference":
-        out, lse, stats = reference.attention_with_rhythm(q, k, v, window=window, per_head=per_head, **arguments)
+        out, lse, stats = reference.attention_with_rhythm(
+            q, k, v, window=window, per_head=per_head, **arguments | _checked(form)
+        )
         return out, lse.detach(), stats
     _refuse_forward_mode(q, k, v)
     # The tensors that carry gradients; `form` holds their detached copies.

@@ -2,6 +2,7 @@
 
 This file is what all other backends are tested against. It imports nothing of ours, favours reading over speed,
 and keeps the precision of its inputs (float64 in, float64 out; anything narrower is raised to float32).
+What an `lse` or a sink that is not finite does, :func:`attention_maps` says.
 Equation numbers are those of arXiv 2510.13554v2. Shapes follow :mod:`rhythm_kernels.functional`:
 ``q (B, T, H, D)``, ``k (B, T, H_kv, D)``, ``lse (B, H, T)``, or packed with ``cu_seqlens``.
 """
@@ -99,11 +100,16 @@ def _logits(
         x = torch.einsum("thd,shd->hts", _widen(q), keys) * scale
     if softcap > 0:
         x = softcap * torch.tanh(x / softcap)
-    distance = _distance(n, q.device)
+    return x.masked_fill(~_visible(n, window_size, q.device), float("-inf"))
+
+
+def _visible(n: int, window_size: tuple[int, int], device: torch.device) -> Tensor:
+    """`(n, n)` bool: whether row t sees key s."""
+    distance = _distance(n, device)
     visible = distance >= 0
     if window_size[0] >= 0:
-        visible &= distance <= window_size[0]
-    return x.masked_fill(~visible, float("-inf"))
+        visible &= distance <= min(window_size[0], n)
+    return visible
 
 
 def _distance(n: int, device: torch.device) -> Tensor:
@@ -113,11 +119,11 @@ def _distance(n: int, device: torch.device) -> Tensor:
 
 
 def _lse(x: Tensor, sinks: Tensor | None) -> Tensor:
-    """`(H, n, n) -> (H, n)`: log-sum-exp of each row, the sink in the denominator."""
+    """`(H, n, n) -> (H, n)`: log-sum-exp of each row, the sink in the denominator; NaN where it would be `+inf`."""
     lse = torch.logsumexp(x, dim=-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None].expand_as(lse))
-    return lse
+    return torch.where(lse == math.inf, math.nan, lse)
 
 
 def attention_maps(
@@ -132,11 +138,16 @@ def attention_maps(
 ) -> Tensor:
     """`A (H, n, n)` of one sequence `q (n, H, D)`, `k (n, H_kv, D)`: what the softmax gives, nothing renormalised.
 
-    With `lse (H, n)` given, `A = exp(x - lse)`.
+    With `lse (H, n)` given, `A = exp(x - lse)`. A row is NaN, at the keys it sees, where its `lse` is not finite or the
+    sink of its head is `+inf` or NaN; a sink of `-inf` is none.
     """
     x = _logits(q, k, softmax_scale, window_size, softcap)
     lse = _lse(x, sinks) if lse is None else lse.to(x.dtype)
-    return torch.exp(x - lse[..., None])
+    known = lse.isfinite()
+    if sinks is not None:
+        known = known & (sinks < math.inf)[:, None]
+    maps = torch.exp(x - torch.where(known, lse, math.nan)[..., None])
+    return torch.where(_visible(len(q), window_size, q.device), maps, 0.0)
 
 
 def _heads(heads: Tensor | Sequence[int] | None, total: int, device: torch.device) -> Tensor:
@@ -203,9 +214,10 @@ def waad(
     """Windowed average attention distance, eq. 9: `WAAD[t] = sum_s A[t, s] min(t - s, W)`."""
 
     def rule(maps: Tensor, seq: _Sequence) -> Tensor:
-        distance = _distance(maps.shape[-1], maps.device).clamp(min=0, max=window)
+        limit = min(window, maps.shape[-1])
+        distance = _distance(maps.shape[-1], maps.device).clamp(min=0, max=limit)
         # A given lse is rounded, so that a row may sum to a little more than 1.
-        return (maps * distance).sum(dim=-1).clamp(0, window)
+        return (maps * distance).sum(dim=-1).clamp(0, limit)
 
     score = _score(softmax_scale, window_size, softcap, sinks)
     ranges = _ranges(cu_seqlens, seq_start, seq_end, response_start)
@@ -238,9 +250,9 @@ def fai(
     def rule(maps: Tensor, seq: _Sequence) -> Tensor:
         n = maps.shape[-1]
         distance = _distance(n, maps.device)
-        rows = (distance >= horizon[0]) & _response_rows(n, seq, maps.device)
+        rows = (distance >= min(horizon[0], n)) & _response_rows(n, seq, maps.device)
         if horizon[1] is not None:
-            rows &= distance <= horizon[1]
+            rows &= distance <= min(horizon[1], n)
         total = torch.where(rows, maps, 0.0).sum(dim=1)
         return total / rows.sum(dim=0).clamp(min=1)
 
@@ -300,12 +312,12 @@ def column_moments(
 
     def rule(maps: Tensor, seq: _Sequence) -> Tensor:
         n = maps.shape[-1]
-        rows = (_distance(n, maps.device) >= min_distance) & _response_rows(n, seq, maps.device)
+        rows = (_distance(n, maps.device) >= min(min_distance, n)) & _response_rows(n, seq, maps.device)
         count = rows.sum(dim=0).to(maps.dtype).expand(maps.shape[0], n)
         mean = torch.where(rows, maps, 0.0).sum(dim=1) / count.clamp(min=1)
         central = torch.where(rows, maps - mean[:, None, :], 0.0)
         m2, m3, m4 = ((central**p).sum(dim=1) / count.clamp(min=1) for p in (2, 3, 4))
-        spread = (m2 > 0) & (count >= 2)
+        spread = (m2 != 0) & (count >= 2)  # NaN is not 0: it goes on into all three
         safe = torch.where(spread, m2, 1.0)
         variance = torch.where(count >= 2, m2, 0.0)
         skewness = torch.where(spread, m3 / safe**1.5, 0.0)

@@ -124,6 +124,11 @@ def logits(
     return softcap * torch.tanh(x / softcap) if softcap > 0 else x
 
 
+def sink_peak(sinks: Tensor) -> Tensor:
+    """Where an online softmax with sinks starts: the sinks, NaN for `+inf`, beside which no key has a share."""
+    return torch.where(sinks == float("inf"), float("nan"), sinks)
+
+
 def visible(tokens: Tokens, rows: tuple[int, int], keys: tuple[int, int], window_left: int) -> tuple[Tensor, Tensor]:
     """Of a tile, `(B, 1, rows, keys)` bool: which keys each row sees; and `(rows, keys)` int64: distance t - s."""
     device = tokens.start.device

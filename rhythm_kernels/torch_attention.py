@@ -8,7 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tiles import KEY_TILE, add_to, exactly, host_min, logits, product, ranges, row_tile, token_table, visible
+from .tiles import (
+    KEY_TILE,
+    add_to,
+    exactly,
+    host_min,
+    logits,
+    product,
+    ranges,
+    row_tile,
+    sink_peak,
+    token_table,
+    visible,
+)
 
 
 def forward(
@@ -43,9 +55,20 @@ def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, seqs: Tensor, scale: float) -> t
             if q.dtype == torch.float32:
                 query, key, value = exactly(query, key, value)
             flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            # It takes the head dimension to be contiguous (pytorch#187506): `ops.dispatch.run` has seen to that.
             o, l = flash(query, key, value, 0.0, True, scale=scale)  # noqa: E741
             out[row, live] = o[0].transpose(0, 1)
             lse[row, :, live] = l[0]
+            # Of a row whose logits are all NaN or -inf it makes 0, and an lse of 0: such rows are computed again.
+            doubt = (l[0] == 0) | ~l[0].isfinite()
+            if bool(doubt.any()):
+                length = 1 + int(doubt.any(dim=0).nonzero()[-1])
+                until, doubt = slice(start, start + length), doubt[:, :length]
+                table = seqs.new_tensor([[0, 0, length, 0]])
+                a, b, c = (x[row : row + 1, until] for x in (q, k, v))
+                again, lse_again = _tiled(a, b, c, table, scale, 0.0, -1, None)
+                out[row, until] = torch.where(doubt.T[..., None], again[0], out[row, until])
+                lse[row, :, until] = torch.where(doubt, lse_again[0], lse[row, :, until])
     return out, lse
 
 
@@ -67,7 +90,7 @@ def _tiled(
     lse = q.new_full((batch, n_heads, length), float("-inf"), dtype=torch.float32)
     for rows in ranges(0, length, row_tile(q, n_heads, KEY_TILE)):
         size = (batch, n_heads, rows[1] - rows[0])
-        sink = None if sinks is None else sinks[:, None].expand(size)
+        sink = None if sinks is None else sink_peak(sinks)[:, None].expand(size)
         peak = lse.new_full(size, float("-inf")) if sink is None else sink
         total = lost = lse.new_zeros(size)  # of the keys alone: a sink's mass joins last, they would vanish beside it
         mixed = mixed_lost = lse.new_zeros((*size, v.shape[3]))
@@ -76,7 +99,9 @@ def _tiled(
             x = logits(q, k, rows, keys, heads, scale, softcap).masked_fill(~mask, float("-inf"))
             new_peak = torch.maximum(peak, x.amax(dim=-1))
             decay = torch.where(peak == new_peak, 1.0, torch.exp(peak - new_peak))
-            weights = torch.where(mask, torch.exp(x - new_peak[..., None]), 0.0)
+            # From 0 where every logit was -inf so far.
+            base = torch.where(new_peak == float("-inf"), 0.0, new_peak)
+            weights = torch.where(mask, torch.exp(x - base[..., None]), 0.0)
             values = v[:, slice(*keys)].index_select(2, value_heads).float().transpose(1, 2)
             total, lost = add_to(total * decay, lost * decay, weights.sum(dim=-1))
             decay = decay[..., None]

@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from .folder import RunError
 from .recipe import RecipeError, load_recipe
 
 EPILOGUE = """examples:
@@ -19,7 +20,11 @@ EPILOGUE = """examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command.
+
+    Returns:
+        The exit status: 0, 2 for a mistake or a file that cannot be written, 130 for Ctrl-C, both with one line.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m training",
         description="GRPO with rhythm credit: train, evaluate, compare.",
@@ -39,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     compare.add_argument("--output", type=Path, default=Path("runs/compare.html"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    _quiet()
     try:
+        _quiet()
         if options.command == "train":
             from .train import run
 
@@ -53,9 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
             from .compare import compare_runs
 
             compare_runs(options.runs, options.output)
-    except RecipeError as error:
+    except (RecipeError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted; {str(interrupt) or 'nothing was changed'}", file=sys.stderr)
+        return 130
     return 0
 
 

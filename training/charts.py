@@ -82,6 +82,66 @@ def forest(rows: Sequence[tuple[str, float, float]]) -> str:
     return "".join([*parts, "</svg>"])
 
 
+def strip(
+    rows: Sequence[tuple[str, Sequence[float], float, float, float] | None],
+    *,
+    label: str,
+    show: Callable[[float], str],
+    tick: Callable[[float], str],
+    zero: bool = False,
+) -> str:
+    """Several values a line as small rings, above them their mean and its interval: (name, values, mean, low, high).
+
+    A row of None leaves its colour out, so that two charts of the same arms agree in colour. An interval that reaches
+    far beyond every dot is cut off at the frame, without its end mark, so that the rings stay apart.
+
+    Args:
+        label: what a screen reader says.
+        show: a value as text.
+        tick: a value as text at the axis.
+        zero: whether 0 is on the axis, as a line.
+    """
+    kept = [row for row in rows if row is not None]
+    dots = [value for _, values, *_ in kept for value in values] + ([0.0] if zero else [])
+    margin = max(max(dots) - min(dots), 1e-3 * max(abs(v) for v in dots), 1e-9)
+    low = max(min(*dots, *(row[3] for row in kept)), min(dots) - margin)
+    high = min(max(*dots, *(row[4] for row in kept)), max(dots) + margin)
+    ticks = nice_ticks(low, high)
+    width, line, right = 440, 44, 24
+    left = 16 + 8 * max(len(row[0]) for row in kept)
+    height = TOP + line * len(kept) + BOTTOM
+    x = _scale(ticks[0], ticks[-1], left, width - right)
+    parts = [_open(width, height, label), *_vertical_grid(ticks, x, height, tick)]
+    if zero:
+        parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+    at = TOP + line / 2
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        name, values, mean, *ends = row
+        parts.append(f'<text class="name" x="{left - 12}" y="{at + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<g class="s{i % 5}">')
+        if ends[0] < ends[1]:
+            cut = [min(max(end, ticks[0]), ticks[-1]) for end in ends]
+            parts.append(
+                f'<line class="whisker" x1="{x(cut[0]):.1f}" x2="{x(cut[1]):.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
+            )
+            parts += [
+                f'<line class="whisker" x1="{x(end):.1f}" x2="{x(end):.1f}" y1="{at - 4:.1f}" y2="{at + 4:.1f}"/>'
+                for end, kept_end in zip(ends, cut)
+                if end == kept_end
+            ]
+        parts.append(f'<circle class="point" cx="{x(mean):.1f}" cy="{at:.1f}" r="4.5"/>')
+        parts += [
+            f'<circle class="seed" cx="{x(value):.1f}" cy="{at + 11:.1f}" r="3"><title>{show(value)}</title></circle>'
+            for value in values
+        ]
+        text = f'<text class="value" x="{x(mean):.1f}" y="{at - 11:.1f}" text-anchor="middle">{show(mean)}</text></g>'
+        parts.append(text)
+        at += line
+    return "".join([*parts, "</svg>"])
+
+
 def before_after(rows: Sequence[tuple[str, float, float, float, float]]) -> str:
     """Shares before and after with 95% whiskers, one line a row: (name, before, its error, after, its error)."""
     width, line, left, right = 660, 54, 92, 56
@@ -138,13 +198,18 @@ def _axes(
     return parts, x, y
 
 
-def _vertical_grid(ticks: Sequence[float], x: Callable[[float], float], height: float) -> list[str]:
-    """Lines and percentages of a horizontal axis of shares."""
+def _vertical_grid(
+    ticks: Sequence[float],
+    x: Callable[[float], float],
+    height: float,
+    show: Callable[[float], str] = "{:.0%}".format,
+) -> list[str]:
+    """Lines and values of a horizontal axis, percentages where nothing else is said."""
     parts = []
     for tick in ticks:
         at = x(tick)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{height - 12}" text-anchor="middle">{tick:.0%}</text>')
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{height - 12}" text-anchor="middle">{show(tick)}</text>')
     return parts
 
 

@@ -1,68 +1,74 @@
-"""`compare`: several runs side by side, paired by instance, in the terminal and as a page."""
+"""`compare`: several runs side by side, paired by instance and by seed, in the terminal and as a page."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from .charts import curves, forest
+from .arms import ARM_HEAD, KINDS, Arm, arm_rows, caution, group
+from .charts import curves, forest, strip
+from .folder import MODEL, Run, read_run, write_text
 from .recipe import RecipeError
 from .report import page, section, table
-from .statistics import PairedDifference, paired_difference
-from .train import METRICS, RESULT
+from .statistics import PairedDifference, paired_difference, spread
 
 
 def compare_runs(folders: Sequence[Path], output: Path) -> Path:
     """Compare the final models of runs with that of the first; prints a table and writes a page.
 
+    Where several runs differ in nothing but their seed, they are taken together as an arm, and arms are compared with
+    the first run's arm, paired by seed.
+
     Raises:
         RecipeError: where a folder holds no finished run, or runs were evaluated on different instances.
     """
-    runs = [_read(folder) for folder in folders]
+    runs = [read_run(folder) for folder in folders]
     base = runs[0]
     for run in runs[1:]:
-        for key in ("split", "instances"):
-            if run[key] != base[key]:
-                raise RecipeError(f"{run['folder']}: evaluated on {run[key]} {key}, {base['folder']} on {base[key]}")
+        for key, one, two in (
+            ("split", base.result["split"], run.result["split"]),
+            ("instances", _instances(base), _instances(run)),
+        ):
+            if one != two:
+                raise RecipeError(f"{run.folder}: evaluated on {two} {key}, {base.folder} on {one}")
+    arms, repeated = group(runs)
+    if all(len(arm.runs) == 1 for arm in arms):
+        arms = []
+    notes = _notes(runs, arms, repeated)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(_page(runs), encoding="utf-8")
-    print(_text(runs))
-    print(f"\n  page     {output}")
+    write_text(output, _page(runs, arms, notes))
+    if arms:
+        print(_text([_SHORT_HEAD, *_short_rows(runs)]), _text([ARM_HEAD, *arm_rows(arms)]), sep="\n\n")
+    else:
+        print(_text([_HEAD, *_rows(runs)]))
+    print(*notes, f"\n  page     {output}", sep="\n")
     return output
 
 
-def against(base: dict[str, Any], run: dict[str, Any], kind: str) -> PairedDifference:
+def against(base: Run, run: Run, kind: str) -> PairedDifference:
     """How the final model of `run` differs from that of `base`, instance by instance."""
-    right = [[c == "1" for c in r["after"][kind]["right"]] for r in (base, run)]
+    right = [[c == "1" for c in r.result["after"][kind]["right"]] for r in (base, run)]
     return paired_difference(*right)
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise RecipeError(f"{folder}: no finished run ({error.strerror}: {error.filename})") from error
-    result["folder"], result["lines"] = str(folder), [json.loads(line) for line in lines]
-    result["instances"] = result["after"]["sampled"]["instances"]
-    return result
+def _instances(run: Run) -> int:
+    return run.result["after"]["sampled"]["instances"]
 
 
 _HEAD = ["run", "mode", "seed", "", "before", "after", "against the first", "tokens", "minutes"]
 
 
-def _rows(runs: list[dict[str, Any]]) -> list[list[str]]:
+def _rows(runs: Sequence[Run]) -> list[list[str]]:
     """Two lines a run: sampled and greedy."""
     rows = []
     for i, run in enumerate(runs):
-        for kind in ("sampled", "greedy"):
-            before, after = run["before"][kind], run["after"][kind]
+        result = run.result
+        for kind in KINDS:
+            before, after = result["before"][kind], result["after"][kind]
             change = against(runs[0], run, kind)
             points = f"{change.difference * 100:+.1f} ({change.low * 100:+.1f} to {change.high * 100:+.1f})"
-            name = [run["folder"], run["mode"], str(run["seed"])] if kind == "sampled" else ["", "", ""]
+            name = [str(run.folder), result["mode"], str(result["seed"])] if kind == "sampled" else ["", "", ""]
             rows.append(
                 [
                     *name,
@@ -71,59 +77,148 @@ def _rows(runs: list[dict[str, Any]]) -> list[list[str]]:
                     f"{after['accuracy']:.1%} ± {after['standard_error']:.1%}",
                     points if i > 0 else "-",
                     f"{after['tokens']:.0f}",
-                    f"{run['seconds']['training'] / 60:.1f}" if kind == "sampled" else "",
+                    f"{result['seconds']['training'] / 60:.1f}" if kind == "sampled" else "",
                 ]
             )
     return rows
 
 
-def _warning(runs: list[dict[str, Any]]) -> str:
-    """A sentence for runs that cannot be compared as methods."""
-    base = runs[0]["before"]["greedy"]["right"]
-    others = [run["folder"] for run in runs if run["before"]["greedy"]["right"] != base]
-    if not others:
-        return ""
-    return f"Not started from the model that {runs[0]['folder']} started from: {', '.join(others)}."
+_SHORT_HEAD = ["run", "mode", "seed", *KINDS, "tokens", "minutes"]
 
 
-def _text(runs: list[dict[str, Any]]) -> str:
-    rows = [_HEAD, *_rows(runs)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+def _short_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """One line a run, for comparisons whose figures are those of the arms."""
+    return [
+        [
+            str(run.folder),
+            run.result["mode"],
+            str(run.result["seed"]),
+            *(f"{run.result['after'][kind]['accuracy']:.1%}" for kind in KINDS),
+            f"{run.result['after']['sampled']['tokens']:.0f}",
+            f"{run.result['seconds']['training'] / 60:.1f}",
+        ]
+        for run in runs
+    ]
+
+
+def _notes(runs: Sequence[Run], arms: Sequence[Arm], repeated: Sequence[Run]) -> list[str]:
+    """Sentences about what these runs cannot tell."""
+    notes = [caution(arms)] if arms else []
+    if arms and repeated:
+        names = ", ".join(str(run.folder) for run in repeated)
+        notes.append(f"Left out of the arms, which have these seeds already: {names}.")
+    base = runs[0].result["before"]["greedy"]["right"]
+    others = [str(run.folder) for run in runs if run.result["before"]["greedy"]["right"] != base]
+    if others:
+        notes.append(f"Not started from the model that {runs[0].folder} started from: {', '.join(others)}.")
+    if unsaved := [str(run.folder) for run in runs if not (run.folder / MODEL).is_dir()]:
+        notes.append(f"Measured, but ended before its model was saved: {', '.join(unsaved)}.")
+    return [note for note in notes if note]
+
+
+def _text(rows: list[list[str]]) -> str:
+    """A table whose first row is its head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    warning = _warning(runs)
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *([warning] if warning else [])])
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _page(runs: list[dict[str, Any]]) -> str:
-    names = [run["folder"] for run in runs]
-    note = (
-        f"{runs[0]['instances']} instances of the {escape(runs[0]['split'])} split, answered once by each final model. "
+def _page(runs: Sequence[Run], arms: Sequence[Arm], notes: Sequence[str]) -> str:
+    title = f"{len(arms)} arms from {len(runs)} runs" if arms else f"{len(runs)} runs compared"
+    warnings = "".join(f'<p class="wrong">{escape(note)}</p>' for note in notes)
+    body = f"<header><p class='kicker'>rhythm-kernels</p><h1>{escape(title)}</h1></header>"
+    if arms:
+        short = table(_SHORT_HEAD, _escaped(_short_rows(runs)))
+        body += section("Arms", _arm_charts(arms, runs[0]) + warnings) + section("Runs", short)
+    else:
+        body += section("Final models", _run_charts(runs) + warnings)
+    return page(title, body + section("Learning", _learning(runs, arms)))
+
+
+def _escaped(rows: list[list[str]]) -> list[list[str]]:
+    return [[escape(cell) for cell in row] for row in rows]
+
+
+def _figures(drawn: dict[str, str]) -> str:
+    """Charts side by side, by caption."""
+    inside = "".join(f"<figure><figcaption>{name}</figcaption>{svg}</figure>" for name, svg in drawn.items())
+    return f'<div class="figures">{inside}</div>'
+
+
+def _questions(run: Run) -> str:
+    split = escape(run.result["split"])
+    return f"{_instances(run)} instances of the {split} split, answered once by each final model. "
+
+
+def _run_charts(runs: Sequence[Run]) -> str:
+    note = _questions(runs[0]) + (
         "± is one binomial standard error. Differences are paired by instance, with 95% intervals; they say how sure "
         "the two models differ, not how sure the two methods do: for that, train several seeds of each."
     )
-    bars = "".join(
-        f"<figure><figcaption>{kind}</figcaption>"
-        + forest([(n, r["after"][kind]["accuracy"], r["after"][kind]["standard_error"]) for n, r in zip(names, runs)])
-        + "</figure>"
-        for kind in ("sampled", "greedy")
-    )
-    series = {key: [[(line["step"], line[key]) for line in run["lines"]] for run in runs] for key in _CURVES}
-    drawn = "".join(
-        f"<figure>{curves(series[key], names, label=caption, show=show)}<figcaption>{caption}</figcaption></figure>"
-        for key, (caption, show) in _CURVES.items()
-    )
-    key = "".join(f'<li class="s{i % 5}">{escape(name)}</li>' for i, name in enumerate(names))
-    rows = [[escape(cell) for cell in row] for row in _rows(runs)]
-    title = f"{len(runs)} runs compared"
-    warning = f'<p class="wrong">{escape(_warning(runs))}</p>' if _warning(runs) else ""
-    body = (
-        f"<header><p class='kicker'>rhythm-kernels</p><h1>{title}</h1></header>"
-        + section(
-            "Final models", f'<div class="figures">{bars}</div>{table(_HEAD, rows)}{warning}<p class="note">{note}</p>'
+    bars = {
+        kind: forest(
+            [
+                (str(r.folder), r.result["after"][kind]["accuracy"], r.result["after"][kind]["standard_error"])
+                for r in runs
+            ]
         )
-        + section("Learning", f'<ul class="key">{key}</ul><div class="figures">{drawn}</div>')
+        for kind in KINDS
+    }
+    return f'{_figures(bars)}{table(_HEAD, _escaped(_rows(runs)))}<p class="note">{note}</p>'
+
+
+def _arm_charts(arms: Sequence[Arm], run: Run) -> str:
+    note = _questions(run) + (
+        "A ring is one seed, the dot the mean, the whisker the 95% interval of the mean over seeds "
+        "(Student's t). sd is the standard deviation over seeds. Differences are paired by seed, which sets the order "
+        "of the data: mean, its standard error (se) and its 95% interval over the seeds that both arms have."
     )
-    return page(title, body)
+    drawn = {}
+    for kind in KINDS:
+        found = [(arm.name, arm.accuracies(kind)) for arm in arms]
+        drawn[f"{kind}, accuracy"] = strip(
+            [(name, values, *_interval(values)) for name, values in found],
+            label=f"{kind} accuracy by arm, a ring a seed",
+            show="{:.1%}".format,
+            tick=lambda share: f"{100 * share:g}%",
+        )
+    for kind in KINDS:
+        gaps = [(arm.name, [100 * d for d in arm.differences(arms[0], kind)]) for arm in arms]
+        rows = [(name, values, *_interval(values)) if values else None for name, values in gaps]
+        if any(row is not None for row in rows[1:]):
+            drawn[f"{kind}, points against {escape(arms[0].name)}, paired by seed"] = strip(
+                [None, *rows[1:]],
+                label=f"{kind} accuracy against {arms[0].name}, a ring a seed",
+                show="{:+.1f}".format,
+                tick=lambda points: f"{points:+g}" if points else "0",
+                zero=True,
+            )
+    return f'{_figures(drawn)}{table(ARM_HEAD, _escaped(arm_rows(arms)))}<p class="note">{note}</p>'
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and the ends of its interval; the mean itself where one value has none."""
+    found = spread(values)
+    return (found.mean, found.low, found.high) if found.count > 1 else (found.mean, found.mean, found.mean)
+
+
+def _learning(runs: Sequence[Run], arms: Sequence[Arm]) -> str:
+    """Training curves, a line a run, or a line an arm: the mean over its seeds at the steps that all of them have."""
+    sets = [(arm.name, list(arm.runs.values())) for arm in arms] or [(str(run.folder), [run]) for run in runs]
+    names = [name for name, _ in sets]
+    drawn = ""
+    for key, (caption, show) in _CURVES.items():
+        series = []
+        for _, members in sets:
+            found = [{line["step"]: line[key] for line in run.lines if key in line} for run in members]
+            steps = sorted(set.intersection(*map(set, found)))
+            series.append([(step, sum(f[step] for f in found) / len(found)) for step in steps])
+        if any(series):
+            chart = curves(series, names, label=caption, show=show)
+            drawn += f"<figure>{chart}<figcaption>{caption}</figcaption></figure>"
+    key_list = "".join(f'<li class="s{i % 5}">{escape(name)}</li>' for i, name in enumerate(names))
+    note = '<p class="note">Each line is the mean over an arm\'s seeds.</p>' if arms else ""
+    return f'<ul class="key">{key_list}</ul><div class="figures">{drawn}</div>{note}' if drawn else ""
 
 
 _CURVES = {

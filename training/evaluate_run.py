@@ -6,29 +6,31 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .folder import CONFIG, EVALUATION, read_run, saved_model, write_text
 from .models import load
 from .puzzles import Countdown
 from .recipe import RecipeError, load_recipe
-from .train import CONFIG, MODEL, evaluate_both
-
-EVALUATION = "evaluation.json"
+from .train import evaluate_both
 
 
 def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
     """Evaluate the model in `folder`; prints the figures and returns the file that holds them.
 
     Raises:
-        RecipeError: where there is no finished run, or for overrides that do not exist.
+        RecipeError: where there is no finished run, where another takes its place meanwhile, or for overrides that
+            do not exist.
     """
-    if not (folder / CONFIG).exists() or not (folder / MODEL).exists():
-        raise RecipeError(f"{folder}: no finished run ({CONFIG} and {MODEL}/ are what `train` leaves there)")
+    run = read_run(folder)
+    source = saved_model(folder)
     recipe = load_recipe(folder / CONFIG, overrides)
     task = Countdown(recipe.task)
     instances = task.instances(recipe.eval.split, recipe.eval.size)
-    model, tokenizer = load(recipe, folder / MODEL)
+    model, tokenizer = load(recipe, source)
     found = {k: e.summary() for k, e in evaluate_both(model, tokenizer, task, instances, recipe, "final").items()}
+    if read_run(folder) != run:
+        raise RecipeError(f"{folder}: another run took this one's place while it was evaluated; nothing was written")
     path = folder / EVALUATION
-    path.write_text(json.dumps({"split": recipe.eval.split, **found}, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps({"split": recipe.eval.split, **found}, indent=1) + "\n")
     print(f"\n{folder}, {recipe.eval.size} {recipe.eval.split} instances:")
     for kind, summary in found.items():
         print(

@@ -92,7 +92,7 @@ class Eval:
 
 @dataclass
 class Output:
-    """Where the run's folder is; what an earlier run left there is replaced."""
+    """Where the run's folder is. What an earlier run left there is kept in `previous/` until this one has finished."""
 
     path: str = "runs/demo"
 
@@ -159,6 +159,8 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
         extra = grpo_fields(excluding=types_of) if kind is Grpo and set(given) - set(types_of) else {}
         values: dict[str, Any] = {}
         for key, value in given.items():
+            if (group, key) == ("grpo", "resume_from_checkpoint"):
+                raise RecipeError("grpo.resume_from_checkpoint: runs cannot be resumed yet; without it one begins anew")
             _known(key, [*types_of, *extra], f"key of {group}")
             if key in types_of:
                 values[key] = _allowed(f"{group}.{key}", _coerce(f"{group}.{key}", value, types_of[key]))

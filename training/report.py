@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from html import escape
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from .charts import before_after, curve
+from .folder import REPORT, read_run, write_text
 from .style import STYLE
 
 GLOSSARY = {
@@ -21,10 +21,13 @@ GLOSSARY = {
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` from `result.json`, `metrics.jsonl` and `config.yaml`."""
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    """Write `report.html` from the other files of a run.
+
+    Raises:
+        RecipeError: where no finished run is in `folder`.
+    """
+    run = read_run(folder)
+    result, lines, config = run.result, run.lines, run.config
     sections = [
         _lead(result, config),
         section("Before and after", _accuracy(result)),
@@ -34,9 +37,8 @@ def write_report(folder: Path) -> Path:
         section("What was measured, and what it cost", _cost(result["cost"], config)),
         section("Settings", _settings(result, config)),
     ]
-    path = folder / "report.html"
-    path.write_text(page(f"{result['name']} · rhythm-kernels", "".join(sections)), encoding="utf-8")
-    return path
+    write_text(folder / REPORT, page(f"{result['name']} · rhythm-kernels", "".join(sections)))
+    return folder / REPORT
 
 
 def page(title: str, body: str) -> str:

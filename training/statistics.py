@@ -67,3 +67,71 @@ def _mcnemar(gained: int, lost: int) -> float:
         for k in range(fewer + 1)
     )
     return min(1.0, 2 * tail)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over seeds and how far it can be trusted.
+
+    Attributes:
+        count: how many values.
+        mean: their mean.
+        deviation: their standard deviation, with n - 1; NaN for one value.
+        error: the standard error of the mean; NaN for one value.
+        low, high: the 95% interval of the mean, by Student's t with n - 1 degrees of freedom; infinite for one value.
+    """
+
+    count: int
+    mean: float
+    deviation: float
+    error: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean, standard deviation and the small-sample interval of a few values.
+
+    Raises:
+        ValueError: for no values.
+    """
+    n = len(values)
+    if n == 0:
+        raise ValueError("there must be at least one value")
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Spread(1, mean, math.nan, math.nan, -math.inf, math.inf)
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    error = deviation / math.sqrt(n)
+    reach = t_quantile(n - 1) * error
+    return Spread(n, mean, deviation, error, mean - reach, mean + reach)
+
+
+def t_quantile(degrees: int, level: float = 0.95) -> float:
+    """The t that a Student-distributed value stays within, on both sides, with probability `level`.
+
+    Raises:
+        ValueError: for fewer than one degree of freedom, or a level outside (0, 1).
+    """
+    if degrees < 1 or not 0 < level < 1:
+        raise ValueError(f"degrees must be at least 1 and level inside (0, 1): {degrees}, {level}")
+    low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(degrees)), in which the probability is smooth and bounded
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_inside(middle, degrees) < level else (low, middle)
+    return math.tan((low + high) / 2) * math.sqrt(degrees)
+
+
+def _t_inside(angle: float, degrees: int) -> float:
+    """P(|T| <= t) at t = sqrt(degrees) tan(angle): a finite sum for whole degrees of freedom (Abramowitz, 26.7.3-4)."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term = total = 0.0
+    if degrees % 2:
+        for i in range(1, degrees - 1, 2):  # cos + 2/3 cos^3 + (2 4)/(3 5) cos^5 + ... up to cos^(degrees - 2)
+            term = cosine if i == 1 else term * cosine**2 * (i - 1) / i
+            total += term
+        return (angle + sine * total) * 2 / math.pi
+    for i in range(0, degrees - 1, 2):  # 1 + 1/2 cos^2 + (1 3)/(2 4) cos^4 + ... up to cos^(degrees - 2)
+        term = 1.0 if i == 0 else term * cosine**2 * (i - 1) / i
+        total += term
+    return sine * total

@@ -42,6 +42,8 @@ svg .value{font-size:13px;fill:var(--ink)}
 .before .bar{fill:var(--muted);fill-opacity:.55}
 .after .bar{fill:var(--accent);fill-opacity:.8}
 .point{fill:var(--accent)}
+.seed{fill:var(--card);stroke:var(--accent);stroke-width:1.5}
+.zero{stroke:var(--soft);stroke-width:1;stroke-dasharray:3 3}
 .key{list-style:none;display:flex;flex-wrap:wrap;gap:4px 20px;margin:0 0 12px;padding:0}
 .key li::before{content:"";display:inline-block;width:18px;height:3px;border-radius:2px;background:var(--accent);
 margin-right:8px;vertical-align:4px}

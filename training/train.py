@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 import rhythm_kernels
 
 from .evaluate import Evaluation, evaluate
 from .examples import examples
+from .folder import CONFIG, GROUPS, METRICS, MODEL, PREVIOUS, REPORT, RESULT, open_run, replacing, write_text
 from .grpo import Recorder, build_trainer, trainer_config
 from .models import load
 from .puzzles import Countdown, reward_functions
@@ -27,21 +29,14 @@ from .report import size, write_report
 from .statistics import paired_difference
 from .tasks.countdown import Instance
 
-CONFIG, METRICS, RESULT, REPORT, GROUPS, MODEL = (
-    "config.yaml",
-    "metrics.jsonl",
-    "result.json",
-    "report.html",
-    "groups.json",
-    "model",
-)
-
 
 def run(recipe: Recipe) -> Path:
     """Carry a recipe out; returns the run's folder.
 
     Raises:
         RecipeError: for settings that cannot be carried out, before anything is trained.
+        RunError: where the run's files cannot be written; it says what is kept.
+        Interrupted: for Ctrl-C, likewise.
     """
     started = time.perf_counter()
     task = Countdown(recipe.task)
@@ -51,49 +46,63 @@ def run(recipe: Recipe) -> Path:
     model, tokenizer = load(recipe)
 
     folder = Path(recipe.output.path)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (METRICS, RESULT, REPORT, GROUPS):
-        (folder / name).unlink(missing_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
-    print(_headline(recipe, model))
+    with open_run(folder):
+        write_text(folder / CONFIG, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+        print(_headline(recipe, model))
+        if (folder / PREVIOUS).exists():
+            print(f"What was in {folder} is in {folder / PREVIOUS} until this run has finished.")
 
-    before = evaluate_both(model, tokenizer, task, held_out, recipe, "before")
-    with Recorder(folder / METRICS, recipe.grpo.max_steps) as recorder:
-        trainer = build_trainer(recipe, config, model, tokenizer, task, rewards, recorder)
-        trainer.train()
-    trained = time.perf_counter()
-    checkpoints = Path(config.output_dir)
-    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        checkpoints.rmdir()  # transformers makes the folder whether or not anything is saved
-    after = evaluate_both(model, tokenizer, task, held_out, recipe, "after")
+        before = evaluate_both(model, tokenizer, task, held_out, recipe, "before")
+        with Recorder(folder / METRICS, recipe.grpo.max_steps) as recorder:
+            trainer = build_trainer(recipe, config, model, tokenizer, task, rewards, recorder)
+            trainer.train()
+        trained = time.perf_counter()
+        checkpoints = Path(config.output_dir)
+        if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+            checkpoints.rmdir()  # transformers makes the folder whether or not anything is saved
+        after = evaluate_both(model, tokenizer, task, held_out, recipe, "after")
 
-    model.save_pretrained(folder / MODEL)
-    tokenizer.save_pretrained(folder / MODEL)
-    if trainer.rhythm_groups is not None:
-        trainer.rhythm_groups.save(folder / GROUPS)
-    result = {
-        "name": folder.name,
-        "mode": recipe.rhythm.mode,
-        "seed": recipe.grpo.seed,
-        "steps": trainer.state.global_step,
-        "split": recipe.eval.split,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "versions": versions(),
-        "before": {kind: e.summary() for kind, e in before.items()},
-        "after": {kind: e.summary() for kind, e in after.items()},
-        "difference": {
-            kind: dataclasses.asdict(paired_difference(before[kind].correct, after[kind].correct)) for kind in before
-        },
-        "cost": cost(recorder.lines),
-        "seconds": {"training": round(trained - recorder.started, 1), "total": round(time.perf_counter() - started, 1)},
-        "examples": examples(
-            model, tokenizer, task, held_out, before["sampled"], after["sampled"], recipe.rhythm, trainer.rhythm_groups
-        ),
-    }
-    (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    write_report(folder)
+        if trainer.rhythm_groups is not None:
+            with replacing(folder / GROUPS) as path:
+                trainer.rhythm_groups.save(path)
+        sampled = before["sampled"], after["sampled"]
+        result = {
+            "name": folder.name,
+            "mode": recipe.rhythm.mode,
+            "seed": recipe.grpo.seed,
+            "steps": trainer.state.global_step,
+            "split": recipe.eval.split,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "versions": versions(),
+            "before": {kind: e.summary() for kind, e in before.items()},
+            "after": {kind: e.summary() for kind, e in after.items()},
+            "difference": {
+                kind: dataclasses.asdict(paired_difference(before[kind].correct, after[kind].correct))
+                for kind in before
+            },
+            "cost": cost(recorder.lines),
+            "seconds": {
+                "training": round(trained - recorder.started, 1),
+                "total": round(time.perf_counter() - started, 1),
+            },
+            "examples": examples(model, tokenizer, task, held_out, *sampled, recipe.rhythm, trainer.rhythm_groups),
+        }
+        write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")  # small, and the point: before the model
+        try:
+            write_report(folder)
+        finally:
+            _save_model(model, tokenizer, folder / MODEL)
     print(summary(result, folder))
     return folder
+
+
+def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
+    with replacing(path) as partial:
+        try:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        except SafetensorError as error:  # a full disk, too; no OSError to Python
+            raise OSError(f"{path}: {error}") from error
 
 
 def evaluate_both(

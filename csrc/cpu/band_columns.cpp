@@ -101,7 +101,7 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
         const int64_t last = smaller(offset + at_once, to);
         const int64_t columns = whole_vectors(last - offset + kLanes - 1);
         load_transposed(source, p.q_token, p.head_dim, s0 + offset, columns, s0, end, queries, ld_queries);
-        load_lse(p, row, head.lse_row, s0 + offset, columns, s0, end, lse);
+        load_lse(p, row, head, s0 + offset, columns, s0, end, lse);
         __builtin_memset(sums, 0, kColumnTile * sizeof(float));
         add_rows(p, s0, end, hi, offset, last, n_vectors, keys, ld_keys, queries, ld_queries, lse, sums);
         for (int64_t c = 0; c < n_vectors * kLanes; c += kLanes) add_to(total + c, lost + c, load(sums + c));

@@ -64,7 +64,7 @@ static void run_strip(const Problem& p, const Sequence& seq, int64_t t0, int64_t
     const T* const kv = head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head);
     __builtin_memset(band, 0, 2 * kMaxGroup * kMaxStrip * sizeof(float)); // and lost
     for (int g = 0; g < group.count; ++g)
-      load_lse(p, row, p.heads[group.entry[g]].lse_row, t0, width, t0, last, lse + g * kMaxStrip);
+      load_lse(p, row, p.heads[group.entry[g]], t0, width, t0, last, lse + g * kMaxStrip);
     for (int64_t near = 0; near <= farthest; near += kBandChunk) {
       const int64_t far = smaller(near + kBandChunk - 1, farthest);
       if (group.kv_head != loaded_head || farthest >= kBandChunk)

@@ -96,7 +96,7 @@ static void finish(const Output& out, const Moments& state, int64_t count) {
       out.put(0, c, n > 0 ? state.mean[c] / n / kUnit : 0.0f);
       continue;
     }
-    const float variance = n > 0 ? state.m2[c] / n : 0.0f;
+    const float variance = n >= 2 ? state.m2[c] / n : 0.0f;
     const float square = variance * variance;
     // Too flat for float32 (A spread by less than 4e-17); a NaN is not flat and comes out.
     const bool flat = n < 2 || square < 1e-36f;
@@ -137,7 +137,7 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
         const int64_t n = smaller(kChunk, end - t);
         const int64_t whole = (n + kOuterRows - 1) / kOuterRows * kOuterRows;
         load_rows(source, p.q_token, p.head_dim, t, whole, end, rows);
-        load_lse(p, row, head.lse_row, t, n, s0, end, lse);
+        load_lse(p, row, head, t, n, s0, end, lse);
         outer_product(keys, ld_keys, width, rows, whole, p.head_dim, maps, kStatsTile);
         for (int64_t c = 0; c < width; c += kLanes) take_rows(p, s0 + c, t, n, maps + c, lse, *state, c);
       }

@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
     for (int entry = work.heads_from; entry < work.heads_to; ++entry) {
       const bool last_head = entry + 1 == work.heads_to;
       const Head next = p.heads[last_head ? entry : entry + 1];
+      const float zero = nothing(p, p.heads[entry].query);
       if (any && kv != held) load_keys(kv);
       held = kv, kv = kv_head(next);
       for (int t0 = rows_from; t0 <= last; t0 += kStep) {
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) products(keys[group], queries, head_dim, x[group]);
 #pragma unroll
-        for (int i = 0; i < 2 * kTiles; ++i) row_lse[i / 2][i % 2] = lse[i / 2][i % 2];
+        for (int i = 0; i < 2 * kTiles; ++i) row_lse[i / 2][i % 2] = known(lse[i / 2][i % 2], zero);
         const bool last_chunk = last - t0 < kStep;
         if (last_chunk && !last_head) {
           q.base = rows_of(next).base, q_lse.base = lse_of(p, work, next, last).base;

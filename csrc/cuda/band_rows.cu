@@ -52,6 +52,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
 #pragma unroll
       for (int half = 0; half < 2; ++half) lse[half] = __ldg(row_lse[row[half]]);
       queries.load(q, work.first, lane);
+      const float zero = nothing(p, head.query);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) lse[half] = known(lse[half], zero);
 
       for (int s0 = keys_from; s0 <= last; s0 += kPassing * kTiles) {
         if (s0 > keys_from) keys.load(k, s0, lane);

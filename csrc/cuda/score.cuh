@@ -50,6 +50,15 @@ __device__ inline void exponents(float (&x)[kTiles][4], const DeviceProblem& p, 
   }
 }
 
+// 0; NaN where the sink of this head is +inf or NaN, beside which no key has a share. One of -inf is no sink.
+__device__ inline float nothing(const DeviceProblem& p, int query_head) {
+  const float sink = p.sinks == nullptr ? 0.0f : p.sinks[query_head];
+  return sink == -INFINITY ? 0.0f : 0.0f * sink;
+}
+
+// A log-sum-exp as it was given, NaN where it is not finite, or where `zero`, of nothing(), is NaN.
+__device__ inline float known(float lse, float zero) { return fmaf(lse, zero, lse); }
+
 // The share of a row's softmax that its keys get: 1, or what the sink leaves (lse has the sink in it).
 __device__ inline float row_sum(float lse, const DeviceProblem& p, int query_head) {
   return p.sinks == nullptr ? 1.0f : 1.0f - exp_of(p.sinks[query_head] - lse);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,51 @@ from torch import Tensor, nn
 
 from ..heads import HeadGroups
 from ..probe import RhythmProbe
+from ..probe.calibration import Calibration
 from ..probe.capture import LayerCall
 from ..probe.masks import ForwardInputs
 
-__all__ = ["MeasuredPass", "PassProbe"]
+__all__ = ["MeasuredPass", "PassCalibration", "PassProbe"]
+
+
+class _Rows:
+    """The `(B, T)` response mask of a whole pass, handed out to forwards that take its rows in order."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self._taken = 0
+
+    def take(self, count: int) -> Tensor:
+        """The next `count` rows."""
+        self._taken += count
+        return self.mask[self._taken - count : self._taken]
+
+    def check(self, what: str) -> None:
+        """Raise where the forwards did not take exactly the rows that there are."""
+        if self._taken != len(self.mask):
+            shape = tuple(self.mask.shape)
+            raise RuntimeError(f"{what}: {self._taken} rows were seen, must cover response_mask of shape {shape}")
+
+
+class PassCalibration(Calibration):
+    """A calibration over all forwards of one pass.
+
+    Args:
+        model, layers, quantile: as for :func:`rhythm_kernels.head_groups`.
+        response_mask: `(B, T)` of the whole pass. The forwards inside the block take its rows in order.
+    """
+
+    def __init__(self, model: nn.Module, layers: str | Sequence[int], quantile: float, response_mask: Tensor) -> None:
+        super().__init__(model, layers, quantile)
+        self._rows = _Rows(response_mask)
+
+    def begin(self, inputs: ForwardInputs) -> Tensor | None:
+        self.response_mask = self._rows.take(inputs.batch)
+        return super().begin(inputs)
+
+    def groups(self) -> HeadGroups:
+        self._rows.check("groups")
+        return super().groups()
 
 
 class PassProbe(RhythmProbe):
@@ -33,15 +75,13 @@ class PassProbe(RhythmProbe):
         response_mask: Tensor,
     ) -> None:
         super().__init__(model, groups, window, horizon)
-        self._whole_mask = response_mask
-        self._rows = 0
+        self._rows = _Rows(response_mask)
         self._parts: list[tuple[Tensor, Tensor]] = []
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def begin(self, inputs: ForwardInputs) -> Tensor | None:
-        self.response_mask = self._whole_mask[self._rows : self._rows + inputs.batch]
-        self._rows += inputs.batch
+        self.response_mask = self._rows.take(inputs.batch)
         return super().begin(inputs)
 
     def layer(self, call: LayerCall) -> None:
@@ -66,10 +106,8 @@ class PassProbe(RhythmProbe):
         Raises:
             RuntimeError: the forwards inside the block did not cover the rows of `response_mask`.
         """
-        waad, fai = (torch.cat([part[i] for part in self._parts]) if self._parts else None for i in range(2))
-        if waad is None or fai is None or waad.shape != self._whole_mask.shape:
-            found = "none" if waad is None else f"shape {tuple(waad.shape)}"
-            raise RuntimeError(f"measures: {found}, must cover response_mask of shape {tuple(self._whole_mask.shape)}")
+        self._rows.check("measures")
+        waad, fai = (torch.cat([part[i] for part in self._parts]) for i in range(2))
         return waad, fai
 
     def seconds(self) -> float:

@@ -20,9 +20,9 @@ from trl import GRPOTrainer
 
 from ..credit import rhythm_credit, shape_advantages
 from ..heads import HeadGroups
-from ..probe import head_groups
+from ..probe.calibration import evaluating
 from ..probe.structure import attention_layers, find_decoder
-from .measure import MeasuredPass, PassProbe
+from .measure import MeasuredPass, PassCalibration, PassProbe
 from .trl_config import RhythmGRPOConfig
 from .trl_inputs import last_token, log_prob_arguments, over_sequence, response_mask
 
@@ -39,7 +39,8 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     Raises:
         TypeError, ValueError: for another configuration, a model without softmax attention, groups that do not fit it,
-            and `use_liger_kernel` in TRL versions whose Liger loss reads one advantage a sequence.
+            sequence-level importance sampling that credit cannot pass (`RhythmGRPOConfig.refuse_blind_credit`), and
+            `use_liger_kernel` in TRL versions whose Liger loss reads one advantage a sequence.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
                 "use_liger_kernel is True: it must be False in this version of TRL, whose Liger loss reads one "
                 "advantage a sequence and would ignore the credit"
             )
+        args.refuse_blind_credit()  # again: it may have been changed since it was made
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self.rhythm_groups: HeadGroups | None = None
         self._grouped_at = 0
@@ -79,14 +81,14 @@ class RhythmGRPOTrainer(GRPOTrainer):
         if "old_per_token_logps" in output:
             # That pass does not know of tools: where one had the last word, it was measured with too long a response.
             if self._pass is None or bool((last_token(mask) != last_token(output["completion_mask"])).any()):
-                arguments, extra = log_prob_arguments(output)
+                arguments, extra = log_prob_arguments(self, output)
                 with torch.no_grad():
                     self._measured_pass(mask, self.model, *arguments, **extra)
             assert self._pass is not None
             output["rhythm_gamma"] = self._credit(mask, self._pass)
         elif self._calibration_is_due():
-            (input_ids, attention_mask, _), _ = log_prob_arguments(output)
-            self._calibrate(input_ids, attention_mask, mask)
+            (input_ids, attention_mask, _), extra = log_prob_arguments(self, output)
+            self._calibrate(input_ids, attention_mask, mask, **extra)
         return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -94,9 +96,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         # a version of TRL that reads them before its forward meets a KeyError, and is not plain GRPO in silence.
         reading = {name: value for name, value in inputs.items() if name != "advantages"}
         if "rhythm_gamma" in inputs:  # of the old-log-prob pass, or of an earlier iteration over these inputs
-            reading["advantages"] = shape_advantages(
-                inputs["advantages"], inputs["rhythm_gamma"], self.args.rhythm_sign
-            )
+            reading["advantages"] = self._shaped(inputs)
         else:
             self._armed, self._loss = True, (inputs, reading)
         try:
@@ -112,7 +112,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         if self._loss is None:  # the old-log-prob pass
             mask = attention_mask[:, -length:]
             if self._calibration_is_due():
-                self._calibrate(input_ids, attention_mask, mask)
+                self._calibrate(input_ids, attention_mask, mask, *args[3:], **kwargs)
             return self._measured_pass(mask, model, *args, **kwargs)
         inputs, reading = self._loss  # the training forward
         mask = response_mask(inputs)
@@ -168,18 +168,22 @@ class RhythmGRPOTrainer(GRPOTrainer):
         again = self.model.training and every > 0 and step - self._grouped_at >= every
         return self._measuring and (self.rhythm_groups is None or again)
 
-    def _calibrate(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> None:
-        """Group the heads by one pass over a generation batch; all processes use the groups of the first."""
+    def _calibrate(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, *rest: Any, **extra: Any) -> None:
+        """Group the heads by a log-prob pass of TRL's own over a generation batch, so that they see what it sees.
+
+        That pass runs the model from its root, as sharded models must be, with its images, and makes no more logits
+        than TRL does. All processes use the groups of the first.
+        """
         if int(self.accelerator.gather(mask.sum()).min()) == 0:
             return  # a process without a response token: the next batch will do
         started = time.perf_counter()
-        whole, size = over_sequence(mask, input_ids), self.args.per_device_train_batch_size
-        chunks = [slice(start, start + size) for start in range(0, len(whole), size)]
-        batches = [
-            {"input_ids": input_ids[c], "attention_mask": attention_mask[c], "response_mask": whole[c]} for c in chunks
-        ]
-        backbone = find_decoder(self.model).module  # no logits are needed
-        groups = head_groups(backbone, batches, self.args.rhythm_layers, self.args.rhythm_head_quantile)
+        layers, quantile = self.args.rhythm_layers, self.args.rhythm_head_quantile
+        calibration = PassCalibration(self.model, layers, quantile, over_sequence(mask, input_ids))
+        with evaluating(self.model), calibration:
+            super()._get_per_token_logps_and_entropies(
+                self.model, input_ids, attention_mask, mask.shape[1], *rest, **extra
+            )
+        groups = calibration.groups()
         self._use_groups(broadcast_object_list([groups])[0])
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["rhythm/calibration_seconds"].append(time.perf_counter() - started)

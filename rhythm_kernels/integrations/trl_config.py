@@ -14,6 +14,9 @@ from ..credit import check_sign, rhythm_credit
 
 __all__ = ["RhythmGRPOConfig"]
 
+# Losses of TRL in which a token's advantage multiplies that token's own log-probability, whatever the ratio's level.
+_TOKENWISE_LOSSES = ("cispo", "vespo")
+
 
 class _Distance(int):
     """How a command line's word for a distance is read: an integer, or `null` (as in YAML) for no end."""
@@ -48,6 +51,7 @@ class RhythmGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.refuse_blind_credit()
         try:  # the checks of the functions that will get these numbers, before anything is loaded
             nothing = torch.zeros(1, 1)
             rhythm_credit(nothing, nothing, nothing, entropy=nothing, **self.credit_options())
@@ -62,6 +66,22 @@ class RhythmGRPOConfig(GRPOConfig):
             raise ValueError(f"rhythm_groups is {self.rhythm_groups!r}: there is no such file")
         if self.rhythm_regroup_steps < 0:
             raise ValueError(f"rhythm_regroup_steps is {self.rhythm_regroup_steps}: it must be at least 0")
+
+    def refuse_blind_credit(self) -> None:
+        """Raise where the loss would not see which tokens the credit chose.
+
+        With one ratio for a whole response, its gradient is that of the ratio times the sum of the advantages. Losses
+        that multiply each token's own log-probability keep the tokens apart at either level.
+        """
+        level, loss = self.importance_sampling_level, self.loss_type
+        if self.rhythm_mode == "uniform" or level == "token" or loss in _TOKENWISE_LOSSES:
+            return
+        raise ValueError(
+            f"importance_sampling_level is {level!r}: it must be 'token' for rhythm_mode={self.rhythm_mode!r} with "
+            f"loss_type={loss!r}. There all tokens of a response share one ratio, and credit would vanish into its "
+            "mean over the response: which tokens it chose would change nothing. Or set loss_type to one of "
+            f"{', '.join(map(repr, _TOKENWISE_LOSSES))}, or rhythm_mode to 'uniform'"
+        )
 
     def credit_options(self) -> dict[str, Any]:
         """The keyword arguments of `rhythm_credit`."""

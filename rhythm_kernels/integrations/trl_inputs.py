@@ -29,9 +29,17 @@ def over_sequence(mask: Tensor, input_ids: Tensor) -> Tensor:
     return F.pad(mask.bool(), (input_ids.shape[1] - mask.shape[1], 0))
 
 
-def log_prob_arguments(output: dict[str, Any]) -> tuple[tuple[Tensor, Tensor, int], dict[str, Any]]:
-    """What TRL's log-prob function takes after the model: positional, and what else of it there is (images)."""
+def log_prob_arguments(
+    trainer: GRPOTrainer, output: dict[str, Any]
+) -> tuple[tuple[Tensor, Tensor, int], dict[str, Any]]:
+    """What TRL's log-prob function takes after the model for a whole generation batch, as TRL's own passes give it.
+
+    Returns the positional arguments, and those by name: the images that there are, and the size of its chunks.
+    """
     input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
     attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
     names = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
-    return (input_ids, attention_mask, output["completion_ids"].shape[1]), {n: output[n] for n in names if n in output}
+    named = {name: output[name] for name in names if name in output}
+    args = trainer.args
+    size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
+    return (input_ids, attention_mask, output["completion_ids"].shape[1]), {**named, "batch_size": size}

@@ -9,6 +9,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ..canonical import last_contiguous
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
 
@@ -70,8 +73,20 @@ def choose(pass_name: str, backend: str | None, device: torch.device) -> str:
     return backend
 
 
+def _laid_out(x: Any) -> Any:
+    """An argument as every backend may read it: heads `(B, T, H, D)` with a contiguous last dimension and any other
+    strides; tables, sinks and measures in one piece. A log-sum-exp, of three dimensions, has any strides.
+
+    Tensors that carry gradients, and those that come straight through `torch.ops`, have met no other check. Nothing is
+    copied that lies so already.
+    """
+    if not isinstance(x, Tensor) or x.dim() == 3:
+        return x
+    return last_contiguous(x) if x.dim() == 4 else x.contiguous()
+
+
 def run(pass_name: str, backend: str | None, *args: Any) -> Any:
-    """Call the pass of a backend, outside of autocast and autograd."""
+    """Call the pass of a backend, outside of autocast and autograd, on tensors laid out as kernels read them."""
     device = args[0].device
     chosen = choose(pass_name.removesuffix("_backward"), backend, device)
     # To leave autocast costs more than to ask whether it is on, which it hardly ever is here.
@@ -81,7 +96,7 @@ def run(pass_name: str, backend: str | None, *args: Any) -> Any:
         else contextlib.nullcontext()
     )
     with torch.no_grad(), no_autocast:
-        return getattr(_module(chosen), pass_name)(*args)
+        return getattr(_module(chosen), pass_name)(*map(_laid_out, args))
 
 
 @functools.cache

@@ -7,8 +7,11 @@ per head, for any number of sequences.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from ..passes import column_moments, span
 from .capture import Capture, LayerCall, Wanted
 from .checks import on_device
 from .masks import ForwardInputs
-from .structure import HeadShards, attention_layers, find_decoder
+from .structure import attention_layers, find_decoder
 
 
 def head_groups(
@@ -49,55 +52,43 @@ def head_groups(
     Raises:
         ValueError: no batch, no response token, a quantile outside (0, 1], or whatever a probe refuses.
     """
-    if not isinstance(quantile, int | float):
-        raise TypeError(f"quantile: {quantile!r}, must be a number in (0, 1]")
-    if not 0 < quantile <= 1:
-        raise ValueError(f"quantile: {quantile!r}, must be in (0, 1]")
-    if by not in ("span", "receiver"):
-        raise ValueError(f"by: {by!r}, must be 'span' or 'receiver'")
-    decoder = find_decoder(model)
-    sampled = attention_layers(decoder, layers)
-    tally = _Tally({layer: decoder.heads[layer] for layer in sampled}, by == "receiver", decoder.shards)
+    calibration = Calibration(model, layers, quantile, by=by)
+    lean = _one_logit(model)
+    with evaluating(model), calibration:
+        for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    "batches must be a list of dicts of model inputs, as in [{'input_ids': ids}], "
+                    f"got {type(batches).__name__} of {type(batch).__name__}"
+                )
+            inputs = dict(batch)
+            calibration.response_mask = _response_mask(inputs)
+            model(**{**lean, **inputs, "use_cache": False})
+            calibration.examine()
+    return calibration.groups()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A block without gradients and without dropout; afterwards every module is in the mode that it was in."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with Capture(decoder, sampled, tally, aside=True) as capture, torch.no_grad():
-            for batch in batches:
-                if not isinstance(batch, Mapping):
-                    raise TypeError(
-                        "batches must be a list of dicts of model inputs, as in [{'input_ids': ids}], "
-                        f"got {type(batches).__name__} of {type(batch).__name__}"
-                    )
-                inputs = dict(batch)
-                tally.response_mask = _response_mask(inputs)
-                model(**{**inputs, "use_cache": False})
-                capture.examine(wait=True)
+        with torch.no_grad():
+            yield
     finally:
         for module in was_training:
             module.training = True
-    if not tally.tokens:
-        raise ValueError("batches: no response token in any of them, so no head has a span")
-    tally.gather()
-    count = max(1, round(quantile * len(tally.heads)))
-    spans = tally.mean_span()
-    by_span = sorted(tally.heads, key=lambda head: (spans[head], head))
-    # Equal scores are ordered by (layer, head), so the ranks from the top are those of one ascending order.
-    local, global_ = by_span[:count], by_span[-count:]
-    if by == "receiver":
-        kurtosis = tally.mean_kurtosis()
-        global_ = sorted(tally.heads, key=lambda head: (kurtosis[head], head))[-count:]
-    provenance = {
-        "architecture": architecture(decoder.config),
-        "config_hash": _config_hash(decoder.config),
-        "model_name": getattr(decoder.config, "_name_or_path", "") or type(decoder.module).__name__,
-        "revision": getattr(decoder.config, "_commit_hash", None),
-        "layers": sampled,
-        "quantile": quantile,
-        "by": by,
-        "calibration": {"sequences": tally.sequences, "response_tokens": tally.tokens},
-        "span": {"local": [spans[head] for head in local], "global": [spans[head] for head in global_]},
-    }
-    return HeadGroups(local, global_, provenance)
+
+
+def _one_logit(model: nn.Module) -> dict[str, int]:
+    """The argument that spares a calibration all logits but the last, where model and wrapper take it by name."""
+    from transformers import PreTrainedModel
+
+    name, outer = "logits_to_keep", next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+    taken = inspect.signature(model.forward).parameters.values()
+    passed = any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in taken)
+    return {name: 1} if passed and name in inspect.signature(outer.forward).parameters else {}
 
 
 def _response_mask(inputs: dict[str, Any]) -> Tensor | None:
@@ -108,22 +99,98 @@ def _response_mask(inputs: dict[str, Any]) -> Tensor | None:
     return mask
 
 
-class _Tally:
-    """Sums over all response tokens of all batches, per head; a `Consumer` of the capture."""
+class Calibration:
+    """Context manager that adds up the spans of all forwards of `model` inside its block, whoever makes them.
 
-    def __init__(self, heads_of: dict[int, int], receiver: bool, shards: HeadShards | None) -> None:
-        self.heads: list[Head] = [(layer, head) for layer, n in heads_of.items() for head in range(n)]
+        with evaluating(model), Calibration(model) as calibration:
+            for batch in batches:
+                calibration.response_mask = batch.pop("response_mask")
+                model(**batch, use_cache=False)
+        groups = calibration.groups()
+
+    It may be entered inside of a probe's block, between two forwards, which the probe then does not see. It changes no
+    mode of the model: what dropout does to a forward is in its spans.
+
+    Args:
+        model, layers, quantile, by: as for :func:`head_groups`.
+
+    Attributes:
+        response_mask: `(B, T)` bool, R of the next forward, as for `RhythmProbe`; None: all live tokens.
+
+    Raises:
+        TypeError, ValueError: as :func:`head_groups`.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: str | Sequence[int] = "middle5", quantile: float = 0.3, *, by: str = "span"
+    ) -> None:
+        if not isinstance(quantile, int | float):
+            raise TypeError(f"quantile: {quantile!r}, must be a number in (0, 1]")
+        if not 0 < quantile <= 1:
+            raise ValueError(f"quantile: {quantile!r}, must be in (0, 1]")
+        if by not in ("span", "receiver"):
+            raise ValueError(f"by: {by!r}, must be 'span' or 'receiver'")
         self.response_mask: Tensor | None = None
-        self.tokens = 0
-        self.sequences = 0
-        self._first = min(heads_of)
-        self._heads_of = heads_of
-        self._span = {layer: torch.zeros(n, dtype=torch.float64) for layer, n in heads_of.items()}
-        self._kurtosis = {layer: torch.zeros(n, dtype=torch.float64) for layer, n in heads_of.items()}
-        self._responses = 0
-        self._receiver = receiver
-        self._shards = shards
+        self._quantile, self._by = quantile, by
+        self._decoder = find_decoder(model)
+        sampled = attention_layers(self._decoder, layers)
+        self._heads_of = {layer: self._decoder.heads[layer] for layer in sampled}
+        self._span = {layer: torch.zeros(n, dtype=torch.float64) for layer, n in self._heads_of.items()}
+        self._kurtosis = {layer: torch.zeros(n, dtype=torch.float64) for layer, n in self._heads_of.items()}
+        self._tokens = self._sequences = self._responses = 0
         self._device = torch.device("cpu")
+        self._capture = Capture(self._decoder, sampled, self, aside=True)
+
+    def __enter__(self) -> Calibration:
+        self._capture.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._capture.__exit__(kind, error, trace)
+        if error is None:
+            self.examine()
+
+    def examine(self) -> None:
+        """Wait for the forwards made so far, and raise what of them could not be measured."""
+        self._capture.examine(wait=True)
+
+    def groups(self) -> HeadGroups:
+        """The heads ranked by all that was tallied; on every tensor-parallel rank the same.
+
+        Raises:
+            ValueError: no response token was met.
+        """
+        if not self._tokens:
+            raise ValueError("batches: no response token in any of them, so no head has a span")
+        spans, kurtosis = self._means(self._span, self._tokens), self._means(self._kurtosis, max(self._responses, 1))
+        count = max(1, round(self._quantile * len(spans)))
+        by_span = sorted(spans, key=lambda head: (spans[head], head))
+        # Equal scores are ordered by (layer, head), so the ranks from the top are those of one ascending order.
+        local, global_ = by_span[:count], by_span[-count:]
+        if self._by == "receiver":
+            global_ = sorted(spans, key=lambda head: (kurtosis[head], head))[-count:]
+        config = self._decoder.config
+        provenance = {
+            "architecture": architecture(config),
+            "config_hash": _config_hash(config),
+            "model_name": getattr(config, "_name_or_path", "") or type(self._decoder.module).__name__,
+            "revision": getattr(config, "_commit_hash", None),
+            "layers": list(self._heads_of),
+            "quantile": self._quantile,
+            "by": self._by,
+            "calibration": {"sequences": self._sequences, "response_tokens": self._tokens},
+            "span": {"local": [spans[head] for head in local], "global": [spans[head] for head in global_]},
+        }
+        return HeadGroups(local, global_, provenance)
+
+    def _means(self, sums: dict[int, Tensor], count: int) -> dict[Head, float]:
+        """Per head, the sum over all tensor-parallel ranks by `count`: eq. 7, in tokens, for the spans."""
+        if self._decoder.shards is not None:
+            shards = self._decoder.shards
+            sums = {layer: shards.sum(x.to(self._device, copy=True)) for layer, x in sums.items()}
+        return {(layer, head): value / count for layer, x in sums.items() for head, value in enumerate(x.tolist())}
 
     def begin(self, inputs: ForwardInputs) -> Tensor | None:
         self._device = inputs.device
@@ -145,11 +212,11 @@ class _Tally:
         # (B, H, T), 0 outside R
         spans = call.measure(span, heads, per_head=True) if call.stats is None else call.stats.span
         self._span[call.layer][here] += spans.double().sum(dim=(0, 2)).cpu()
-        if self._receiver:
+        if self._by == "receiver":
             self._add_kurtosis(call, heads, here)
-        if call.layer == self._first:
-            self.tokens += int(call.sequences.response.sum())
-            self.sequences += _sequences(call).shape[0]
+        if call.layer == min(self._heads_of):
+            self._tokens += int(call.sequences.response.sum())
+            self._sequences += _sequences(call).shape[0]
 
     def _add_kurtosis(self, call: LayerCall, heads: list[int], here: slice) -> None:
         moments = column_moments(call.form(heads), per_head=True)
@@ -163,7 +230,7 @@ class _Tally:
             variance = centred.square().mean(dim=1)
             kurtosis = torch.where(variance > 0, centred.pow(4).mean(dim=1) / variance.square(), 0.0)
             self._kurtosis[call.layer][here] += kurtosis.cpu()
-            self._responses += call.layer == self._first
+            self._responses += call.layer == min(self._heads_of)
 
     def end(self) -> None:
         """Nothing is left to do: every layer was added when it was met."""
@@ -172,21 +239,6 @@ class _Tally:
         """A batch that was not measured must not silently miss from the calibration."""
         if "exception" not in reason:
             raise ValueError(f"batches: a batch was not measured, because {reason}")
-
-    def gather(self) -> None:
-        """Bring the heads of all tensor-parallel ranks together, on every rank."""
-        if self._shards is not None:
-            for sums in (*self._span.values(), *self._kurtosis.values()):
-                sums.copy_(self._shards.sum(sums.to(self._device)))
-
-    def mean_span(self) -> dict[Head, float]:
-        """Eq. 7, in tokens."""
-        return {(layer, head): float(self._span[layer][head]) / self.tokens for layer, head in self.heads}
-
-    def mean_kurtosis(self) -> dict[Head, float]:
-        """The receiver score."""
-        responses = max(self._responses, 1)
-        return {(layer, head): float(self._kurtosis[layer][head]) / responses for layer, head in self.heads}
 
 
 def _sequences(call: LayerCall) -> Tensor:

@@ -94,8 +94,7 @@ def attention_dq_kernel(
     # In bits, scaling and subtraction are one FMA; in nats less is rounded, which is seen beside float32 inputs.
     UNIT: tl.constexpr = 1.0 if do_low.dtype == tl.float32 else LOG2E
     row_lse = load_lse(lse + of_head, first, end, 1, ROWS)
-    # A row that saw no key has -inf; with inf its P is 0.
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * UNIT)
+    row_lse *= UNIT
     tl.store(lse_out + of_head + t, row_lse, mask=t < end)
     q_low, q_high = load_tokens(q, first, end, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
 
@@ -241,15 +240,13 @@ def attention_backward(
         grad_out, out: `(B, T, H, D_v)`. lse: `(B, H, T)` float32, natural log, a sink included. The sinks, which get no
             gradient, are read for float32 alone. The rest as in the forward pass.
     """
-    if grad_out.stride(3) != 1:
-        grad_out = grad_out.contiguous()
     problem = AttentionProblem(q, k, v, seqs, max_seqlen, scale, softcap, window_left)
     dq, dk, dv = (x.new_zeros(x.shape, dtype=problem.stored) for x in (q, k, v))
     lse = lse.contiguous()
     delta, unit_lse, mended = (torch.empty_like(lse) for _ in range(3))
     strides = {"lse_b": lse.stride(0), "lse_h": lse.stride(1)}
     problem.launch(
-        "attention_dq", attention_dq_kernel, "rows", q.shape[2], {"o": out.contiguous(), "do": grad_out, "dq": dq},
+        "attention_dq", attention_dq_kernel, "rows", q.shape[2], {"o": out, "do": grad_out, "dq": dq},
         sinks=sinks, lse=lse, delta_out=delta, lse_out=unit_lse, mended_out=mended, **strides,
     )  # fmt: skip
     # Reads what the first has written of every row: delta, lse as it is used, and the factor that mends P.

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import UNSPECIALIZED, Problem, bits_of, over_heads
-from .score import in_bits, load_lse, load_tokens, locate, of_head, products, weight_in_bits
+from .score import in_bits, known, load_lse, load_tokens, locate, nothing, of_head, products, weight_in_bits
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -38,19 +38,20 @@ def band_columns_kernel(
     # Rows after s are rows of the response, because s is in it.
     rows_to = tl.minimum(end, first + KEYS + farthest)
 
-    _, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    head, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
     lse += row * lse_b + lse_head * lse_h
     k_low, k_high = load_tokens(k, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
     received = tl.zeros([ROWS, KEYS], tl.float32)
+    zero = nothing(sinks, head)
     # The log-sum-exp of a tile is asked for a tile ahead: nothing else would wait for it.
     next_lse = load_lse(lse, first + lo, rows_to, lse_t, ROWS)
     for t0 in range(first + lo, rows_to, ROWS):
-        lse_bits = in_bits(next_lse, to_bits, to_bits_rest)
+        lse_bits = in_bits(known(next_lse, zero), to_bits, to_bits_rest)
         next_lse = load_lse(lse, t0 + ROWS, rows_to, lse_t, ROWS)
         q_low, q_high = load_tokens(q, t0, rows_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
         product = products(q_low, q_high, k_low, k_high, D1)
         a = weight_in_bits(product, lse_bits[:, None], scale, softcap, bits, HAS_SOFTCAP)
-        # One unsigned comparison for both ends. Rows past `rows_to` read an infinite lse.
+        # One unsigned comparison for both ends. Rows past `rows_to` read an lse beside which A is 0.
         beyond_lo = (t0 - lo + tl.arange(0, ROWS))[:, None] - s[None, :]
         received += tl.where(beyond_lo.to(tl.uint32) < n_distances, a, 0.0)
 

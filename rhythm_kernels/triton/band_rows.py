@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import UNSPECIALIZED, Problem, over_heads
-from .score import band_sum, clamp_waad, load_tokens, locate, of_head, sink_mass
+from .score import band_sum, clamp_waad, known, load_tokens, locate, nothing, of_head, sink_mass
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -39,6 +39,7 @@ def band_rows_kernel(
 
     head, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
     row_lse = tl.load(lse + row * lse_b + lse_head * lse_h + t.to(tl.int64) * lse_t, mask=live, other=0.0)
+    row_lse = known(row_lse, nothing(sinks, head))
     q_low, q_high = load_tokens(q, first, end, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
     band = band_sum(
         q_low, q_high, k, k_t * ALIGN, t, keys_from, keys_to, row_lse, scale, softcap, window_left, window,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .launch import UNSPECIALIZED
-from .score import load_lse, load_tokens, locate, logit, of_head, products, visible, weight
+from .score import known, load_lse, load_tokens, locate, logit, nothing, of_head, products, visible, weight
 
 # Moments are those of 2^20 A: the fourth power of A = 1e-10 would leave float32.
 UNITS = tl.constexpr(2.0**20)
@@ -26,7 +26,7 @@ def received(
 ):  # fmt: skip
     """`A` of a tile of rows `t0 ..`, as `(keys, rows)`, and which rows count for which key.
 
-    `row_lse`: that of these rows, infinite from `rows_to` on: rows past it alone need no mask. `SOME_OUTSIDE`: some row
+    `row_lse`: that of these rows, large from `rows_to` on: rows past it alone need no mask. `SOME_OUTSIDE`: some row
     may be too near to a key, past `rows_to`, or not see it.
     """
     t = t0 + tl.arange(0, ROWS)
@@ -94,13 +94,14 @@ def column_moments_kernel(
     # From here on every row is far enough from every key.
     inner = rows_from + tl.cdiv(KEYS - 1, ROWS) * ROWS
 
-    _, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    head, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
     lse += row * lse_b + lse_head * lse_h
     zero = tl.zeros([KEYS], tl.float32)
+    factor = nothing(sinks, head)
     k_low, k_high = load_tokens(k, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
     n, mean, m2, m3, m4 = zero, zero, zero, zero, zero
     for t0 in range(rows_from, tl.minimum(inner, rows_to), ROWS):
-        row_lse = load_lse(lse, t0, rows_to, lse_t, ROWS)
+        row_lse = known(load_lse(lse, t0, rows_to, lse_t, ROWS), factor)
         a, counted = received(
             k_low, k_high, q, q_t * ALIGN, row_lse, s, t0, rows_to, min_distance,
             scale, softcap, window_left, D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, ROWS, True,
@@ -110,7 +111,7 @@ def column_moments_kernel(
     # The log-sum-exp of a tile is asked for a tile ahead: nothing else would wait for it.
     next_lse = load_lse(lse, inner, rows_to, lse_t, ROWS)
     for t0 in range(inner, rows_to, ROWS):
-        row_lse = next_lse
+        row_lse = known(next_lse, factor)
         next_lse = load_lse(lse, t0 + ROWS, rows_to, lse_t, ROWS)
         a, counted = received(
             k_low, k_high, q, q_t * ALIGN, row_lse, s, t0, rows_to, min_distance,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .column_moments import column_moments_kernel
 from .launch import UNSPECIALIZED, Problem, bits_of, over_heads
-from .score import in_bits, load_lse, load_tokens, locate, of_head, products, visible, weight_in_bits
+from .score import in_bits, known, load_lse, load_tokens, locate, nothing, of_head, products, visible, weight_in_bits
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -49,13 +49,14 @@ def column_stats_kernel(
     n_whole = tl.maximum(whole_to - whole_from, 0) // ROWS
     n_edges = tl.cdiv(tl.maximum(rows_to - rows_from, 0), ROWS) - n_whole
 
-    _, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    head, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
     lse += row * lse_b + lse_head * lse_h
     k_low, k_high = load_tokens(k, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
     received = tl.zeros([ROWS, KEYS], tl.float32)
+    zero = nothing(sinks, head)
     for edge in range(n_edges):
         t0 = rows_from + (edge + tl.where(edge < n_before, 0, n_whole)) * ROWS
-        lse_bits = in_bits(load_lse(lse, t0, rows_to, lse_t, ROWS), to_bits, to_bits_rest)
+        lse_bits = in_bits(known(load_lse(lse, t0, rows_to, lse_t, ROWS), zero), to_bits, to_bits_rest)
         q_low, q_high = load_tokens(q, t0, rows_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
         product = products(q_low, q_high, k_low, k_high, D1)
         a = weight_in_bits(product, lse_bits[:, None], scale, softcap, bits, HAS_SOFTCAP)
@@ -67,7 +68,7 @@ def column_stats_kernel(
     whole_to = whole_from + n_whole * ROWS
     next_lse = load_lse(lse, whole_from, whole_to, lse_t, ROWS)
     for t0 in range(whole_from, whole_to, ROWS):
-        lse_bits = in_bits(next_lse, to_bits, to_bits_rest)
+        lse_bits = in_bits(known(next_lse, zero), to_bits, to_bits_rest)
         next_lse = load_lse(lse, t0 + ROWS, whole_to, lse_t, ROWS)
         q_low, q_high = load_tokens(q, t0, whole_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST, False)
         product = products(q_low, q_high, k_low, k_high, D1)

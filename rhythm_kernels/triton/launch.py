@@ -122,8 +122,6 @@ class AttentionProblem:
         self, q: Tensor, k: Tensor, v: Tensor, seqs: Tensor, max_seqlen: int,
         scale: float, softcap: float, window_left: int,
     ) -> None:  # fmt: skip
-        # Unlike the measures', these tensors carry gradients, and come as the caller laid them out.
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         self.q, self.k, self.v = q, k, v
         length, n_heads = q.shape[1:3]
         self.n_sequences = seqs.shape[0]

@@ -106,21 +106,37 @@ def store_tokens(base, first, end, stride, low, high, BLOCK: tl.constexpr, D: tl
 
 @triton.jit
 def load_lse(base, first, end, stride, BLOCK: tl.constexpr):
-    """The log-sum-exp of rows `first .. first + BLOCK` of one head; infinite from `end` on, where A is then 0.
+    """The log-sum-exp of rows `first .. first + BLOCK` of one head; from `end` on so large that A is 0 there.
+
+    (Not infinite: an infinite one is a caller's, and becomes NaN by :func:`known`.)
 
     The offsets within the tile are the same for every tile: outside of a loop over tiles but for one scalar.
     """
     local = tl.arange(0, BLOCK)
     rows = base + tl.cast(first, tl.int64) * stride + local.to(tl.int64) * stride
-    return tl.load(rows, mask=first + local < end, other=float("inf"))
+    return tl.load(rows, mask=first + local < end, other=1e38)
+
+
+@triton.jit
+def nothing(sinks, head):
+    """0; NaN where the sink of this head is `+inf` or NaN, beside which no key has a share. One of `-inf` is none."""
+    if sinks is None:
+        return 0.0
+    else:
+        sink = tl.load(sinks + head)
+        return 0.0 * tl.where(sink == float("-inf"), 0.0, sink)
+
+
+@triton.jit
+def known(lse, zero):
+    """A log-sum-exp as it was given; NaN where it is not finite, or `zero`, of :func:`nothing`, is NaN: one FMA."""
+    return lse + lse * zero
 
 
 @triton.jit
 def in_bits(lse, to_bits, to_bits_rest):
     """A log-sum-exp in the bits that :func:`weight_in_bits` wants: times a ratio that comes in two parts."""
-    # Infinity needs no second part, and times 0 it is not a number.
-    finite = tl.where(tl.abs(lse) == float("inf"), 0.0, lse)
-    return lse * tl.cast(to_bits, tl.float32) + finite * tl.cast(to_bits_rest, tl.float32)
+    return lse * tl.cast(to_bits, tl.float32) + lse * tl.cast(to_bits_rest, tl.float32)
 
 
 @triton.jit

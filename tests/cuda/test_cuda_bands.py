@@ -125,7 +125,7 @@ def test_what_is_not_finite_stays_where_it_is(
         x[index] = bad
         return x
 
-    its_keys = (tokens <= at - 10) & (tokens >= at - 50)
+    its_keys = (tokens <= at - 10) & (tokens >= at - 100)
     its_rows = (tokens >= at) & (tokens < at + 10)
     for broken in ((poisoned(q, 0, at, slice(None), 3), k, lse), (q, k, poisoned(lse, 0, slice(None), at))):
         waad, fai = changed(*broken)

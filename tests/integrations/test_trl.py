@@ -102,7 +102,7 @@ SCHEDULES = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
-    "sequence importance": {"importance_sampling_level": "sequence", "num_iterations": 2},
+    "sequence importance": {"loss_type": "cispo", "importance_sampling_level": "sequence", "num_iterations": 2},
     "entropy quantile": {"top_entropy_quantile": 0.5},
     "truncated masked": {"mask_truncated_completions": True},
 }

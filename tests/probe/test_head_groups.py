@@ -48,6 +48,30 @@ def test_groups_are_those_of_the_full_maps(implementation, layers):
     assert groups.provenance["calibration"] == {"sequences": 8, "response_tokens": tokens}
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_no_logits_are_made_that_nobody_reads(family):
+    """A calibration needs none: of a model that can leave them out, it asks for those of one token."""
+    model, batch, made = models.tiny_model(family), models.padded_batch(), []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: made.append(out.shape[1]))
+    lean = head_groups(model, [batch])
+    full = head_groups(model, [{**batch, "logits_to_keep": 0}])  # what a batch says is heard
+    assert made == [1, batch["input_ids"].shape[1]]
+    assert lean == full
+
+
+def test_a_wrapper_that_takes_no_such_argument():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask=None, use_cache=True):
+            return self.model(input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    model, batch = models.tiny_model("qwen3"), models.padded_batch()
+    assert head_groups(Wrapper(model), [batch]) == head_groups(model, [batch])
+
+
 def test_labels_mark_the_response():
     model = models.tiny_model("llama")
     batch = models.padded_batch()

@@ -1,4 +1,4 @@
-"""Sharded and wrapped models: DDP, FSDP2 and tensor parallelism over two processes, and accelerate."""
+"""Sharded and wrapped models: DDP, FSDP 1 and 2 and tensor parallelism over two processes, and accelerate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def measured(model, batch):
 
 def _data_parallel_rank(rank: int, store: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -39,12 +40,21 @@ def _data_parallel_rank(rank: int, store: str) -> None:
         assert torch.equal(probe.fai, expected[1])
         assert head_groups(wrapped, [mine]) == groups
         model = models.tiny_model("qwen3")
+        wrapped = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({type(model.model.layers[0])}),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
+        assert head_groups(wrapped, [mine]) == groups  # its very first forward
+        assert all(torch.equal(*pair) for pair in zip(measured(wrapped, mine), expected))
+        model = models.tiny_model("qwen3")
         mesh = init_device_mesh("cpu", (2,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        assert all(torch.equal(*pair) for pair in zip(measured(model, mine), expected))
         assert head_groups(model, [mine]) == groups
+        assert all(torch.equal(*pair) for pair in zip(measured(model, mine), expected))
         with RhythmProbe(model.train(), GROUPS) as probe:
             model(**mine, use_cache=False).logits.float().sum().backward()
         torch.testing.assert_close(probe.waad, expected[0])
@@ -52,7 +62,7 @@ def _data_parallel_rank(rank: int, store: str) -> None:
         dist.destroy_process_group()
 
 
-def test_ddp_and_fsdp2(tmp_path):
+def test_ddp_and_fsdp(tmp_path):
     """Each of two processes measures its own rows of the batch."""
     mp.spawn(_data_parallel_rank, (str(tmp_path / "store"),), nprocs=2)
 

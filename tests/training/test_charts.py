@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.charts import before_after, curve, curves, forest, nice_ticks, running_mean
+from training.charts import before_after, curve, curves, forest, nice_ticks, running_mean, strip
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
@@ -36,6 +36,12 @@ def test_running_mean():
         curve([1, 50], [1.19, 1.19], label="gamma", floor=1.0),
         curves([[(1, 0.2), (2, 0.3)], [(1, 0.1)], []], ["runs/a", "runs/<b>", "runs/c"], label="accuracy"),
         before_after([("sampled", 0.2, 0.02, 0.3, 0.02), ("greedy", 0.0, 0.0, 1.0, 0.0)]),
+        strip(
+            [("uniform", [0.44, 0.46], 0.45, 0.3, 0.6), None, ("a <b> & c", [0.4], 0.4, 0.4, 0.4)],
+            label="accuracy",
+            show="{:.1%}".format,
+            tick="{:g}".format,
+        ),
         forest([("runs/plain", 0.31, 0.02), ("runs/coupled", 0.35, 0.02)]),
     ],
 )
@@ -47,3 +53,23 @@ def test_svg_is_well_formed(svg):
     for element in root.iter():
         for name in ("x", "y", "cx", "cy", "x1", "x2", "y1", "y2"):
             assert math.isfinite(float(element.get(name, 0)))
+
+
+def test_every_seed_has_its_ring():
+    """A ring a value at its place, a dot a mean; an interval far beyond the rings is cut, and then has no end marks."""
+    rows = [("uniform", [0.0, 10.0], 5.0, 2.0, 8.0), None, ("coupled", [4.0, 6.0], 5.0, -500.0, 510.0)]
+    root = ElementTree.fromstring(strip(rows, label="x", show="{:g}".format, tick="{:g}".format, zero=True))
+    rings, dots = (
+        [float(e.get("cx")) for e in root.iter() if e.get("class") == kind and e.tag == "circle"]
+        for kind in ("seed", "point")
+    )
+    assert len(rings) == 4
+    assert rings[0] < rings[2] < rings[3] < rings[1]
+    assert dots == pytest.approx([(rings[0] + rings[1]) / 2] * 2, abs=0.11)
+    zero = next(float(e.get("x1")) for e in root.iter() if e.get("class") == "zero")
+    assert zero == pytest.approx(rings[0], abs=0.11)
+    groups = [e for e in root if e.tag == "g"]
+    assert [g.get("class") for g in groups] == ["s0", "s2"]
+    assert [sum(e.get("class") == "whisker" for e in g) for g in groups] == [3, 1]
+    width = float(root.get("viewBox").split()[2])
+    assert all(0 <= float(e.get(name, 0)) <= width for e in root.iter() for name in ("x1", "x2", "cx"))

@@ -18,6 +18,15 @@ RHYTHM_INLINE Vec logit(Vec dot, const ScoreRule& rule) {
   return x;
 }
 
+// 0; NaN where the sink of this head is +inf or NaN, beside which no key has a share. One of -inf is no sink.
+RHYTHM_INLINE float nothing(const ScoreRule& rule, int32_t query_head) {
+  const float sink = rule.sinks == nullptr ? 0.0f : rule.sinks[query_head];
+  return sink == -__builtin_inff() ? 0.0f : 0.0f * sink;
+}
+
+// A log-sum-exp as it was given, NaN where it is not finite, or where `zero`, of nothing(), is NaN.
+RHYTHM_INLINE float known(float lse, float zero) { return lse + lse * zero; }
+
 // The share of a row's softmax that its keys get: 1, or what a sink leaves.
 RHYTHM_INLINE Vec row_sum(Vec lse, const ScoreRule& rule, int32_t query_head) {
   if (rule.sinks == nullptr) return splat(1.0f);

@@ -1,0 +1,280 @@
+"""A run's folder: its names, and the order in which they change, so that it never shows a mixture of two runs.
+
+A run that starts in a folder first moves what an earlier run left there into `previous/`: `result.json`, the mark of a
+finished run, before all else and `config.yaml` last. Only then does it write anything, every file to a temporary name
+and then renamed, its result before its model. `previous/` goes once the new run has finished. So wherever a run is
+cut off, by Ctrl-C or `kill -9`, the names in the folder are all of one run, and so are those in `previous/`, which
+appears and goes by one rename. A later start completes what was cut off.
+
+Only the names below are ever moved or removed, and only beside the `config.yaml` of a run; links are moved or removed
+themselves, never followed. Nothing here waits for the disk (fsync): a machine that loses its power can lose more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .recipe import Recipe, RecipeError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs at once in one folder are not refused there
+    fcntl = None  # type: ignore[assignment]
+
+CONFIG, METRICS, RESULT, REPORT, GROUPS, MODEL, CHECKPOINTS, EVALUATION = (
+    "config.yaml",
+    "metrics.jsonl",
+    "result.json",
+    "report.html",
+    "groups.json",
+    "model",
+    "checkpoints",
+    "evaluation.json",
+)
+PREVIOUS = "previous"  # the run before, until the one that took its place has finished
+_PARTIAL = ".partial"  # ends the name of what is being written, and of `previous` while it is filled
+_REMOVED = "previous.removed"  # a `previous` that is being removed
+_MOVED = (RESULT, EVALUATION, REPORT, GROUPS, MODEL, METRICS, CHECKPOINTS, CONFIG)  # in this order
+_WRITTEN = {*_MOVED, *(name + _PARTIAL for name in _MOVED)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run says of itself.
+
+    Attributes:
+        config: `config.yaml`, the recipe as it was carried out.
+        result: `result.json`.
+        lines: `metrics.jsonl`, a dictionary a step.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    result: dict[str, Any]
+    lines: list[dict[str, float]]
+
+
+def read_run(folder: Path) -> Run:
+    """The run in `folder`, finished or at least measured: see `saved_model`.
+
+    Raises:
+        RecipeError: where there is none.
+    """
+    if not (folder / RESULT).exists():
+        begun = f": the run in it has no {RESULT}, it was cut off or is still going" if _holds(folder) else ""
+        raise RecipeError(f"{folder}: no finished run here{begun}{_earlier(folder)}")
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{folder}: no finished run ({error.strerror}: {error.filename})") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"{folder}: no finished run (a file in it cannot be read: {error})") from error
+    return Run(folder, config, result, lines)
+
+
+def saved_model(folder: Path) -> Path:
+    """The final model of the run in `folder`.
+
+    Raises:
+        RecipeError: where it was not saved.
+    """
+    if not (folder / MODEL).is_dir():
+        raise RecipeError(
+            f"{folder}: the result of a run is here, its model is not: the run ended before {MODEL}/ was "
+            f"saved{_earlier(folder)}"
+        )
+    return folder / MODEL
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file or a folder to, which becomes `path` once all is written."""
+    partial = path.with_name(path.name + _PARTIAL)
+    try:
+        yield partial
+    except OSError:
+        with suppress(OSError):
+            _remove(partial)  # gives a full disk its room back
+        raise
+    os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+class RunError(RuntimeError):
+    """A run that could not write what it has to; the message says what is kept."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a run; the message says what is kept."""
+
+
+@contextmanager
+def open_run(folder: Path) -> Iterator[None]:
+    """The time in which a run writes to `folder`: moves what was there to `previous`, and removes it at the end.
+
+    Raises:
+        RecipeError: where another run is writing there, or the folder's names are not those of a run.
+        RunError: for an `OSError` inside.
+        Interrupted: for a `KeyboardInterrupt` inside.
+    """
+    begun = False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            _check(folder)
+            begun = True
+            try:
+                _make_room(folder)
+            except KeyboardInterrupt:
+                _make_room(folder)  # a few renames: nothing that follows has to describe half of them
+                raise
+            yield
+            _remove_previous(folder)
+    except RecipeError as error:
+        raise RecipeError(f"{error}{_earlier(folder) if begun else ''}") from error
+    except OSError as error:
+        raise RunError(f"{error}; {_kept(folder)}" if begun else str(error)) from error
+    except KeyboardInterrupt as error:
+        if not begun:
+            raise
+        raise Interrupted(_kept(folder)) from error
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keeps a second run out. The system lets go of the lock however the process ends."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(f"{folder}: another run is writing there; choose another output.path") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check(folder: Path) -> None:
+    """Refuse to move or remove what no run wrote."""
+    for name in (PREVIOUS, PREVIOUS + _PARTIAL, _REMOVED):
+        if odd := _foreign(folder / name):
+            raise RecipeError(f"{odd} is not what a run left: move it away, or choose another output.path")
+    for place in (folder, folder / PREVIOUS):
+        if (found := _holds(place)) and not _is_config(place / CONFIG):
+            raise RecipeError(
+                f"{place / found[0]} is there without the {CONFIG} of a run, so no run wrote it: move it away, or "
+                "choose another output.path"
+            )
+
+
+def _holds(folder: Path) -> list[str]:
+    return [name for name in _MOVED if os.path.lexists(folder / name)]
+
+
+def _foreign(folder: Path) -> Path | None:
+    """Something in a folder of ours that is not ours, or the folder itself where it is none."""
+    if not os.path.lexists(folder):
+        return None
+    if folder.is_symlink() or not folder.is_dir():
+        return folder
+    return next((path for path in sorted(folder.iterdir()) if path.name not in _WRITTEN), None)
+
+
+def _is_config(path: Path) -> bool:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    groups = {field.name for field in dataclasses.fields(Recipe)}
+    return isinstance(content, dict) and bool(content) and set(content) <= groups
+
+
+def _make_room(folder: Path) -> None:
+    """Move what an earlier run left to `previous`, or go on with that where it was cut off.
+
+    Nothing new is written before `previous.partial` has become `previous`, so all in the two belongs to one run. A
+    `previous` that says more (a finished run against the remains of one) stays, and the remains go.
+    """
+    previous, moving, removed = (folder / name for name in (PREVIOUS, PREVIOUS + _PARTIAL, _REMOVED))
+    _remove(removed)
+    for name in _MOVED:
+        _remove(folder / (name + _PARTIAL))
+    if found := _holds(folder):
+        moving.mkdir(exist_ok=True)
+        for name in found:
+            os.rename(folder / name, moving / name)
+    if moving.exists():
+        if _worth(previous) > _worth(moving):
+            os.rename(moving, removed)
+        else:
+            if previous.exists():
+                os.rename(previous, removed)
+            os.rename(moving, previous)
+        _remove(removed)
+
+
+def _remove_previous(folder: Path) -> None:
+    if (folder / PREVIOUS).exists() and _foreign(folder / PREVIOUS) is None:
+        os.rename(folder / PREVIOUS, folder / _REMOVED)
+        _remove(folder / _REMOVED)
+
+
+def _worth(folder: Path) -> int:
+    """2 for a finished run, 1 for a result without its model, 0 for less."""
+    return 0 if not (folder / RESULT).exists() else 1 + (folder / MODEL).is_dir()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a folder with all in it, or a link without what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _earlier(folder: Path) -> str:
+    """Where the finished run before is, and how to keep it."""
+    previous = folder / PREVIOUS
+    if _worth(previous) < 2:
+        return ""
+    return f"; the finished run before is in {previous} until a run finishes here (to keep it: mv {previous} ELSEWHERE)"
+
+
+def _kept(folder: Path) -> str:
+    """What a run that did not finish leaves, and what is missing."""
+    kept, missing = [], []
+    with suppress(OSError):
+        if steps := (folder / METRICS).read_bytes().count(b"\n"):
+            kept.append(f"the metrics of {steps} step{'s' * (steps > 1)} in {folder / METRICS}")
+    with suppress(OSError):
+        if any((folder / CHECKPOINTS).iterdir()):
+            kept.append(f"checkpoints in {folder / CHECKPOINTS}")
+    for name, what in ((RESULT, "the result"), (REPORT, "the report"), (MODEL, "the model")):
+        if (folder / name).exists():
+            kept.append(f"{what} in {folder / name}")
+        else:
+            missing.append(what)
+    text = f"kept: {', '.join(kept) or 'nothing of this run'}"
+    return text + (f"; missing: {', '.join(missing)}" if missing else "") + _earlier(folder)
