@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 import rhythm_kernels as rk
 
+from . import bounds
 from .sums import FIRST, PASSES, SINKS, Head, errors, gradient_errors, hold
 
 BACKENDS = [name for name in ("torch", "cpu") if not rk.backends()[name]]
@@ -55,3 +59,11 @@ def test_wide_bands_at_32768() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_at_4096(kind: str) -> None:
     hold(gradient_errors(KINDS[kind], 4096, "torch"))
+
+
+def test_the_document_has_the_bounds() -> None:
+    """Else: `python -m tests.bounds` prints the table."""
+    document = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"<!-- bounds: [^>]*-->\n(.*?)<!-- end -->", document, re.DOTALL)
+    assert written.splitlines() == bounds.table()
+    assert all(share is None or share < 1 for _, shares in bounds.MEASURED.values() for share in shares)
