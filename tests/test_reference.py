@@ -119,3 +119,11 @@ def test_autocast_changes_no_definition() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lowered = reference.waad(q, q), reference.attention_with_rhythm(q, q, v)[0]
     assert all(torch.equal(a, b) for a, b in zip(plain, lowered))
+
+
+def test_moments_of_a_column_whose_variance_vanishes_when_squared() -> None:
+    """A of 1e-90 and less: its variance is a number, that squared is 0, and 0 by 0 is no kurtosis."""
+    q, k = torch.ones(1, 30, 1, 1, dtype=torch.float64), torch.linspace(0, -400, 30, dtype=torch.float64)
+    moments = reference.column_moments(q, k[None, :, None, None], softmax_scale=1.0)
+    assert torch.stack(moments).isfinite().all()
+    assert ((moments.variance > 0) & (moments.kurtosis == 0)).any()

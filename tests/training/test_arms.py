@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from xml.etree import ElementTree
 
 import pytest
@@ -124,6 +126,28 @@ def test_one_seed_an_arm_is_compared_run_by_run(folders, tmp_path, capsys):
     assert "against the first" in printed and "arm" not in printed.splitlines()[0].split()
     assert "few" not in printed
     assert "2 runs compared" in page.read_text()
+
+
+@pytest.mark.parametrize("asked", ["task.numbers=[3]", "task.level=paper"])
+def test_runs_that_were_asked_other_questions_are_refused(folders, tmp_path, capsys, asked):
+    """As many questions of the same split, and yet not the same ones: nothing can be paired."""
+    other = leave(tmp_path / "other", "coupled", 0, 60, asked)
+    assert main(["compare", str(folders[0]), str(other), "--output", str(tmp_path / "page.html")]) == 2
+    assert f"({asked.partition('=')[0]})" in capsys.readouterr().err
+
+
+def test_the_page_goes_where_a_link_or_a_pipe_leads(folders, tmp_path, capsys):
+    link, target = tmp_path / "link.html", tmp_path / "target.html"
+    link.symlink_to(target)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        piped = pool.submit(pipe.read_text)
+        for output in (link, pipe):
+            assert main(["compare", *map(str, folders), "--output", str(output)]) == 0
+        assert "arms from" in piped.result(timeout=60)
+    assert link.is_symlink() and "arms from" in target.read_text()
+    assert pipe.is_fifo()
 
 
 def test_arms_without_a_seed_in_common(folders, tmp_path, capsys):
