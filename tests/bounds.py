@@ -52,7 +52,7 @@ def seen(want: ColumnMoments) -> Tensor:
     return (deviation == 0) | ((deviation > 1e-3 * want.mean) & (deviation > 1e-15))
 
 
-# What docs/kernels.md says of each bound, and the largest errors of `tests/sums.py` as shares of it in the long tests
+# What docs/kernels.md says of each bound, and the largest errors of `tests/sums.py` in the long tests as shares of it
 # (`pytest -rP` prints them); WAAD without a given lse as one of the keys' share. None: the backend has no such pass.
 MEASURED_AT = {"cpu": 32_768, "torch": 32_768, "triton": 4096, "cuda": 4096}
 MEASURED: dict[str, tuple[str, tuple[float | None, ...]]] = {
