@@ -65,7 +65,7 @@ def check_source(device: torch.device | str, operator: SDPBackend, source: str, 
 
     with torch.set_grad_enabled(training), sdpa_kernel(operator):
         plain = model(**batch, use_cache=False).logits
-        with mock.patch.object(RhythmProbe, "layer", spy), RhythmProbe(model, GROUPS, horizon=(10, 50)) as probe:
+        with mock.patch.object(RhythmProbe, "layer", spy), RhythmProbe(model, GROUPS) as probe:
             measured = model(**batch, use_cache=False).logits
     assert probe.lse_source == {0: source, 1: source}
     assert torch.equal(measured, plain)
