@@ -96,7 +96,9 @@ def test_tensor_parallel(tmp_path):
 
 def test_accelerate():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # there is one a process, and trainers leave theirs
     batch = models.padded_batch()
     model = models.tiny_model("llama")
     with torch.autocast("cpu", torch.bfloat16):
