@@ -28,7 +28,7 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Path:
     for run in runs[1:]:
         for key, one in _asked(base).items():
             if one != (two := _asked(run)[key]):
-                raise RecipeError(f"{run.folder}: evaluated on {two} ({key}), {base.folder} on {one}")
+                raise RecipeError(f"{run.folder}: evaluated on {key} {two}, {base.folder} on {one}")
     arms, repeated = group(runs)
     if all(len(arm.runs) == 1 for arm in arms):
         arms = []

@@ -133,7 +133,7 @@ def test_runs_that_were_asked_other_questions_are_refused(folders, tmp_path, cap
     """As many questions of the same split, and yet not the same ones: nothing can be paired."""
     other = leave(tmp_path / "other", "coupled", 0, 60, asked)
     assert main(["compare", str(folders[0]), str(other), "--output", str(tmp_path / "page.html")]) == 2
-    assert f"({asked.partition('=')[0]})" in capsys.readouterr().err
+    assert f"evaluated on {asked.partition('=')[0]} " in capsys.readouterr().err
 
 
 def test_the_page_goes_where_a_link_or_a_pipe_leads(folders, tmp_path, capsys):

@@ -179,7 +179,7 @@ def test_compare_refuses_different_questions(runs, tmp_path, capsys):
     result["split"] = "test"
     (other / "result.json").write_text(json.dumps(result))
     assert main(["compare", str(runs / "plain"), str(other), "--output", str(tmp_path / "compare.html")]) == 2
-    assert "evaluated on test split" in capsys.readouterr().err
+    assert "evaluated on split test" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
