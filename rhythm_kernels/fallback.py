@@ -21,6 +21,7 @@ from .tiles import (
     row_tile,
     sink_mass,
     sink_peak,
+    softmax_step,
     token_table,
     visible,
 )
@@ -151,16 +152,10 @@ def row_stats(
         for keys in ranges(max(start, 0), rows[1], KEY_TILE):
             mask, distance = visible(tokens, rows, keys, window_left)
             x = logits(q, k, rows, keys, query_heads, scale, softcap).masked_fill(~mask, float("-inf"))
-            new_peak = torch.maximum(peak, x.amax(dim=-1))
-            # Until a row meets its first key both peaks are -inf, and their difference is not a number.
-            decay = torch.where(peak == new_peak, 1.0, torch.exp(peak - new_peak))
-            # From 0 where every logit was -inf so far.
-            base = torch.where(new_peak == float("-inf"), 0.0, new_peak)
-            weights = torch.where(mask, torch.exp(x - base[..., None]), 0.0)
+            peak, decay, weights = softmax_step(peak, x, mask)
             away = distance.clamp(min=0).float()
             tile_sums = [x.sum(dim=-1) for x in (weights, weights * away.clamp(max=window), weights * away)]
             sums, lost = add_to(sums * decay, lost * decay, torch.stack(tile_sums))
-            peak = new_peak
         total, near, far = sums
         if sink is not None:
             total = total + sink_mass(sink, peak)

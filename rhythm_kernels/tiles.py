@@ -137,6 +137,24 @@ def logits(
     return softcap * torch.tanh(x / softcap) if softcap > 0 else x
 
 
+def softmax_step(peak: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One tile of an online softmax.
+
+    Args:
+        peak: `(B, H, rows)`, the largest logit so far.
+        x: `(B, H, rows, keys)`, the tile's logits, -inf outside of `mask`.
+
+    Returns:
+        The new peak, what sums relative to the old one are multiplied by, and the tile's weights relative to the new.
+    """
+    new_peak = torch.maximum(peak, x.amax(dim=-1))
+    # Until a row meets its first key both peaks are -inf, and their difference is not a number.
+    decay = torch.where(peak == new_peak, 1.0, torch.exp(peak - new_peak))
+    # From 0 where every logit was -inf so far.
+    base = torch.where(new_peak == float("-inf"), 0.0, new_peak)
+    return new_peak, decay, torch.where(mask, torch.exp(x - base[..., None]), 0.0)
+
+
 def sink_peak(sinks: Tensor) -> Tensor:
     """Where an online softmax with sinks starts: the sinks, NaN for `+inf`, beside which no key has a share."""
     return torch.where(sinks == float("inf"), float("nan"), sinks)

@@ -20,6 +20,7 @@ from .tiles import (
     row_tile,
     sink_mass,
     sink_peak,
+    softmax_step,
     token_table,
     visible,
 )
@@ -99,16 +100,11 @@ def _tiled(
         for keys in ranges(_first_key(tokens.start, rows, window_left), rows[1], KEY_TILE):
             mask, _ = visible(tokens, rows, keys, window_left)
             x = logits(q, k, rows, keys, heads, scale, softcap).masked_fill(~mask, float("-inf"))
-            new_peak = torch.maximum(peak, x.amax(dim=-1))
-            decay = torch.where(peak == new_peak, 1.0, torch.exp(peak - new_peak))
-            # From 0 where every logit was -inf so far.
-            base = torch.where(new_peak == float("-inf"), 0.0, new_peak)
-            weights = torch.where(mask, torch.exp(x - base[..., None]), 0.0)
+            peak, decay, weights = softmax_step(peak, x, mask)
             values = v[:, slice(*keys)].index_select(2, value_heads).float().transpose(1, 2)
             total, lost = add_to(total * decay, lost * decay, weights.sum(dim=-1))
             decay = decay[..., None]
             mixed, mixed_lost = add_to(mixed * decay, mixed_lost * decay, product_of_seen(weights, values, mask))
-            peak = new_peak
         if sink is not None:
             total = total + sink_mass(sink, peak)
         live = (tokens.end[:, slice(*rows)] > tokens.start[:, slice(*rows)])[:, None]
