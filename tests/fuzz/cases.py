@@ -46,6 +46,7 @@ class Case:
     softcap: float
     scale: float | None
     sinks: tuple[float, ...] | None
+    sinks_dtype: str
     heads: tuple[int, ...] | None
     heads_as: str
     per_head: bool
@@ -154,22 +155,26 @@ def make(case: Case, device: str = "cpu") -> Made:
         else:
             numbers[name] = x.double()
             given[name] = place(name, x.masked_fill(dead[..., None, None], float("nan")) if case.poisoned else x)
-    sinks = None if case.sinks is None else torch.tensor(case.sinks)
+    sinks = None
+    if case.sinks is not None:
+        layout, _ = layouts.get("sinks", ("contiguous", ""))
+        sinks = laid_out(torch.tensor(case.sinks, dtype=DTYPES[case.sinks_dtype], device=device), layout)
     problem = Problem(
         **{name: x.numpy() for name, x in numbers.items()},
         stretches=case.stretches,
         scale=case.size**-0.5 if case.scale is None else case.scale,
         softcap=case.softcap,
         left=case.left,
-        sinks=None if sinks is None else sinks.double().numpy(),
+        sinks=None if sinks is None else sinks.double().cpu().numpy(),
     )
     options: dict[str, Any] = {
         "window_size": (case.left, case.right), "softcap": case.softcap, "softmax_scale": case.scale,
-        "max_seqlen": case.max_seqlen, "sinks": None if sinks is None else sinks.to(device),
+        "max_seqlen": case.max_seqlen, "sinks": sinks,
     }  # fmt: skip
     if case.heads is not None:
         makers = {"list": list, "tuple": tuple, "int32": torch.IntTensor, "int64": torch.LongTensor}
-        options["heads"] = makers[case.heads_as](list(case.heads))
+        index = makers[case.heads_as](list(case.heads))
+        options["heads"] = index.repeat_interleave(2)[::2] if isinstance(index, torch.Tensor) else index
     vectors = {"seq_start": case.starts, "seq_end": case.ends, "response_start": case.response}
     if case.packed:
         vectors["cu_seqlens"] = (0, *torch.tensor(case.lengths).cumsum(0).tolist())
@@ -255,9 +260,9 @@ def cases(draw: st.DrawFn, longest: int = 300, small: bool = False) -> Case:
     size = draw(st.sampled_from(SIZES) | st.sampled_from(SIZES + LARGE_SIZES))
     layouts = []
     if draw(yes):
-        for name in ("q", "k", "v", "upstream", "lse"):
+        for name in ("q", "k", "v", "upstream", "lse", "sinks"):
             layout = draw(st.sampled_from(list(LAYOUTS)))
-            axis = draw(st.sampled_from(["", "", "", *AXES])) if name != "lse" and not layouts else ""
+            axis = draw(st.sampled_from(["", "", "", *AXES])) if name not in ("lse", "sinks") else ""
             if axis == "batch" and kind == "packed":
                 axis = ""
             if layout != "contiguous" or axis:
@@ -286,6 +291,7 @@ def cases(draw: st.DrawFn, longest: int = 300, small: bool = False) -> Case:
         softcap=draw(st.sampled_from([0.5, 2.0, 15.0, 50.0, 1e4])) if draw(yes) else 0.0,
         scale=draw(st.sampled_from([0.0, 0.05, 0.3, 1.0, -0.2])) if draw(yes) else None,
         sinks=tuple(draw(st.tuples(*[sink] * n_heads))) if draw(yes) else None,
+        sinks_dtype=draw(st.sampled_from(["float32", "float32", "bfloat16", "float16"])),
         heads=heads,
         heads_as=draw(st.sampled_from(["list", "tuple", "int32", "int64"])),
         per_head=draw(yes),

@@ -26,9 +26,8 @@ def compare(name: str, got: Tensor, want: np.ndarray, bound: np.ndarray, dtype: 
         fine = (numbers == want) | ((abs(numbers - want) <= bound) & np.isfinite(numbers))
     if not fine.all():
         at = tuple(int(i) for i in np.argwhere(~fine)[0])
-        raise AssertionError(
-            f"{name} at {at}: {numbers[at]:.9g}, not {want[at]:.9g} within {bound[at]:.2g}; {(~fine).sum()} such numbers"
-        )
+        found = f"{numbers[at]:.9g}, not {want[at]:.9g} within {bound[at]:.2g}"
+        raise AssertionError(f"{name} at {at}: {found}; {(~fine).sum()} such numbers")
 
 
 class Held:
@@ -49,10 +48,9 @@ class Held:
             self.scored[at.row, :, at.first : at.end] = True
             self.lengths[at.row, :, at.live] = at.end - at.start
 
-    def call(self, function: str, names: str, **options: Any) -> Any:
-        given = self.made.given
-        # As of every tensor a caller may have: it is not changed.
-        tensors = [given[name] for name in names.split()] + (self.handed if names == "q k" else [])
+    def call(self, function: str, **options: Any) -> Any:
+        """Of q, k and the log-sum-exp, where that is handed over."""
+        tensors = (self.made.given["q"], self.made.given["k"], *self.handed)
         return getattr(rk, function)(*tensors, **self.made.options, **options, backend=self.backend)
 
     def measured(self, name: str, got: Tensor, want: Answer, bound: np.ndarray | float) -> None:
@@ -71,17 +69,17 @@ class Held:
         want = oracle.rows(self.made.problem, case.selected, case.window, self.known)
         own = want if self.known is None else oracle.rows(self.made.problem, case.selected, case.window, None)
         near = bounds.waad(min(case.window, case.length))
-        waad = self.call("waad", "q k", window=case.window, per_head=case.per_head)
+        waad = self.call("waad", window=case.window, per_head=case.per_head)
         self.measured("waad", waad, want["waad"], near if case.lse_given else near * want["share"].value + 1e-30)
         assert float(waad.min()) >= 0 and float(waad.max()) <= case.window
-        self.measured("span", self.call("span", "q k", per_head=case.per_head), own["span"], self.of_span())
+        self.measured("span", self.call("span", per_head=case.per_head), own["span"], self.of_span())
 
     def of_span(self) -> np.ndarray:
         return bounds.span(1) * self.lengths
 
     def log_sum_exp(self) -> None:
-        options = {name: x for name, x in self.made.options.items() if name != "backend"}
-        got = rk.attention_lse(self.made.given["q"], self.made.given["k"], **options, backend=self.backend)
+        q, k = (self.made.given[name] for name in "qk")
+        got = rk.attention_lse(q, k, **self.made.options, backend=self.backend)
         want = oracle.rows(self.made.problem, self.case.selected, 1, None)["lse"]
         self.of_lse("attention_lse", got, want, self.scored)
 
@@ -98,13 +96,11 @@ class Held:
             want = oracle.fai(problem, case.selected, horizon, self.known)
             # The bound is a share of a weight of 1: here it is one of the mean itself, which is small.
             limit = bounds.fai() * want.value + 1e-12
-            self.measured(
-                f"fai {horizon}", self.call("fai", "q k", horizon=horizon, per_head=case.per_head), want, limit
-            )
+            self.measured(f"fai {horizon}", self.call("fai", horizon=horizon, per_head=case.per_head), want, limit)
 
     def moments(self) -> None:
         case = self.case
-        got = self.call("column_moments", "q k", min_distance=case.nearest, per_head=case.per_head)
+        got = self.call("column_moments", min_distance=case.nearest, per_head=case.per_head)
         want = oracle.moments(self.made.problem, case.selected, case.nearest, self.known)
         target = ColumnMoments(**{name: torch.tensor(answer.value) for name, answer in want.items()})
         seen = bounds.seen(target).numpy()

@@ -31,7 +31,7 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Numbers alone, float64: `q (B, T, H, D)`, `k (B, T, H_kv, D)`, `v (B, T, H_kv, D_v)`, `upstream (B, T, H, D_v)`."""
+    """Numbers alone, float64: `q (B, T, H, D)`, `k (B, T, H_kv, D)`, `v (B, T, H_kv, D_v)`, `upstream` as `out`."""
 
     q: np.ndarray
     k: np.ndarray
