@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .recipe import ROOT, Recipe, RecipeError
@@ -15,16 +18,29 @@ def load(recipe: Recipe, path: Path | None = None) -> tuple[Any, Any]:
     """Model and tokenizer of a recipe, or those saved at `path`, on the GPU where there is one."""
     local = ROOT / recipe.model.path
     source = str(path or (local if local.exists() else recipe.model.path))
-    dtype = getattr(torch, recipe.model.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise RecipeError(f"model.dtype is {recipe.model.dtype!r}: it must be float32, bfloat16 or float16")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=recipe.model.attn_implementation
+            source, dtype=getattr(torch, recipe.model.dtype), attn_implementation=recipe.model.attn_implementation
         )
-    except (OSError, ValueError, ImportError) as error:
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    # KeyError, RuntimeError: files with other or too few weights, or no memory; transformers does not name them better
+    except (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise RecipeError(f"model: {source} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model, tokenizer
+
+
+def check_lengths(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[], list[str]]) -> None:
+    """Refuse prompts that the tokenizer cannot write or pad, and responses for which the model has no positions."""
+    try:
+        longest = len(tokenizer(prompts(), padding=True)["input_ids"][0])
+    except (ValueError, TypeError, TemplateError) as error:
+        raise RecipeError(f"task.prompt is {recipe.task.prompt!r}: {error}") from error
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest + recipe.grpo.max_completion_length > positions:
+        raise RecipeError(
+            f"grpo.max_completion_length is {recipe.grpo.max_completion_length}: it must be at most "
+            f"{positions - longest}, as the model has {positions} positions and a prompt up to {longest} tokens"
+        )
