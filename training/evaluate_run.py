@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .folder import CONFIG, EVALUATION, read_run, saved_model, write_text
-from .models import check_lengths, load
+from .models import check_model, load
 from .puzzles import Countdown
 from .recipe import RecipeError, load_recipe
 from .train import evaluate_both
@@ -31,7 +31,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
     task = Countdown(recipe.task)
     instances = task.instances(recipe.eval.split, recipe.eval.size)
     model, tokenizer = load(recipe, source)
-    check_lengths(recipe, model, tokenizer, lambda: [task.text(instance, tokenizer) for instance in instances])
+    check_model(recipe, model, tokenizer, lambda: [task.text(instance, tokenizer) for instance in instances])
     found = {k: e.summary() for k, e in evaluate_both(model, tokenizer, task, instances, recipe, "final").items()}
     if read_run(folder) != run:
         raise RecipeError(f"{folder}: another run took this one's place while it was evaluated; nothing was written")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .evaluate import generate
 from .recipe import ROOT, Recipe, RecipeError
 
 
@@ -32,10 +34,16 @@ def load(recipe: Recipe, path: Path | None = None) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def check_lengths(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[], list[str]]) -> None:
-    """Refuse prompts that the tokenizer cannot write or pad, and responses for which the model has no positions."""
+def check_model(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[], list[str]]) -> None:
+    """Let a model that was loaded answer two prompts with three tokens, before anything depends on it.
+
+    Raises:
+        RecipeError: for prompts that the tokenizer cannot write or pad, for responses longer than the model has
+            positions, and where it loads but does not run as it is set.
+    """
     try:
-        longest = len(tokenizer(prompts(), padding=True)["input_ids"][0])
+        texts = prompts()
+        longest = len(tokenizer(texts, padding=True)["input_ids"][0])
     except (ValueError, TypeError, TemplateError) as error:
         raise RecipeError(f"task.prompt is {recipe.task.prompt!r}: {error}") from error
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -44,3 +52,12 @@ def check_lengths(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[
             f"grpo.max_completion_length is {recipe.grpo.max_completion_length}: it must be at most "
             f"{positions - longest}, as the model has {positions} positions and a prompt up to {longest} tokens"
         )
+    try:
+        generate(
+            model, tokenizer, texts[:2], max_new_tokens=3, temperature=recipe.eval.temperature, batch_size=2, seed=0
+        )
+    except (ImportError, RuntimeError) as error:  # of a kernel that is not there, or not for this dtype or device
+        attention, dtype = recipe.model.attn_implementation, recipe.model.dtype
+        raise RecipeError(
+            f"model: cannot run with attn_implementation={attention} and dtype={dtype}: {shorten(str(error), 400)}"
+        ) from error

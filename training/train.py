@@ -23,7 +23,7 @@ from .evaluate import Evaluation, evaluate
 from .examples import examples
 from .folder import CHECKPOINTS, CONFIG, GROUPS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
 from .grpo import Recorder, build_trainer, trainer_config
-from .models import check_lengths, load
+from .models import check_model, load
 from .puzzles import Countdown, reward_functions
 from .recipe import Recipe, RecipeError
 from .report import size, write_report
@@ -53,7 +53,7 @@ def run(recipe: Recipe) -> Path:
     checkpoints = folder / CHECKPOINTS
     with open_run(folder) as begin, TemporaryDirectory() as scratch:
         model, tokenizer = load(recipe)
-        check_lengths(recipe, model, tokenizer, lambda: [task.text(instance, tokenizer) for instance in held_out])
+        check_model(recipe, model, tokenizer, lambda: [task.text(instance, tokenizer) for instance in held_out])
         recorder = Recorder(folder / METRICS, recipe.grpo.max_steps)
         config.output_dir = scratch  # it may be refused yet: what it makes there comes to the run's folder afterwards
         trainer = build_trainer(recipe, config, model, tokenizer, task, rewards, recorder)
