@@ -47,7 +47,7 @@ PREVIOUS = "previous"  # the run before, until the one that took its place has f
 _PARTIAL = ".partial"  # ends the name of what is being written, and of `previous` while it is filled
 _REMOVED = "previous.removed"  # a `previous` that is being removed
 _MOVED = (RESULT, EVALUATION, REPORT, GROUPS, MODEL, METRICS, CHECKPOINTS, CONFIG)  # in this order
-_IN_RESULT = {"mode", "seed", "steps", "split", "before", "after", "difference", "cost", "seconds", "examples"}
+_READ = {"mode", "seed", "split", "before", "after", "seconds"}  # of a result, by those who come later
 _WRITTEN = {*_MOVED, *(name + _PARTIAL for name in _MOVED)}
 
 
@@ -86,7 +86,7 @@ def read_run(folder: Path) -> Run:
         raise RecipeError(f"{folder}: no finished run (a file in it cannot be read: {error})") from error
     if not _is_config(folder / CONFIG) or "seed" not in config["grpo"]:
         raise RecipeError(f"{folder}: no finished run ({CONFIG} is not that of a run)")
-    if not isinstance(result, dict) or not set(result) >= _IN_RESULT:
+    if not isinstance(result, dict) or not set(result) >= _READ:
         raise RecipeError(f"{folder}: no finished run ({RESULT} is not that of a run)")
     if not all(isinstance(line, dict) and "step" in line for line in lines):
         raise RecipeError(f"{folder}: no finished run ({METRICS} is not that of a run)")
