@@ -55,12 +55,14 @@ def run(recipe: Recipe) -> Path:
         model, tokenizer = load(recipe)
         check_model(recipe, model, tokenizer, lambda: [task.text(instance, tokenizer) for instance in held_out])
         recorder = Recorder(folder / METRICS, recipe.grpo.max_steps)
-        config.output_dir = scratch  # it may be refused yet: what it makes there comes to the run's folder afterwards
+        made = Path(scratch, CHECKPOINTS)  # what the trainer makes comes to the run's folder once it is not refused
+        made.mkdir()
+        config.output_dir = str(made)
         trainer = build_trainer(recipe, config, model, tokenizer, task, rewards, recorder)
 
         note = begin()
         write_text(folder / CONFIG, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-        config.output_dir = str(shutil.copytree(scratch, checkpoints))
+        config.output_dir = str(shutil.copytree(made, checkpoints))
         print(_headline(recipe, model))
         if note:
             print(note)
