@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,6 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 EDGES = [0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257]
 SIZES = [1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 24, 32, 33, 40, 64]
 LARGE_SIZES = [65, 80, 96, 100, 128, 160, 192, 255, 256]
+INTEGERS = {"int": int, "numpy": np.int64, "tensor": torch.tensor}
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 
 
@@ -49,6 +51,7 @@ class Case:
     sinks_dtype: str
     heads: tuple[int, ...] | None
     heads_as: str
+    integers_as: str
     per_head: bool
     window: int
     horizon: tuple[int, int]
@@ -80,6 +83,10 @@ class Case:
     def selected(self) -> list[int]:
         return list(range(self.n_heads) if self.heads is None else self.heads)
 
+    def integer(self, value: int) -> Any:
+        """As one caller or another holds it."""
+        return INTEGERS[self.integers_as](value)
+
     @property
     def stretches(self) -> list[Stretch]:
         found, at = [], 0
@@ -103,6 +110,7 @@ class Case:
             "packed": self.packed,
             "padded": self.kind == "padded",
             "an empty sequence": any(at.end == at.start for at in self.stretches),
+            "tokens of no sequence": self.tail > 0,
             "NaN in padding": self.poisoned,
             "response_start": self.response is not None,
             "windowed": self.left >= 0,
@@ -168,11 +176,12 @@ def make(case: Case, device: str = "cpu") -> Made:
         sinks=None if sinks is None else sinks.double().cpu().numpy(),
     )
     options: dict[str, Any] = {
-        "window_size": (case.left, case.right), "softcap": case.softcap, "softmax_scale": case.scale,
-        "max_seqlen": case.max_seqlen, "sinks": sinks,
+        "window_size": (case.integer(case.left), case.integer(case.right)), "sinks": sinks,
+        "softcap": case.softcap, "softmax_scale": case.scale,
+        "max_seqlen": None if case.max_seqlen is None else case.integer(case.max_seqlen),
     }  # fmt: skip
     if case.heads is not None:
-        makers = {"list": list, "tuple": tuple, "int32": torch.IntTensor, "int64": torch.LongTensor}
+        makers = {"list": list, "tuple": tuple, "numpy": np.array, "int32": torch.IntTensor, "int64": torch.LongTensor}
         index = makers[case.heads_as](list(case.heads))
         options["heads"] = index.repeat_interleave(2)[::2] if isinstance(index, torch.Tensor) else index
     vectors = {"seq_start": case.starts, "seq_end": case.ends, "response_start": case.response}
@@ -239,7 +248,7 @@ def cases(draw: st.DrawFn, longest: int = 300, small: bool = False) -> Case:
         several = st.lists(st.just(0) | edges(0, longest // 2), min_size=1, max_size=3 if small else 5)
         many = st.lists(st.integers(0, 4), min_size=4, max_size=6 if small else 40)
         lengths = tuple(draw(several | many))
-        tail = draw(st.sampled_from([0, 1, 9])) if TAILS else 0
+        tail = draw(st.sampled_from([0, 0, 1, 9]))
         if sum(lengths) + tail == 0:
             lengths = (1,)
     else:
@@ -293,7 +302,8 @@ def cases(draw: st.DrawFn, longest: int = 300, small: bool = False) -> Case:
         sinks=tuple(draw(st.tuples(*[sink] * n_heads))) if draw(yes) else None,
         sinks_dtype=draw(st.sampled_from(["float32", "float32", "bfloat16", "float16"])),
         heads=heads,
-        heads_as=draw(st.sampled_from(["list", "tuple", "int32", "int64"])),
+        heads_as=draw(st.sampled_from(["list", "tuple", "numpy", "int32", "int64"])),
+        integers_as=draw(st.sampled_from(list(INTEGERS))),
         per_head=draw(yes),
         window=draw(st.integers(1, 24) | st.sampled_from([10, 33, 64, 200, 10**6])),
         horizon=(low, low + draw(edges(0, 70) | st.sampled_from([100, 10**9]))),
@@ -314,7 +324,3 @@ def _plain(
         return [(0, 0, n, 0) for n in lengths]
     starts, ends = starts or (0,) * len(lengths), ends or lengths
     return [(0, a, b, 0) for a, b in zip(starts, ends, strict=True)]
-
-
-# `cu_seqlens` may end before the total.
-TAILS = False

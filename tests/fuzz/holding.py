@@ -69,7 +69,7 @@ class Held:
         want = oracle.rows(self.made.problem, case.selected, case.window, self.known)
         own = want if self.known is None else oracle.rows(self.made.problem, case.selected, case.window, None)
         near = bounds.waad(min(case.window, case.length))
-        waad = self.call("waad", window=case.window, per_head=case.per_head)
+        waad = self.call("waad", window=case.integer(case.window), per_head=case.per_head)
         self.measured("waad", waad, want["waad"], near if case.lse_given else near * want["share"].value + 1e-30)
         assert float(waad.min()) >= 0 and float(waad.max()) <= case.window
         self.measured("span", self.call("span", per_head=case.per_head), own["span"], self.of_span())
@@ -100,7 +100,7 @@ class Held:
 
     def moments(self) -> None:
         case = self.case
-        got = self.call("column_moments", min_distance=case.nearest, per_head=case.per_head)
+        got = self.call("column_moments", min_distance=case.integer(case.nearest), per_head=case.per_head)
         want = oracle.moments(self.made.problem, case.selected, case.nearest, self.known)
         target = ColumnMoments(**{name: torch.tensor(answer.value) for name, answer in want.items()})
         seen = bounds.seen(target).numpy()
@@ -116,7 +116,7 @@ class Held:
         leaves = [self.made.given[name].detach().requires_grad_() for name in "qkv"]
         upstream = self.made.given["upstream"]
         out, lse, stats = rk.attention_with_rhythm(
-            *leaves, **self.made.options, window=case.window, per_head=case.per_head, backend=self.backend
+            *leaves, **self.made.options, window=case.integer(case.window), per_head=case.per_head, backend=self.backend
         )
         assert not (lse.requires_grad or stats.waad.requires_grad or stats.span.requires_grad)
         gradients = torch.autograd.grad(out, leaves, upstream)
@@ -158,9 +158,6 @@ FUNCTIONS = ("rows", "log_sum_exp", "columns", "moments", "attention")
 def hold(case: Case, backend: str | None, device: str = "cpu", functions: tuple[str, ...] = FUNCTIONS) -> None:
     held = Held(case, backend, device)
     for name in functions:
-        if name == "attention":
-            if backend == "reference":
-                continue
-            # On a CPU attention has the default backend for the compiled one.
-            held.backend = None if backend == "cpu" else backend
+        if name == "attention" and backend == "cpu":
+            held.backend = None  # the default on a CPU is its attention
         getattr(held, name)()

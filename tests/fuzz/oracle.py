@@ -101,8 +101,9 @@ def _maps(p: Problem, at: Stretch, lse: np.ndarray | None) -> Maps:
     lse_error = (share * logit_error).sum(-1) + bounds.logit(0 * own)
     used = own if lse is None else lse[at.row][:, at.live]
     weights = np.where(seen, np.exp(masked - used[..., None]), 0.0)
-    relative = np.expm1(np.minimum(2 * (logit_error + lse_error[..., None]), 50.0))
-    error = np.minimum(1.0, weights * relative) * seen
+    off = 2 * (logit_error + lse_error[..., None])
+    most = np.exp(np.minimum(masked - used[..., None] + off, 0.0))
+    error = np.minimum(weights * np.expm1(np.minimum(off, 1.0)), 1.0) + np.where(off > 0.1, most, 0.0)
     return Maps(weights, error, own, lse_error, slope, slope_error, distance)
 
 
