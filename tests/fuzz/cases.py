@@ -1,7 +1,6 @@
 """What hypothesis draws: sizes, options and a seed; the tensors are made of the seed, so that a case shrinks well.
 
-A failing case prints as `Case(...)`, which `python -c "from tests.fuzz.cases import *; ..."` and a debugger take as
-they are.
+A failing case prints as `Case(...)`, which `tests.fuzz.holding.hold` takes as it is.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import rhythm_kernels as rk
+from rhythm_kernels import fallback, tiles, torch_attention
 from tests.backends import device_of
 from tests.fuzz import credit
 from tests.fuzz.cases import Case, cases
@@ -31,7 +32,7 @@ ASKED = (
 ASKED_OF_CREDIT = ("holes", "ties", "bottom", "thresholds given", "coupled", "strided", "not float32")
 
 # Backend -> cases in the default tests; then the long ones, as runs of so many cases, each of another seed.
-QUICK = {"cpu": 60, "torch": 60, "triton": 10, "reference": 30}
+QUICK = {"cpu": 60, "torch": 60, "triton": 8, "reference": 30}
 LONG = {"cpu": (4, 500), "torch": (4, 500), "triton": (2, 150), "reference": (1, 500)}
 RUNS = [pytest.param(backend, 0, n, id=backend) for backend, n in QUICK.items()] + [
     pytest.param(backend, 1 + i, n, id=f"{backend}-{i}", marks=pytest.mark.long)
@@ -61,14 +62,25 @@ def fuzz(strategy: st.SearchStrategy[Any], number: int, run: int, check: Callabl
     return tally
 
 
+def small_tiles(patch: pytest.MonkeyPatch) -> None:
+    """Of the torch backend, 32 keys by 16 rows: the tiles that it has would each hold nearly every case whole."""
+    patch.setattr(tiles, "_TILE_ELEMENTS", 1)
+    for module in (fallback, torch_attention):
+        patch.setattr(module, "KEY_TILE", 32)
+
+
 @pytest.mark.parametrize(("backend", "run", "number"), RUNS)
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, where the interpreter divides by zero
-def test_measures_and_attention(backend: str, run: int, number: int, record_property: Callable[..., None]) -> None:
+def test_measures_and_attention(
+    backend: str, run: int, number: int, record_property: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if rk.backends()[backend]:
         pytest.skip(rk.backends()[backend])
+    if run % 2 == 0:
+        small_tiles(monkeypatch)
     small = backend == "triton"
-    longest = 60 if small else 100 if run == 0 else 300
+    longest = 90 if small else 100 if run == 0 else 300
     tally = fuzz(cases(longest, small), number, run, lambda case: hold(case, backend, device_of(backend)))
     record_property(*tally.as_property(backend))
     tally.hold(number, ASKED if run > 0 else ())
