@@ -66,7 +66,7 @@ class RhythmProbe:
         self.window = check_window(window)
         self.horizon = check_horizon(horizon)
         self._decoder = find_decoder(model)
-        groups.check(self._decoder.config, self._decoder.heads)
+        self._decoder.check(groups)
         self._groups = groups
         self.response_mask = response_mask
         self.lse_source: dict[int, str] = {}
@@ -98,7 +98,7 @@ class RhythmProbe:
     @groups.setter
     def groups(self, groups: HeadGroups) -> None:
         _check_groups(groups)
-        groups.check(self._decoder.config, self._decoder.heads)
+        self._decoder.check(groups)
         local, global_ = _by_layer(groups.local), _by_layer(groups.global_)
         self._capture.watch([*local, *global_])
         self._groups, self._local, self._global = groups, local, global_
