@@ -50,7 +50,7 @@ class RhythmProbe:
     Raises:
         TypeError, ValueError: at construction, for groups that do not fit the model, numbers out of range, and models
             without softmax attention that goes through transformers' registry; in the forward, for masks and layouts
-            that cannot be measured (custom or chunked masks, sharded sequences, sinks under sdpa, ...).
+            that cannot be measured (custom masks, sharded sequences, sinks under sdpa, ...).
         RuntimeError: for two probes on one model at the same time, and for entering one twice.
     """
 
@@ -155,7 +155,7 @@ class RhythmProbe:
             mean = call.measure(waad, local, window=self.window)
             waad_sum.add_(mean.to(waad_sum.device), alpha=len(local))
         if global_:
-            mean = call.measure(fai, global_, horizon=self.horizon)
+            mean = call.of_all_rows(call.measure(fai, global_, horizon=self.horizon), *self.horizon)
             fai_sum.add_(mean.to(fai_sum.device), alpha=len(global_))
 
     def end(self) -> None:
