@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CodeType
-from typing import Any
 
 from torch import nn
+
+from ..canonical import MAX_HEAD_SIZE
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 # What a forward calls that makes the masks of a decoder. Those of its own encoders are another matter.
@@ -21,20 +22,21 @@ def find_attentions(decoder: nn.Module) -> tuple[dict[int, nn.Module], dict[int,
     Layers without attention that goes through transformers' registry (linear attention, Mamba, ALiBi models with
     functions of their own) are in neither.
     """
+    blocks = _blocks(decoder)
+    named = [(layers, child) for child in decoder.modules() if (layers := _layers_of(child, blocks))]
+    # Of a model with further stacks inside, its own list of layers is the decoder.
+    of_stack = [(layers, child) for layers, child in named if id(child) in blocks]
     found: dict[int, nn.Module] = {}
     left_out: dict[int, str] = {}
-    blocks = _blocks(decoder)
-    for child in decoder.modules():
-        layers = _layers_of(child, blocks)
-        if not layers or not _is_causal_self_attention(child):
-            continue
+    for layers, child in of_stack or named:
         why = _why_not(child, layers)
         for layer in layers:
+            if why is None and not of_stack and layer in found:
+                why = f"{type(found[layer]).__name__} and {type(child).__name__} both call themselves layer {layer}"
             if why is not None:
                 left_out.setdefault(layer, why)
-            elif layer not in found:
-                found[layer] = child
-    return found, {layer: why for layer, why in left_out.items() if layer not in found}
+            found.setdefault(layer, child)
+    return {layer: child for layer, child in found.items() if layer not in left_out}, left_out
 
 
 def makes_masks(module: nn.Module) -> bool:
@@ -63,11 +65,13 @@ def _blocks(decoder: nn.Module) -> dict[int, list[int]]:
 
 
 def _layers_of(module: nn.Module, blocks: dict[int, list[int]]) -> list[int]:
-    """The layers that this module attends in, if it is an attention module: by its own word, else by its place.
+    """The layers in which this module is causal self-attention: by its own word, else by its place. Empty: it is not.
 
     Zamba's shared attention names no layer: weights are shared, each layer that has it holds a module of its own.
     """
-    if "Attention" not in type(module).__name__ or not hasattr(module, "config") or not hasattr(module, "layer_idx"):
+    if not hasattr(module, "config") or not hasattr(module, "layer_idx") or not _calls_registry(module):
+        return []
+    if not _is_causal_self_attention(module):
         return []
     layer = module.layer_idx
     if isinstance(layer, int) and layer >= 0:
@@ -76,17 +80,27 @@ def _layers_of(module: nn.Module, blocks: dict[int, list[int]]) -> list[int]:
 
 
 def _is_causal_self_attention(module: nn.Module) -> bool:
-    """Whether it says that it is causal, is no cross-attention, and comes from a file that knows the registry."""
+    """Whether it says that it is causal, and is no cross-attention."""
     if not getattr(module, "is_causal", True) or getattr(module, "is_cross_attention", False):
         return False
-    if "CrossAttention" in type(module).__name__:
-        return False
-    forwards = [vars(cls)["forward"] for cls in type(module).__mro__ if "forward" in vars(cls)]
-    return any(_REGISTRY in _globals(forward) for forward in forwards)
+    return "CrossAttention" not in type(module).__name__
 
 
-def _globals(forward: Callable[..., Any]) -> dict[str, Any]:
-    return getattr(inspect.unwrap(forward), "__globals__", {})
+def _calls_registry(module: nn.Module) -> bool:
+    """Whether a forward of its class, or of one that this derives from, names transformers' registry of attention.
+
+    A module that calls itself attention may call it in a function of its file.
+    """
+    named_so = "Attention" in type(module).__name__
+    for cls in type(module).__mro__:
+        forward = inspect.unwrap(vars(cls).get("forward", _nothing))
+        code = getattr(forward, "__code__", None)
+        if code is not None and (_REGISTRY in _names(code) or (named_so and _REGISTRY in forward.__globals__)):
+            return True
+    return False
+
+
+def _nothing() -> None: ...
 
 
 def _why_not(attention: nn.Module, layers: list[int]) -> str | None:
@@ -96,6 +110,9 @@ def _why_not(attention: nn.Module, layers: list[int]) -> str | None:
         return f"it attends to compressed keys beside the tokens' own ({name}), which the measures do not know"
     if getattr(attention, "indexer", None) is not None or getattr(attention, "skip_topk", False):
         return f"it chooses its keys ({name}: sparse attention), which the measures do not know"
+    size = getattr(attention, "qk_head_dim", None) or getattr(attention, "head_dim", None)
+    if isinstance(size, int) and size > MAX_HEAD_SIZE:
+        return f"its heads are of size {size} ({name}), and the measures know sizes up to {MAX_HEAD_SIZE}"
     if len(layers) > 1:
         return f"it shares one {name} with layers {layers}, whose calls cannot be told apart"
     return None

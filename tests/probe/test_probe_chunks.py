@@ -7,8 +7,13 @@ import pytest
 import torch
 from probe_oracle import eager_maps, oracle, padded_bounds, spans
 
-from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
+from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, passes
+from rhythm_kernels.canonical import canonical
 from rhythm_kernels.integrations.transformers import register
+from rhythm_kernels.probe import attention
+from rhythm_kernels.probe.checks import Checks
+from rhythm_kernels.probe.chunks import in_chunks
+from rhythm_kernels.probe.masks import ForwardInputs, sequences_of
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
 
 register()
@@ -100,9 +105,11 @@ def test_several_packed_rows():
     check(measured(model, batch), oracle(eager_maps(model, **batch, use_cache=False), GROUPS, bounds))
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "rhythm"])
-def test_calibration(implementation):
-    model = llama4(implementation)
+@pytest.mark.parametrize("implementation", ["sdpa", "rhythm", "rhythm in one pass"])
+def test_calibration(implementation, monkeypatch):
+    if implementation.endswith("one pass"):  # as where Triton runs: the attention call gives the spans
+        monkeypatch.setattr(attention, "is_one_pass", lambda device: True)
+    model = llama4(implementation.split()[0])
     batch = models.padded_batch()
     mask = batch["attention_mask"]
     response = responses(mask)
@@ -146,3 +153,41 @@ def test_rows_that_outgrow_a_chunk_in_the_middle_of_a_run():
             torch.testing.assert_close(
                 probe.waad.double(), oracle(maps, GROUPS, padded_bounds(torch.ones_like(ids)))[0], atol=1e-4, rtol=0
             )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
+def test_every_backend_reads_several_entries_of_one_row(backend):
+    """The table of a padded batch in chunks, straight through the passes, against dense float64 maps."""
+    batch, length, chunk = 3, 37, 8
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(batch, length, heads, 16, generator=generator) for heads in (4, 2))
+    live = torch.ones(batch, length, dtype=torch.bool)
+    live[0, :5] = live[1, 30:] = False
+    response = torch.zeros_like(live)
+    response[:, 11:33] = True
+    inputs = ForwardInputs(batch, length, q.device, attention_mask=live)
+    sequences = in_chunks(sequences_of(inputs, response, False, Checks()), chunk)
+    options = dict.fromkeys(["cu_seqlens", "max_seqlen", "seq_start", "seq_end", "response_start", "sinks"])
+    rule = {"softmax_scale": 0.4, "window_size": (-1, 0), "softcap": 0.0}
+    form = canonical(q, k, None, heads=[1, 2], table=sequences.table, **options, **rule)
+    form = form._replace(lse=None)
+
+    start = torch.tensor([5, 0, 0])[:, None]
+    token = torch.arange(length)
+    piece = (token - start) // chunk
+    seen = (piece[:, :, None] == piece[:, None, :]) & (token[:, None] >= token) & live[:, :, None] & live[:, None, :]
+    logits = torch.einsum("bthd,bshd->bhts", q.double(), k.double().repeat_interleave(2, dim=2)) * 0.4
+    maps = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1).nan_to_num(0.0)[:, [1, 2]].mean(1)
+    distance = (token[:, None] - token).clamp(0, 3)
+    rows = response & live
+    torch.testing.assert_close(
+        passes.waad(form, 3, backend=backend).double(), (maps * distance).sum(-1) * rows, atol=1e-5, rtol=0
+    )
+    expected = torch.zeros(batch, length, dtype=torch.float64)
+    for row in range(batch):
+        end = int(rows[row].nonzero()[-1]) + 1
+        for s in rows[row].nonzero().flatten().tolist():
+            stop = min(s + 6, end, int(start[row]) + (int(piece[row, s]) + 1) * chunk)  # of T(s) within the chunk
+            if stop > s + 1:
+                expected[row, s] = maps[row, s + 1 : stop, s].mean()
+    torch.testing.assert_close(passes.fai(form, (1, 5), backend=backend).double(), expected, atol=1e-5, rtol=0)
