@@ -25,7 +25,7 @@ from . import attention, registry
 from .checks import Checks, Pending
 from .chunks import chunk_of, in_chunks, rows_after
 from .flash import FlashReturns
-from .inputs import as_attended, forward_inputs, refuse_dropped_sinks, refuse_unsupported
+from .inputs import as_attended, forward_inputs, refuse_dropped, refuse_unsupported
 from .lse import LseObserver, as_batched
 from .masks import ForwardInputs, NamedWindow, Sequences, sequences_of, window_of_layer
 from .structure import Decoder, bind_forward
@@ -271,7 +271,7 @@ class Capture:
         if flash:
             with FlashReturns(name) as returned, LseObserver() as observed:
                 out = function(module, query, key, value, mask, **kwargs)
-            refuse_dropped_sinks(layer, name, returned, kwargs)
+            refuse_dropped(layer, name, returned, kwargs)
             seen = observed if returned.lse is None else returned
         elif name in ("sdpa", attention.NAME):
             if name == attention.NAME:

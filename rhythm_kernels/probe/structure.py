@@ -144,7 +144,6 @@ def find_decoder(model: nn.Module) -> Decoder:
     module = outer.get_decoder()
     if not isinstance(module, nn.Module) or not hasattr(module, "config"):
         module = outer
-    _refuse_outer_masks(outer, module)
     attentions, left_out = find_attentions(module)
     if not attentions:
         why = f": {next(iter(left_out.values()))}" if left_out else ""
@@ -152,6 +151,7 @@ def find_decoder(model: nn.Module) -> Decoder:
             f"model: no layer of {type(module).__name__} has causal softmax attention that goes through transformers' "
             f"attention registry, so there is nothing to measure{why}"
         )
+    _refuse_outer_masks(outer, module)
     config = module.config.get_text_config(decoder=True)
     num_layers = getattr(config, "num_hidden_layers", None) or max(attentions) + 1
     heads = {layer: _query_heads(attention, config) for layer, attention in attentions.items()}

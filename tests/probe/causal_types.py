@@ -146,8 +146,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attention_head_dim": 32,
     },
     "zamba2": {
-        "layer_types": ["mamba", "hybrid"] * 2,
-        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "layer_types": ["linear_attention", "hybrid"] * 2,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
     },
