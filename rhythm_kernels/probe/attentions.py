@@ -56,9 +56,12 @@ def _names(code: CodeType) -> Iterator[str]:
 
 def _blocks(decoder: nn.Module) -> dict[int, list[int]]:
     """id of a module -> the positions, in the decoder's list of layers, of the layers that hold it."""
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    longest: list[nn.Module] = []
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) > len(longest):
+            longest = list(child)
     positions: dict[int, list[int]] = {}
-    for position, block in enumerate(max(lists, key=len, default=nn.ModuleList())):
+    for position, block in enumerate(longest):
         for child in block.modules():
             positions.setdefault(id(child), []).append(position)
     return positions

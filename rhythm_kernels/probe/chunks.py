@@ -1,8 +1,9 @@
 """Chunked attention (Llama 4): a token sees, of its sequence, the keys of its own chunk up to itself.
 
 A chunk is a range of keys, so each sequence becomes as many entries of the sequence table as it has chunks, and the
-passes need not know. One thing they cannot see there: the rows T(s) of eq. 10 run on behind the end of the chunk, where
-they attend to s with A = 0. They count all the same, as the rows behind a sliding window do: `rows_after` says how many.
+passes need not know. One thing they cannot see there: the rows T(s) of eq. 10 run on behind the end of the chunk,
+where they attend to s with A = 0. They count all the same, as the rows behind a sliding window do: `rows_after` says
+how many.
 """
 
 from __future__ import annotations

@@ -299,8 +299,9 @@ def window_of_layer(
             "ignores packed position_ids (gpt-oss does), so pad the batch instead"
         )
     else:
+        within = "within each sequence" if sequences.whole is None else f"in chunks of {sequences.table.max_seqlen}"
         error = ValueError(
-            f"the mask of {name!r} attention is not plain causal attention within each sequence, nor with a sliding "
+            f"the mask of {name!r} attention is not plain causal attention {within}, nor with a sliding "
             f"window of {[h for h in tried if h is not None]} keys: custom, prefix and bidirectional masks "
             "are not supported by the probe"
         )

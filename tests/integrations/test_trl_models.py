@@ -1,4 +1,4 @@
-"""Models that cannot be measured are refused when the trainer is built, and by modes that do not measure, not at all."""
+"""Models that cannot be measured are refused when the trainer is built, but not by modes that do not measure."""
 
 from __future__ import annotations
 

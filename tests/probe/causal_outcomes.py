@@ -1,4 +1,4 @@
-"""What becomes of each causal language model type: the expectations of `test_probe_every_type.py`, as of transformers 5.24.
+"""What becomes of each causal language model type of transformers 5.24: what `test_probe_every_type.py` expects.
 
 `MEASURED` are measured right under every implementation that transformers lets them have. What else a type may come to:
 `refused: WORDS`, by the probe or by rhythm attention, whose error has these words; `cannot be built: WORDS`; and
@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-_NOT_IN_REGISTRY = "refused: attention that goes through transformers' attention registry, so there is nothing to measure"
+_NOT_IN_REGISTRY = "refused: so there is nothing to measure"
 _SPARSE = "refused: it chooses its keys"
 _OUTER_MASKS = "refused: makes the attention masks outside of its language model"
 _TWICE = "refused: attended twice in one forward"
@@ -73,7 +73,7 @@ BEFORE: dict[str, str | dict[str, str]] = {
     "gptj": _NOT_IN_REGISTRY,
     "vaultgemma": {"sdpa": "refused: has a softcap"},
 }
-MEASURED: frozenset[str] = frozenset("""
+_MEASURED = """
 afmoe apertus apertus1p5_text arcee aria_text axk1 bailing_hybrid bamba bart beam bert bert-generation biogpt bitnet
 blenderbot blenderbot-small camembert codegen cohere cohere2 cohere2_moe cohere_compass_text ctrl cwm data2vec-text
 dbrx deepseek_v2 deepseek_v3 dots1 electra emu3 ernie ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon_h1
@@ -87,7 +87,8 @@ olmo3 olmo_hybrid olmoe opt pegasus persimmon phi phi3 phi4_multimodal phimoe pl
 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next recurrent_gemma roberta roberta-prelayernorm roc_bert
 sarvam_mla sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma whisper xlm-roberta xlm-roberta-xl
 xmod youtu zamba zamba2 zaya
-""".split())
+"""
+MEASURED = frozenset(_MEASURED.split())
 
 
 def expected(model_type: str, implementation: str, before: bool = False) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import probe_models as models
 import pytest
 import torch
 from probe_oracle import eager_maps, oracle, padded_bounds, spans
+from transformers.models.llama4 import modeling_llama4
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, passes
 from rhythm_kernels.canonical import canonical
@@ -141,6 +144,23 @@ def test_layers_in_chunks_are_sampled():
     decoder = find_decoder(llama4())
     assert attention_layers(decoder, "middle5") == [1, 2]
     assert attention_layers(decoder, "all") == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("length", [CHUNK, 2 * CHUNK])
+def test_a_mask_without_chunks(length, monkeypatch):
+    """The layer says that it attends in chunks; where its mask does not, neither is believed."""
+    monkeypatch.setattr(modeling_llama4, "create_chunked_causal_mask", modeling_llama4.create_causal_mask)
+    batch = {"input_ids": models.tokens(2, length), "attention_mask": torch.ones(2, length, dtype=torch.long)}
+    batch["attention_mask"][0, :3] = 0
+    refused = pytest.raises(ValueError, match="not plain causal attention in chunks of 16")
+    with refused if length > CHUNK else contextlib.nullcontext():
+        measured(llama4(), batch)
+
+
+def test_no_mask_where_there_must_be_chunks(monkeypatch):
+    monkeypatch.setattr(modeling_llama4, "create_chunked_causal_mask", lambda **_: None)
+    with pytest.raises(ValueError, match="the layer attends in chunks, but 'sdpa' attention was given no mask"):
+        measured(llama4(), {"input_ids": models.tokens(2, 40)})
 
 
 def test_rows_that_outgrow_a_chunk_in_the_middle_of_a_run():

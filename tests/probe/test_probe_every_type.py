@@ -37,9 +37,10 @@ NOT_OFFERED = re.compile("does not support an attention implementation through t
 
 def batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask = torch.ones(3, LENGTH, dtype=torch.long)
     mask[0, :PADDING] = 0
-    ids = torch.randint(3, causal_types.VOCABULARY - 7, (2, LENGTH), generator=generator)
+    mask[2, -PADDING:] = 0
+    ids = torch.randint(3, causal_types.VOCABULARY - 7, (3, LENGTH), generator=generator)
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -75,7 +76,7 @@ def maps_with_sinks(model_type, model):
 
 
 def eager_maps(model_type, model, decoder, inputs):
-    """Layer -> `(B, H, T, T)` float64 as `output_attentions` gives them: one of each layer, or of each with attention."""
+    """Layer -> `(B, H, T, T)` float64, of `output_attentions`: maps of every layer, or of those with attention."""
     with torch.no_grad(), maps_with_sinks(model_type, model):
         maps = model(**inputs, output_attentions=True).attentions
     if len(maps) == decoder.num_layers or len(maps) > len(decoder.attentions):
@@ -94,10 +95,14 @@ def measure(model, decoder, maps, inputs, implementation) -> str:
     layers = sorted(decoder.attentions)
     groups = HeadGroups([(layer, 0) for layer in layers], [(layer, decoder.heads[layer] - 1) for layer in layers])
     try:
-        with torch.no_grad(), RhythmProbe(model, groups, horizon=HORIZON) as probe:
-            model(**inputs)
+        with torch.no_grad():
+            plain = model(**inputs).logits
+            with RhythmProbe(model, groups, horizon=HORIZON) as probe:
+                logits = model(**inputs).logits
     except Exception as error:
         return in_words(error)
+    if not torch.equal(logits, plain):
+        return "wrong: the model's logits are not those without a probe"
     results = oracle(maps, groups, padded_bounds(inputs["attention_mask"]), horizon=HORIZON)
     off = max(float((got.double() - right).abs().max()) for got, right in zip((probe.waad, probe.fai), results))
     something = min(float(got.sum()) for got in (probe.waad, probe.fai)) > 0
