@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from ..canonical import check_horizon, check_window
+from ..arguments import check_horizon, check_window
 from ..heads import HeadGroups
 from ..passes import fai, waad
 from .capture import Capture, LayerCall
