@@ -114,8 +114,9 @@ def check_int(name: str, value: Any, low: int) -> int:
 
 
 def smaller(value: int, limit: int) -> int:
-    """`min`, where a tracer need not know which it is."""
-    return torch.sym_min(value, limit) if tracing() else min(value, limit)
+    """`min`, where a tracer need not know which it is. Dynamo, which shows symbols as ints, knows `min` itself."""
+    symbols = isinstance(value, torch.SymInt) or isinstance(limit, torch.SymInt)
+    return torch.sym_min(value, limit) if symbols else min(value, limit)
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
