@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .kept import ordinary, tracing
+from .kept import ordinary
 
 __all__ = [
     "MAX_LENGTH",
@@ -37,8 +37,8 @@ MAX_LENGTH = 2**31 - 2**16
 
 def holds(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes is met; one that a tracer cannot decide is met, and asserted when the graph runs."""
-    if not tracing():
-        return bool(condition)
+    if not (torch.compiler.is_compiling() or isinstance(condition, torch.SymBool)):
+        return condition
     from torch.fx.experimental.symbolic_shapes import guard_or_true
 
     if not guard_or_true(condition):
@@ -80,12 +80,14 @@ def check_tensor(name: str, value: object) -> Tensor:
 
 def as_int(name: str, value: Any) -> int:
     """An integer: an int, anything with `__index__`, or a tensor that holds one on the CPU."""
+    if type(value) is int:  # nearly always, so first
+        return value
     if isinstance(value, Tensor):
         check_int_tensor(name, value)
         if value.device.type != "cpu":
             raise TypeError(f"{name} must be an int, got a tensor on {value.device}, which the host would wait for")
         return int(value.item())
-    if type(value) is int or isinstance(value, torch.SymInt):
+    if isinstance(value, torch.SymInt):
         return cast(int, value)
     try:
         if not isinstance(value, bool):
@@ -114,8 +116,9 @@ def check_int(name: str, value: Any, low: int) -> int:
 
 
 def smaller(value: int, limit: int) -> int:
-    """`min`, where a tracer need not know which it is."""
-    return torch.sym_min(value, limit) if tracing() else min(value, limit)
+    """`min`, where a tracer need not know which it is. Dynamo, which shows symbols as ints, knows `min` itself."""
+    symbols = isinstance(value, torch.SymInt) or isinstance(limit, torch.SymInt)
+    return torch.sym_min(value, limit) if symbols else min(value, limit)
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
