@@ -6,6 +6,7 @@ log-sum-exp, the float32 number given is meant, itself half a unit in its last p
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rhythm_kernels.reference import ColumnMoments
@@ -18,6 +19,22 @@ MOMENT = 1e-3  # of a column's mean, variance, skewness and kurtosis, relative
 def lse(size: Tensor | float) -> Tensor | float:
     """Of a log-sum-exp of this size."""
     return 1e-4 * (size.abs().nan_to_num(posinf=1).clamp(min=1) if isinstance(size, Tensor) else max(1.0, abs(size)))
+
+
+def logit(size: float) -> float:
+    """Of a logit whose terms' sizes come to `size` (a number or an array), and of its distance to a log-sum-exp.
+
+    Nothing beside the other bounds where logits are ordinary; where they are in the thousands it is all that float32
+    leaves, and each bound grows by what it does to the measure.
+    """
+    return 2.0**-21 * (2 + size)
+
+
+def rounding(dtype: torch.dtype) -> tuple[float, float]:
+    """Of one rounding to this type: relative, and among its smallest numbers absolute."""
+    info = torch.finfo(dtype)
+    # Float32's own is part of every bound, and its subnormal numbers may be taken for 0.
+    return (0.0, info.tiny) if dtype == torch.float32 else (info.eps / 2, info.tiny * info.eps)
 
 
 def waad(window: int) -> float:

@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from tests.fuzz.tally import lines
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Read by Triton when it is first imported.
@@ -22,6 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
+    for line in lines(report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])):
+        terminalreporter.write_line(line)
     terminalreporter.write_line(f"skipped for want of a GPU: {sum('CUDA device' in str(r.longrepr) for r in skipped)}")
 
 

@@ -155,3 +155,14 @@ def test_the_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_a_batch_without_a_live_row_has_gradients_of_zero(backend: str | None) -> None:
+    """A rank whose share of a batch is padding alone goes backward with the others."""
+    leaves = [torch.full((2, 5, 1, 4), float("nan"), requires_grad=True) for _ in range(3)]
+    nothing = torch.tensor([3, 3], dtype=torch.int32)
+    out, _, _ = rk.attention_with_rhythm(*leaves, seq_start=nothing, seq_end=nothing, backend=backend)
+    assert torch.equal(out, torch.zeros_like(out))
+    for gradient in torch.autograd.grad(out, leaves, torch.ones_like(out)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
