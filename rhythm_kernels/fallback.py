@@ -70,8 +70,9 @@ def band_rows(
     rowsum = torch.ones_like(row_lse)
     if sinks is not None:
         rowsum = 1 - torch.exp(sinks[query_heads, None] - row_lse)
-    step = row_tile(q, len(heads), KEY_TILE)
     reach = min(window - 1, window_left) if window_left >= 0 else window - 1
+    # A tile meets its own keys beside the band, so that a narrow band wants few rows a tile, however few the heads.
+    step = min(row_tile(q, len(heads), KEY_TILE), max(128, reach))
     for rows in ranges(0, length, step):
         near = lost = torch.zeros((), device=q.device)
         for keys in ranges(max(0, rows[0] - reach), rows[1], KEY_TILE):
