@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kept import Kept, tracing
+from .arguments import (
+    MAX_LENGTH,
+    as_int,
+    check_int,
+    check_int_tensor,
+    check_number,
+    check_tensor,
+    holds,
+    readable,
+    same_shape,
+    smaller,
+)
+from .kept import Kept
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
-MAX_LENGTH = 2**31 - 2**16
 # Of a softcap and of a scale's size: float32 holds them and their reciprocals.
 MAX_SCORE = 1e30
 
@@ -71,7 +82,7 @@ def canonical(
     softcap: float,
     sinks: Tensor | None,
     cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
+    max_seqlen: int | Tensor | None,
     seq_start: Tensor | None,
     seq_end: Tensor | None,
     response_start: Tensor | None,
@@ -118,49 +129,10 @@ def canonical(
     )
 
 
-def check_int(name: str, value: Any, low: int) -> int:
-    """An integer argument of at least `low`, else an error that names it.
-
-    It is a distance or a length: beyond `MAX_LENGTH` all mean the same, and overflow nowhere as `MAX_LENGTH`.
-    """
-    integers = (int, torch.SymInt)  # a traced length is a SymInt
-    if isinstance(value, bool) or not isinstance(value, integers):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-    return cast(int, value) if isinstance(value, torch.SymInt) else min(value, MAX_LENGTH)
-
-
-def check_window(window: int, name: str = "window") -> int:
-    """W of eq. 9, in tokens: an int of at least 1, else an error that calls it `name`."""
-    return check_int(name, window, 1)
-
-
-def check_horizon(horizon: Sequence[int | None], name: str = "horizon") -> tuple[int, int | None]:
-    """`(H_lo, H_hi)` of eq. 10, in tokens, `0 <= H_lo <= H_hi` or `H_hi` None, else an error that calls it `name`."""
-    if not isinstance(horizon, tuple | list) or len(horizon) != 2:
-        raise ValueError(f"{name} must be a pair (first, last) of distances, last may be None, got {horizon!r}")
-    low = check_int(f"{name}[0]", horizon[0], 0)
-    return low, None if horizon[1] is None else check_int(f"{name}[1]", horizon[1], low)
-
-
-def check_values(host_tensor: Tensor) -> bool:
-    """Whether this tensor's values may be read here: on the CPU, and not while something traces."""
-    return host_tensor.device.type == "cpu" and not tracing()
-
-
-def _check_tensor(name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    return value
-
-
 def _check_qk(q: Tensor, k: Tensor, packed: bool, double: bool) -> tuple[Tensor, Tensor]:
     rank, layout = (3, "(total, heads, head_dim)") if packed else (4, "(batch, tokens, heads, head_dim)")
     for name, x in (("q", q), ("k", k)):
-        _check_tensor(name, x)
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}")
+        check_tensor(name, x)
         if x.dim() != rank:
             hint = " with cu_seqlens" if packed else ""
             raise ValueError(f"{name} must be {layout}{hint}, got shape {tuple(x.shape)}")
@@ -173,12 +145,12 @@ def _check_qk(q: Tensor, k: Tensor, packed: bool, double: bool) -> tuple[Tensor,
         raise ValueError(f"k must be on the device of q, {q.device}, got {k.device}")
     if packed:
         q, k = q[None], k[None]
-    if k.shape[:2] != q.shape[:2]:
+    if not same_shape(k.shape[:2], q.shape[:2]):
         raise ValueError(
             f"k must have the batch and length of q, {tuple(q.shape[:2])}, got {tuple(k.shape[:2])}"
             " (a key for every query: causal self-attention without a cache)"
         )
-    if k.shape[3] != q.shape[3]:
+    if not holds(k.shape[3] == q.shape[3]):
         raise ValueError(f"k must have the head size of q, {q.shape[3]}, got {k.shape[3]}")
     for name, size, what in (
         ("q", q.shape[0], "batch"),
@@ -186,15 +158,15 @@ def _check_qk(q: Tensor, k: Tensor, packed: bool, double: bool) -> tuple[Tensor,
         ("q", q.shape[2], "heads"),
         ("k", k.shape[2], "heads"),
     ):
-        if size == 0:
+        if not holds(size > 0):
             raise ValueError(f"{name} must not be empty, got 0 {what}")
-    if not 1 <= q.shape[3] <= MAX_HEAD_SIZE:
+    if not (holds(q.shape[3] >= 1) and holds(q.shape[3] <= MAX_HEAD_SIZE)):
         raise ValueError(f"q must have a head size of 1 to {MAX_HEAD_SIZE}, got {q.shape[3]}")
-    if q.shape[2] % k.shape[2]:
+    if not holds(q.shape[2] % k.shape[2] == 0):
         raise ValueError(
             f"q must have a multiple of k's heads (grouped-query attention), got {q.shape[2]} and {k.shape[2]}"
         )
-    if q.shape[1] >= MAX_LENGTH:
+    if not holds(q.shape[1] < MAX_LENGTH):
         raise ValueError(f"q must have fewer than 2^31 - 2^16 tokens a row, got {q.shape[1]}")
     return last_contiguous(q.detach()), last_contiguous(k.detach())
 
@@ -207,10 +179,10 @@ def last_contiguous(x: Tensor) -> Tensor:
 def _check_lse(lse: Tensor | None, q: Tensor, packed: bool) -> None:
     if lse is None:
         return
-    _check_tensor("lse", lse)
+    check_tensor("lse", lse)
     batch, length, n_heads, _ = q.shape
     shape = (n_heads, length) if packed else (batch, n_heads, length)
-    if tuple(lse.shape) != shape:
+    if not same_shape(lse.shape, shape):
         layout = "(heads, total)" if packed else "(batch, heads, tokens)"
         raise ValueError(f"lse must be {layout} = {shape}, all query heads, got shape {tuple(lse.shape)}")
     want = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
@@ -221,10 +193,10 @@ def _check_lse(lse: Tensor | None, q: Tensor, packed: bool) -> None:
 
 
 def _index_vector(name: str, value: Tensor, size: int, of: str, device: torch.device) -> Tensor:
-    _check_tensor(name, value)
+    check_tensor(name, value)
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 (or int64), got {value.dtype}")
-    if tuple(value.shape) != (size,):
+    if not same_shape(value.shape, (size,)):
         raise ValueError(f"{name} must be {of} = ({size},), got shape {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name} must be on the device of q, {device}, got {value.device}")
@@ -250,7 +222,7 @@ def _padded_table(seq_start: Tensor | None, seq_end: Tensor | None, response_sta
         if value is None:
             continue
         _index_vector(name, value, batch, "(batch,)", q.device)
-        if name != "response_start" and check_values(value):
+        if name != "response_start" and readable(value):
             bad = (value < 0) | (value > length)
             if bool(bad.any()):
                 at = int(bad.nonzero()[0])
@@ -261,7 +233,7 @@ def _padded_table(seq_start: Tensor | None, seq_end: Tensor | None, response_sta
     start, end, first = (
         default if value is None else value for value, default in zip(given.values(), (zero, full, zero))
     )
-    if seq_start is not None and check_values(start) and check_values(end) and bool((end < start).any()):
+    if seq_start is not None and readable(start) and readable(end) and bool((end < start).any()):
         at = int((end < start).nonzero()[0])
         raise ValueError(f"seq_end must not lie before seq_start, got {int(end[at])} < {int(start[at])} in row {at}")
     # Of each column a triple (value, least, greatest), clamped in one launch. Values on a GPU are not read: they are
@@ -273,18 +245,18 @@ def _padded_table(seq_start: Tensor | None, seq_end: Tensor | None, response_sta
 
 
 def _packed_table(cu_seqlens: Tensor | None, response_start: Tensor | None, total: int, device: torch.device) -> Tensor:
-    cu = _check_tensor("cu_seqlens", cu_seqlens)
+    cu = check_tensor("cu_seqlens", cu_seqlens)
     if cu.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 (or int64), got {cu.dtype}")
-    if cu.dim() != 1 or cu.shape[0] < 2:
+    if cu.dim() != 1 or not holds(cu.shape[0] >= 2):
         raise ValueError(f"cu_seqlens must be (sequences + 1,) with at least one sequence, got shape {tuple(cu.shape)}")
     if cu.device != device:
         raise ValueError(f"cu_seqlens must be on the device of q, {device}, got {cu.device}")
-    if check_values(cu):
+    if readable(cu):
         values = cu.tolist()
-        if values[0] != 0 or values[-1] != total:
+        if values[0] != 0 or values[-1] > total:
             raise ValueError(
-                f"cu_seqlens must run from 0 to the total of {total} tokens, got {values[0]}..{values[-1]}"
+                f"cu_seqlens must run from 0 to at most the total of {total} tokens, got {values[0]}..{values[-1]}"
             )
         if any(a > b for a, b in itertools.pairwise(values)):
             raise ValueError("cu_seqlens must not decrease")
@@ -304,33 +276,35 @@ def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, q: Tensor) -
     if heads is None:
         return _head_rows(tuple(range(n_heads)), q)
     if isinstance(heads, Tensor):
+        check_tensor("heads", heads)
         if heads.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"heads must hold integers (int32 or int64), got {heads.dtype}")
-        if heads.dim() != 1 or heads.shape[0] == 0:
+        if heads.dim() != 1 or not holds(heads.shape[0] > 0):
             raise ValueError(f"heads must be a non-empty vector of query-head indices, got shape {tuple(heads.shape)}")
-        if not check_values(heads):
+        if not readable(heads):
             if heads.device != device:
                 raise ValueError(f"heads must be on the device of q, {device}, or on the CPU, got {heads.device}")
             return heads[:, None].expand(-1, 2).clamp(0, n_heads - 1).int().contiguous()
         heads = heads.tolist()
     if not isinstance(heads, Iterable):
         raise TypeError(f"heads must be a list or an int tensor of query-head indices, got {type(heads).__name__}")
-    index_list = list(heads)
-    for h in index_list:
-        if isinstance(h, Tensor):  # has __index__, but truncates
-            whole = h.dim() == 0 and h.dtype in (torch.int32, torch.int64)
-        else:
-            whole = not isinstance(h, bool) and (isinstance(h, (int, torch.SymInt)) or hasattr(h, "__index__"))
-        if not whole:
-            raise TypeError(f"heads must hold integers, got {h!r}")
-        if not 0 <= h < n_heads:
-            raise ValueError(f"heads must be query-head indices in 0..{n_heads - 1}, got {h}")
-    if not index_list:
+    index = tuple(_head(h, n_heads) for h in heads)
+    if not index:
         raise ValueError("heads must name at least one query head, got none")
-    index = tuple(int(h) for h in index_list)
     if len(set(index)) != len(index):
-        raise ValueError(f"heads must not repeat a head, got {index_list}")
+        raise ValueError(f"heads must not repeat a head, got {list(index)}")
     return _head_rows(index, q)
+
+
+def _head(head: Any, n_heads: int) -> int:
+    """One query-head index of a list."""
+    try:
+        index = as_int("heads", head)
+    except TypeError as error:
+        raise TypeError(f"heads must hold integers, got {head!r}") from error
+    if not 0 <= index < n_heads:
+        raise ValueError(f"heads must be query-head indices in 0..{n_heads - 1}, got {index}")
+    return index
 
 
 def _head_rows(index: tuple[int, ...], q: Tensor) -> Tensor:
@@ -345,46 +319,44 @@ def _new_head_rows(index: tuple[int, ...], device: torch.device) -> Tensor:
 _cached_head_rows = Kept(_new_head_rows, 1024, launches=False)
 
 
-def _check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None, seqs: Tensor, length: int) -> int:
+def _check_max_seqlen(max_seqlen: Any, cu_seqlens: Tensor | None, seqs: Tensor, length: int) -> int:
     """The launch grid's upper bound on a sequence's length."""
+    if isinstance(max_seqlen, Tensor) and not readable(max_seqlen):
+        check_int_tensor("max_seqlen", max_seqlen)
+        max_seqlen = None  # flash-attn's callers have it on the GPU: what the host does not know, the length bounds
     if max_seqlen is None:
-        if cu_seqlens is not None and check_values(cu_seqlens):
+        if cu_seqlens is not None and readable(cu_seqlens):
             return int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         return length
     max_seqlen = check_int("max_seqlen", max_seqlen, 0)
-    if check_values(seqs):
+    if readable(seqs):
         longest = int((seqs[:, 2] - seqs[:, 1]).max())
         if max_seqlen < longest:
             raise ValueError(f"max_seqlen must be at least the longest sequence's {longest} tokens, got {max_seqlen}")
-    return length if cu_seqlens is None else min(max_seqlen, length)
+    return length if cu_seqlens is None else smaller(max_seqlen, length)
 
 
 def _check_scale(softmax_scale: float | None, dim: int) -> float:
     if softmax_scale is None:
         return dim**-0.5
-    _check_float("softmax_scale", softmax_scale)
+    softmax_scale = check_number("softmax_scale", softmax_scale)
     if not abs(softmax_scale) <= MAX_SCORE:
         raise ValueError(f"softmax_scale must be finite, at most {MAX_SCORE:g}, got {softmax_scale}")
     return float(softmax_scale)
 
 
 def _check_softcap(softcap: float) -> float:
-    _check_float("softcap", softcap)
+    softcap = check_number("softcap", softcap)
     if softcap != 0 and not 1 / MAX_SCORE <= softcap <= MAX_SCORE:
         raise ValueError(f"softcap must be 0 (off) or in {1 / MAX_SCORE:g}..{MAX_SCORE:g}, got {softcap}")
     return float(softcap)
-
-
-def _check_float(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__} {value!r}")
 
 
 def _check_window_size(window_size: tuple[int, int]) -> int:
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
         raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
     left, right = (check_int(f"window_size[{i}]", w, -1) for i, w in enumerate(window_size))
-    if right > 0:
+    if not holds(right <= 0):
         raise ValueError(f"window_size[1] must be -1 or 0: the measures are of causal attention, got {right}")
     return left
 
@@ -392,10 +364,10 @@ def _check_window_size(window_size: tuple[int, int]) -> int:
 def _check_sinks(sinks: Tensor | None, n_heads: int, device: torch.device) -> Tensor | None:
     if sinks is None:
         return None
-    _check_tensor("sinks", sinks)
+    check_tensor("sinks", sinks)
     if not sinks.dtype.is_floating_point:
         raise TypeError(f"sinks must be floating point, got {sinks.dtype}")
-    if tuple(sinks.shape) != (n_heads,):
+    if not same_shape(sinks.shape, (n_heads,)):
         raise ValueError(f"sinks must be (heads,) = ({n_heads},), got shape {tuple(sinks.shape)}")
     if sinks.device != device:
         raise ValueError(f"sinks must be on the device of q, {device}, got {sinks.device}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .canonical import MAX_LENGTH
+from .arguments import check_int, check_number, check_tensor, holds, readable, same_shape
 
 __all__ = ["CREDIT_MODES", "SIGNS", "CreditMode", "Sign", "rhythm_credit", "shape_advantages"]
 
@@ -88,7 +88,14 @@ def rhythm_credit(
             serve.
     """
     _check_measures(waad, fai, response_mask, entropy)
-    _check_options(mode, gamma_amp, top, alpha, neighbors, bottom, generator, tau_waad, tau_delta, backend)
+    neighbors = check_int("neighbors", neighbors, 1)
+    gamma_amp, top, alpha = (
+        check_number(name, x) for name, x in (("gamma_amp", gamma_amp), ("top", top), ("alpha", alpha))
+    )
+    tau_waad, tau_delta = (
+        None if x is None else check_number(name, x) for name, x in (("tau_waad", tau_waad), ("tau_delta", tau_delta))
+    )
+    _check_options(mode, gamma_amp, top, alpha, bottom, generator, tau_waad, tau_delta, backend)
     if mode == "entropy" and entropy is None:
         raise ValueError('entropy is None: mode="entropy" needs it as a (B, T) tensor')
     if not torch.compiler.is_compiling():
@@ -119,7 +126,8 @@ def rhythm_credit(
             score = entropy
         elif mode == "random":
             device = mask.device if generator is None else generator.device
-            score = torch.rand(mask.shape, dtype=torch.float32, generator=generator, device=device).to(mask.device)
+            draws = mask.new_empty(mask.shape, dtype=torch.float32, device=device)  # torch.rand knows no symbolic size
+            score = draws.uniform_(generator=generator).to(mask.device)
         double = any(x is not None and x.dtype == torch.float64 for x in (waad, fai, score))
 
         def measure(x: Tensor) -> Tensor:
@@ -134,7 +142,7 @@ def rhythm_credit(
             gamma_amp,
             top,
             alpha,
-            min(neighbors, MAX_LENGTH),
+            neighbors,
             bottom and mode != "random",
             tau_waad,
             tau_delta,
@@ -158,13 +166,12 @@ def shape_advantages(advantages: Tensor, gamma: Tensor, sign: Sign = "both") -> 
         ValueError, TypeError: wrong shape, type or device, or no such sign.
     """
     for name, x in (("advantages", advantages), ("gamma", gamma)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}: it must be a tensor")
+        check_tensor(name, x)
         if not x.is_floating_point():
             raise TypeError(f"{name} is {x.dtype}: it must be floating point")
     if gamma.dim() != 2:
         raise ValueError(f"gamma has shape {tuple(gamma.shape)}: it must be (B, T)")
-    if tuple(advantages.shape) not in (tuple(gamma.shape[:1]), tuple(gamma.shape)):
+    if not same_shape(advantages.shape, gamma.shape[: 2 if advantages.dim() == 2 else 1]):
         raise ValueError(
             f"advantages has shape {tuple(advantages.shape)}: it must be (B,) or (B, T) "
             f"where gamma has {tuple(gamma.shape)}"
@@ -192,19 +199,18 @@ def _check_measures(waad: Tensor, fai: Tensor, response_mask: Tensor, entropy: T
     if entropy is not None:
         named["entropy"] = entropy
     for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}: it must be a tensor")
+        check_tensor(name, x)
         if name != "response_mask" and not x.is_floating_point():
             raise TypeError(f"{name} is {x.dtype}: it must be floating point")
-        if name == "waad" and (x.dim() != 2 or x.numel() == 0):
+        if name == "waad" and (x.dim() != 2 or not all(holds(size > 0) for size in x.shape)):
             raise ValueError(f"waad has shape {tuple(x.shape)}: it must be (B, T) with B >= 1 and T >= 1")
-        if x.shape != waad.shape:
+        if not same_shape(x.shape, waad.shape):
             raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be that of waad, {tuple(waad.shape)}")
         if x.device != waad.device:
             raise ValueError(f"{name} is on {x.device}: it must be where waad is, on {waad.device}")
     if response_mask.is_complex():
         raise TypeError(f"response_mask is {response_mask.dtype}: it must be bool, or 0 and 1")
-    if response_mask.device.type == "cpu" and response_mask.dtype != torch.bool and not torch.compiler.is_compiling():
+    if response_mask.dtype != torch.bool and readable(response_mask):
         strange = response_mask[(response_mask != 0) & (response_mask != 1)]
         if strange.numel():
             raise ValueError(f"response_mask holds {strange[0].item()}: it must hold 0 and 1 only")
@@ -215,7 +221,6 @@ def _check_options(
     gamma_amp: float,
     top: float,
     alpha: float,
-    neighbors: int,
     bottom: bool,
     generator: torch.Generator | None,
     tau_waad: float | None,
@@ -224,20 +229,8 @@ def _check_options(
 ) -> None:
     if mode not in CREDIT_MODES:
         raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(CREDIT_MODES)}")
-    for name, value in (
-        ("gamma_amp", gamma_amp),
-        ("top", top),
-        ("alpha", alpha),
-        ("tau_waad", tau_waad),
-        ("tau_delta", tau_delta),
-    ):
-        optional = name.startswith("tau_")
-        if value is None and optional:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            what = "a number or None" if optional else "a number"
-            raise TypeError(f"{name} is {value!r}: it must be {what}")
-        if value != value:  # not math.isnan, which a compiler cannot trace for a changing float
+    for name, value in (("gamma_amp", gamma_amp), ("tau_waad", tau_waad), ("tau_delta", tau_delta)):
+        if value is not None and value != value:  # not math.isnan, which a compiler cannot trace for a changing float
             raise ValueError(f"{name} is nan: it must be a number")
     if not 0 < gamma_amp < math.inf:
         raise ValueError(f"gamma_amp is {gamma_amp}: it must be above 0 and finite")
@@ -245,10 +238,6 @@ def _check_options(
         raise ValueError(f"top is {top}: it must be above 0 and at most 1")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}: it must be from 0 to 1")
-    if isinstance(neighbors, bool) or not isinstance(neighbors, int):
-        raise TypeError(f"neighbors is {neighbors!r}: it must be an int")
-    if neighbors < 1:
-        raise ValueError(f"neighbors is {neighbors}: it must be at least 1")
     if not isinstance(bottom, bool):
         raise TypeError(f"bottom is {bottom!r}: it must be a bool")
     if backend is not None and not isinstance(backend, str):

@@ -15,8 +15,10 @@ Conventions of every function here (those of flash-attn):
   where positive. `sinks (H,)`: logits that join each row's denominator only, read as float32; one of `-inf` is no
   sink, one of `+inf` or NaN leaves the keys nothing: all of its head is NaN, `out` and `lse` too.
 - Padded batches: `seq_start`, `seq_end` int32 `(B,)`, the live range of each row. Packed: `cu_seqlens` int32
-  `(sequences + 1,)`; `max_seqlen` bounds the longest (read from a CPU tensor, else the total:
-  give it on a GPU, where every sequence has programs for so many tokens).
+  `(sequences + 1,)`, from 0 to the total or less: tokens behind the last sequence are padding. `max_seqlen` bounds the
+  longest (read from `cu_seqlens` on the CPU, else the total: give it on a GPU, where every sequence has programs for
+  so many tokens); one in a tensor on a GPU, which the host would have to wait for, counts as not given.
+- Integers are ints, anything with `__index__`, or a tensor that holds one on the CPU; numbers are Python's or NumPy's.
 - `response_start` int32 `(B,)` or `(sequences,)`: first response token R, counted in the padded row, or from the packed
   sequence's first token. Rows of R are measured, keys may lie before it. A value before the start means the whole row.
 - Results are float32, detached, `(B, T)` or `(B, H_selected, T)` (packed `(total,)`, `(H_selected, total)`), and 0
@@ -38,7 +40,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops, passes, reference
-from .canonical import Canonical, canonical, check_horizon, check_int, check_window
+from .arguments import check_horizon, check_int, check_tensor, check_window, holds, same_shape
+from .canonical import MAX_HEAD_SIZE, Canonical, canonical
 from .reference import AttentionStats, ColumnMoments
 
 __all__ = ["attention_lse", "attention_with_rhythm", "column_moments", "fai", "span", "waad"]
@@ -76,6 +79,17 @@ def _dense(name: str, form: Canonical, *tensors: Tensor | None, **arguments: Any
     return ColumnMoments(*(x.float() for x in result)) if isinstance(result, tuple) else result.float()
 
 
+def _dense_attention(
+    form: Canonical, q: Tensor, k: Tensor, v: Tensor, **arguments: Any
+) -> tuple[Tensor, Tensor, AttentionStats]:
+    """The same of attention, through which gradients run: `out` is of v's dtype."""
+    arguments |= _checked(form)
+    wide = (x.double() for x in (q, k, v))
+    with torch.autocast(form.q.device.type, enabled=False):
+        out, lse, stats = reference.attention_with_rhythm(*wide, **arguments)
+    return out.to(v.dtype), lse.detach().float(), AttentionStats(*(x.float() for x in stats))
+
+
 def _check_per_head(per_head: bool) -> bool:
     if not isinstance(per_head, bool):
         raise TypeError(f"per_head must be a bool, got {type(per_head).__name__}")
@@ -94,7 +108,7 @@ def waad(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    max_seqlen: int | Tensor | None = None,
     seq_start: Tensor | None = None,
     seq_end: Tensor | None = None,
     response_start: Tensor | None = None,
@@ -140,7 +154,7 @@ def fai(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    max_seqlen: int | Tensor | None = None,
     seq_start: Tensor | None = None,
     seq_end: Tensor | None = None,
     response_start: Tensor | None = None,
@@ -187,7 +201,7 @@ def span(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    max_seqlen: int | Tensor | None = None,
     seq_start: Tensor | None = None,
     seq_end: Tensor | None = None,
     response_start: Tensor | None = None,
@@ -233,7 +247,7 @@ def column_moments(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    max_seqlen: int | Tensor | None = None,
     seq_start: Tensor | None = None,
     seq_end: Tensor | None = None,
     response_start: Tensor | None = None,
@@ -279,7 +293,7 @@ def attention_lse(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    max_seqlen: int | Tensor | None = None,
     seq_start: Tensor | None = None,
     seq_end: Tensor | None = None,
     response_start: Tensor | None = None,
@@ -321,7 +335,7 @@ def attention_with_rhythm(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    max_seqlen: int | Tensor | None = None,
     seq_start: Tensor | None = None,
     seq_end: Tensor | None = None,
     response_start: Tensor | None = None,
@@ -355,11 +369,8 @@ def attention_with_rhythm(
     form = _canonical("attention", backend, q, k, None, **arguments)
     _check_v(v, q, k)
     if backend == "reference":
-        out, lse, stats = reference.attention_with_rhythm(
-            q, k, v, window=window, per_head=per_head, **arguments | _checked(form)
-        )
-        return out, lse.detach(), stats
-    _refuse_forward_mode(q, k, v)
+        return _dense_attention(form, q, k, v, window=window, per_head=per_head, **arguments)
+    _refuse_other_derivatives(q, k, v)
     # The tensors that carry gradients; `form` holds their detached copies.
     q, k, v = (x[None] if form.packed else x for x in (q, k, v))
     head = (form.seqs, form.heads, form.max_seqlen, *form.score)
@@ -368,25 +379,29 @@ def attention_with_rhythm(
     return out, lse, AttentionStats(waad_, span_)
 
 
-def _refuse_forward_mode(*tensors: Tensor) -> None:
-    """Forward-mode derivatives would be dropped in silence: custom ops have none."""
+def _refuse_other_derivatives(*tensors: Tensor) -> None:
+    """What torch's custom operators have no rule for: forward mode would be dropped in silence."""
     if torch.compiler.is_compiling():
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
             "attention_with_rhythm has no forward-mode derivative: use reverse mode, or backend='reference'"
         )
+    if any(torch._C._functorch.is_gradtrackingtensor(x) for x in tensors):
+        raise NotImplementedError(
+            "attention_with_rhythm has no derivative under torch.func: use backward() or torch.autograd.grad, or "
+            "backend='reference'"
+        )
 
 
 def _check_v(v: Tensor, q: Tensor, k: Tensor) -> None:
-    if not isinstance(v, Tensor):
-        raise TypeError(f"v must be a torch.Tensor, got {type(v).__name__}")
-    if v.dim() != k.dim() or v.shape[:-1] != k.shape[:-1]:
+    check_tensor("v", v)
+    if not same_shape(v.shape[:-1], k.shape[:-1]):
         raise ValueError(
             f"v must have the layout of k but for the head size, {tuple(k.shape[:-1])}, got {tuple(v.shape)}"
         )
-    if not 1 <= v.shape[-1] <= 256:
-        raise ValueError(f"v must have a head size of 1 to 256, got {v.shape[-1]}")
+    if not (holds(v.shape[-1] >= 1) and holds(v.shape[-1] <= MAX_HEAD_SIZE)):
+        raise ValueError(f"v must have a head size of 1 to {MAX_HEAD_SIZE}, got {v.shape[-1]}")
     if v.dtype != q.dtype:
         raise TypeError(f"v must have the dtype of q, {q.dtype}, got {v.dtype}")
     if v.device != q.device:

@@ -29,6 +29,8 @@ def tracing() -> bool:
     """Whether tensors made here stand for others, whose values are not known: compilers, tracers, fake tensors."""
     if torch.compiler.is_compiling():
         return True
+    if not torch._C._len_torch_dispatch_stack():  # nearly always: half the time of asking each
+        return False
     return any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
 

@@ -493,13 +493,14 @@ def rhythm_credit(
                 bonus[t] += float(t in t_glob and t not in dominated)
                 bonus[t] += (1 - alpha) * (t in dominated)
                 bonus[t] += alpha * (t in intros)
-        gamma[row, tokens] = torch.tensor([1 + (gamma_amp - 1) * b for b in bonus], dtype=torch.float32).to(gamma)
+        factors = [1 + (gamma_amp - 1) * b for b in bonus]
+        gamma[row, tokens] = torch.tensor(factors, dtype=torch.float32, device=gamma.device)
     return gamma
 
 
 def _rounded(threshold: float, precision: torch.dtype) -> float:
     """A given threshold as a measure of that precision would hold it: the one it is compared with."""
-    return float(torch.tensor(threshold, dtype=precision))
+    return float(torch.tensor(threshold, dtype=precision, device="cpu"))
 
 
 def _top(x: list[float], among: Iterable[int], m: int, *, lowest: bool) -> set[int]:

@@ -28,7 +28,7 @@ def gamma_levels(gamma_amp: float, alpha: float) -> list[float]:
         for anchor, dominated in ((False, False), (True, False), (False, True)):
             bonus = float(anchor) + (1 - alpha) * dominated + alpha * intro
             levels.append(1 + (gamma_amp - 1) * bonus)
-    return torch.tensor(levels, dtype=torch.float32).tolist()
+    return torch.tensor(levels, dtype=torch.float32, device="cpu").tolist()
 
 
 def credit(
@@ -150,4 +150,4 @@ def _coupled(
 
 def _rounded(threshold: float, dtype: torch.dtype) -> float:
     """A threshold as a measure of that precision would hold it."""
-    return float(torch.tensor(threshold, dtype=dtype))
+    return float(torch.tensor(threshold, dtype=dtype, device="cpu"))

@@ -66,7 +66,8 @@ WRONG = [
     ({"response_start": [1, 2]}, TypeError, "response_start must be a torch.Tensor, got list"),
     ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU[:1]}, ValueError, "at least one sequence"),
     ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU.float()}, TypeError, "cu_seqlens must be int32"),
-    ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU + 1}, ValueError, r"must run from 0 to the total of 9 tokens"),
+    ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU + 1}, ValueError,
+     "must run from 0 to at most the total of 9 tokens, got 1..10"),
     ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": torch.tensor([0, 5, 4, 9])}, ValueError, "must not decrease"),
     ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU, "max_seqlen": 4}, ValueError,
      "max_seqlen must be at least the longest sequence's 5 tokens, got 4"),
@@ -175,3 +176,80 @@ def test_public_names_are_all_there() -> None:
         assert getattr(rk, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         rk.nothing  # noqa: B018
+
+
+# Tensors that are not what kernels read, in every argument of every function: an error that names the argument.
+
+
+def nested(x: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor([x.flatten(0), x.flatten(0)[:1]], layout=torch.jagged)
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """A DTensor, of the one process that the test run is."""
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    return distribute_tensor(x, init_device_mesh("cpu", (1,)), [Replicate()])
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+STRANGE = {
+    "sparse": torch.Tensor.to_sparse,
+    "nested": nested,
+    "DTensor": spread,
+    "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+    "elsewhere": lambda x: x.to("meta"),
+    "an array": torch.Tensor.numpy,
+}
+PADDED = {"sinks": torch.zeros(4), "heads": torch.tensor([1]), "response_start": torch.tensor([0, 3]),
+          "seq_start": torch.tensor([1, 0]), "seq_end": torch.tensor([9, 8])}  # fmt: skip
+PACKED = {"cu_seqlens": CU, "response_start": torch.tensor([0, 3])}
+MEASURES = {
+    "attention_lse": (rk.attention_lse, "q k"),
+    "waad": (rk.waad, "q k lse"),
+    "fai": (rk.fai, "q k lse"),
+    "span": (rk.span, "q k lse"),
+    "column_moments": (rk.column_moments, "q k lse"),
+    "attention_with_rhythm": (rk.attention_with_rhythm, "q k v"),
+    "rhythm_credit": (rk.rhythm_credit, "waad fai response_mask entropy"),
+    "shape_advantages": (rk.shape_advantages, "advantages gamma"),
+}
+
+
+def arguments_of(name: str, packed: bool) -> dict[str, torch.Tensor]:
+    rows = (9,) if packed else (2, 9)
+    known = {"q": q(*rows, 4, 8), "k": q(*rows, 2, 8), "v": q(*rows, 2, 6), "lse": q(*rows[:-1], 4, 9)}
+    known |= {"response_mask": torch.ones(2, 9), "advantages": torch.ones(2)}
+    given = {name: known.get(name, torch.ones(2, 9)) for name in MEASURES[name][1].split()}
+    if name not in ("rhythm_credit", "shape_advantages"):
+        given |= PACKED if packed else PADDED
+    return given
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_strange_tensor_is_named_wherever_it_is(name: str, kind: str, backend: str | None) -> None:
+    measure = MEASURES[name][0]
+    options = {} if name == "shape_advantages" else {"backend": backend}
+    for packed in (False, True):
+        fine = arguments_of(name, packed)
+        measure(**fine, **options)
+        for argument, x in fine.items():
+            if (kind, argument) == ("an array", "heads"):  # a list of integers as any
+                continue
+            with pytest.raises((TypeError, ValueError)) as caught:
+                measure(**fine | {argument: STRANGE[kind](x)}, **options)
+            # Of two that are on different devices, either may be called the one that is wrong.
+            named = argument in str(caught.value) if kind == "elsewhere" else str(caught.value).startswith(argument)
+            assert named, str(caught.value)
+            if kind == "DTensor":
+                assert f"{argument}.to_local()" in str(caught.value)

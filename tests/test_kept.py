@@ -54,7 +54,7 @@ def launches(q, k, lse, **options) -> list[str]:
     )
     arguments |= {"window_size": (-1, -1), "softcap": 0.0, **options}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canonical, "check_values", lambda _: False)
+        patch.setattr(canonical, "readable", lambda _: False)
         canonical.canonical(q, k, lse, **arguments)
         with Launches() as counted:
             canonical.canonical(q, k, lse, **arguments)
@@ -79,7 +79,7 @@ def test_launches_of_a_call(inputs):
 def test_what_a_gpu_is_given_is_brought_into_range(inputs, dtype, monkeypatch):
     """Values that the host does not read: whatever they are, `start <= response_start <= end` within the row."""
     q, _, _ = inputs
-    monkeypatch.setattr(canonical, "check_values", lambda _: False)
+    monkeypatch.setattr(canonical, "readable", lambda _: False)
     low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
     some = torch.tensor([low, -1, 0, 3, 11, 12, 13, high], dtype=dtype)
     start, end, first = (x.flatten() for x in torch.meshgrid(some, some, some, indexing="ij"))

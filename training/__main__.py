@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -23,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 2 for a mistake or a file that cannot be written, 130 for Ctrl-C, both with one line.
+        The exit status: 0, 2 for a mistake, a package that is missing or a file that cannot be read or written, 130 for
+        Ctrl-C, both with one line. Any other error is a fault of this program, and shows where.
     """
     parser = argparse.ArgumentParser(
         prog="python -m training",
@@ -44,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     compare.add_argument("--output", type=Path, default=Path("runs/compare.html"), help="default: %(default)s")
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail when all is done
     try:
         _quiet()
         if options.command == "train":
@@ -58,8 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
             from .compare import compare_runs
 
             compare_runs(options.runs, options.output)
-    except (RecipeError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (RecipeError, RunError, OSError, UnicodeError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # libraries write paragraphs
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"interrupted; {str(interrupt) or 'nothing was changed'}", file=sys.stderr)

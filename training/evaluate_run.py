@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .folder import CONFIG, EVALUATION, read_run, saved_model, write_text
-from .models import load
+from .models import check_model, load
 from .puzzles import Countdown
 from .recipe import RecipeError, load_recipe
 from .train import evaluate_both
+
+_HONOURED = ("eval.", "task.", "model.dtype=", "model.attn_implementation=", "grpo.max_completion_length=")
 
 
 def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
@@ -20,12 +22,16 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
         RecipeError: where there is no finished run, where another takes its place meanwhile, or for overrides that
             do not exist.
     """
+    for override in overrides:
+        if not override.startswith(_HONOURED):
+            raise RecipeError(f"{override!r}: evaluate trains nothing; it takes {', '.join(_HONOURED)}")
     run = read_run(folder)
     source = saved_model(folder)
     recipe = load_recipe(folder / CONFIG, overrides)
     task = Countdown(recipe.task)
     instances = task.instances(recipe.eval.split, recipe.eval.size)
     model, tokenizer = load(recipe, source)
+    check_model(recipe, model, tokenizer, lambda: [task.text(instance, tokenizer) for instance in instances])
     found = {k: e.summary() for k, e in evaluate_both(model, tokenizer, task, instances, recipe, "final").items()}
     if read_run(folder) != run:
         raise RecipeError(f"{folder}: another run took this one's place while it was evaluated; nothing was written")

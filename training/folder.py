@@ -16,13 +16,15 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from .recipe import Recipe, RecipeError
 
@@ -45,6 +47,7 @@ PREVIOUS = "previous"  # the run before, until the one that took its place has f
 _PARTIAL = ".partial"  # ends the name of what is being written, and of `previous` while it is filled
 _REMOVED = "previous.removed"  # a `previous` that is being removed
 _MOVED = (RESULT, EVALUATION, REPORT, GROUPS, MODEL, METRICS, CHECKPOINTS, CONFIG)  # in this order
+_READ = {"mode", "seed", "split", "before", "after", "seconds"}  # of a result, by those who come later
 _WRITTEN = {*_MOVED, *(name + _PARTIAL for name in _MOVED)}
 
 
@@ -81,8 +84,12 @@ def read_run(folder: Path) -> Run:
         raise RecipeError(f"{folder}: no finished run ({error.strerror}: {error.filename})") from error
     except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"{folder}: no finished run (a file in it cannot be read: {error})") from error
-    if not _is_config(folder / CONFIG):
+    if not _is_config(folder / CONFIG) or "seed" not in config["grpo"]:
         raise RecipeError(f"{folder}: no finished run ({CONFIG} is not that of a run)")
+    if not isinstance(result, dict) or not set(result) >= _READ:
+        raise RecipeError(f"{folder}: no finished run ({RESULT} is not that of a run)")
+    if not all(isinstance(line, dict) and "step" in line for line in lines):
+        raise RecipeError(f"{folder}: no finished run ({METRICS} is not that of a run)")
     return Run(folder, config, result, lines)
 
 
@@ -105,12 +112,30 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write a file or a folder to, which becomes `path` once all is written."""
     partial = path.with_name(path.name + _PARTIAL)
     try:
-        yield partial
+        with saving(path):
+            yield partial
     except OSError:
         with suppress(OSError):
             _remove(partial)  # gives a full disk its room back
         raise
     os.replace(partial, path)
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Where `path` is written: what fails because of the disk is an `OSError` that names a file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):  # of torch.save
+            raise
+        raise OSError(f"{path}: {error}") from error
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a write, which knows of no name
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -128,28 +153,38 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def open_run(folder: Path) -> Iterator[str]:
-    """The time in which a run writes to `folder`: moves what was there to `previous`, and removes it at the end.
+def open_run(folder: Path) -> Iterator[Callable[[], str]]:
+    """The time in which `folder` is a run's own: made where it is not there, and kept from other runs.
 
-    Gives a sentence about what was there, empty where nothing was.
+    Gives a function that the run calls once nothing is left to be refused, before it writes anything. It moves what an
+    earlier run left to `previous`, which is removed at the end, and returns a sentence about that, empty where nothing
+    was there. A run that ends before leaves everything as it was.
 
     Raises:
         RecipeError: where another run is writing there, or the folder's names are not those of a run.
         RunError: for an `OSError` inside.
-        Interrupted: for a `KeyboardInterrupt` inside.
+        Interrupted: for a `KeyboardInterrupt` inside, once the run has begun.
     """
     begun = False
+    made: list[Path] = []
+
+    def begin() -> str:
+        nonlocal begun
+        begun = True
+        try:
+            return _make_room(folder)
+        except KeyboardInterrupt:
+            _make_room(folder)  # a few renames: nothing that follows has to describe half of them
+            raise
+
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
             _check(folder)
-            begun = True
-            try:
-                note = _make_room(folder)
-            except KeyboardInterrupt:
-                _make_room(folder)  # a few renames: nothing that follows has to describe half of them
-                raise
-            yield note
+            with TemporaryFile(dir=folder):
+                pass  # whoever cannot write here learns it now
+            yield begin
             _remove_previous(folder)
     except RecipeError as error:
         raise RecipeError(f"{error}{_earlier(folder) if begun else ''}") from error
@@ -159,6 +194,10 @@ def open_run(folder: Path) -> Iterator[str]:
         if not begun:
             raise
         raise Interrupted(_kept(folder)) from error
+    finally:
+        for path in made if not begun else ():
+            with suppress(OSError):
+                path.rmdir()
 
 
 @contextmanager
@@ -182,6 +221,8 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _check(folder: Path) -> None:
     """Refuse to move or remove what no run wrote."""
+    if folder.resolve() == Path(folder.resolve().anchor):
+        raise RecipeError(f"{folder}: a run needs a folder of its own; choose another output.path")
     for name in (PREVIOUS, PREVIOUS + _PARTIAL, _REMOVED):
         if odd := _foreign(folder / name):
             raise RecipeError(f"{odd} is not what a run left: move it away, or choose another output.path")
@@ -217,7 +258,7 @@ def _is_config(path: Path) -> bool:
     except (OSError, ValueError, yaml.YAMLError):
         return False
     groups = {field.name for field in dataclasses.fields(Recipe)}
-    return isinstance(content, dict) and set(content) == groups
+    return isinstance(content, dict) and set(content) == groups and all(isinstance(g, dict) for g in content.values())
 
 
 def _make_room(folder: Path) -> str:

@@ -13,8 +13,11 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from rhythm_kernels import HeadGroups
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
+from rhythm_kernels.probe.structure import attention_layers, find_decoder
 
+from .folder import saving
 from .puzzles import Countdown, Reward
 from .recipe import Recipe, RecipeError
 
@@ -26,7 +29,9 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
     rhythm = {f"rhythm_{name}": value for name, value in dataclasses.asdict(recipe.rhythm).items()}
     cuda = torch.cuda.is_available()
     try:
-        return RhythmGRPOConfig(
+        if recipe.rhythm.groups is not None:
+            HeadGroups.load(recipe.rhythm.groups)
+        config = RhythmGRPOConfig(
             **{
                 "output_dir": str(Path(recipe.output.path) / "checkpoints"),
                 "reward_weights": [1.0] * len(rewards) + [0.0],  # the last one is correctness, to be logged
@@ -42,8 +47,13 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
                 **rhythm,
             }
         )
-    except (TypeError, ValueError) as error:
+    except OSError as error:
+        raise RecipeError(f"rhythm.groups is {recipe.rhythm.groups!r}: {error.strerror}") from error
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(f"grpo, rhythm: {error}") from error
+    if config.fp16 and (config.use_cpu or recipe.model.dtype == "float16"):  # ignored, or refused in the first step
+        raise RecipeError("grpo.fp16 is True: it needs a GPU, and a model.dtype that is not float16 itself")
+    return config
 
 
 class _Trainer(RhythmGRPOTrainer):
@@ -68,12 +78,17 @@ def build_trainer(
     rewards: list[Reward],
     recorder: Recorder,
 ) -> RhythmGRPOTrainer:
-    """The trainer of a recipe, with our progress bar instead of the libraries' printing."""
+    """The trainer of a recipe, with our progress bar instead of the libraries' printing.
+
+    Its optimizer and schedule are made here too, so that settings they refuse are refused before anything is measured.
+    """
     from datasets import Dataset
 
     optimizer = None
     if recipe.grpo.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
+        )
     try:
         trainer = _Trainer(
             model=model,
@@ -84,8 +99,12 @@ def build_trainer(
             callbacks=[recorder],
             optimizers=(optimizer, None),
         )
-    except (TypeError, ValueError) as error:
-        raise RecipeError(str(error)) from error
+        attention_layers(find_decoder(model), recipe.rhythm.layers)  # the report shows their measures in any mode
+        trainer.create_optimizer()
+        trainer.create_scheduler(config.max_steps, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate))
+        trainer.lr_scheduler = None  # that one was only to see whether its settings can be carried out
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(f"the trainer cannot be built: {error}") from error
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     return trainer
@@ -117,10 +136,10 @@ class Recorder(TrainerCallback):
 
     def __init__(self, path: Path, steps: int) -> None:
         self.lines: list[dict[str, float]] = []
-        self.started = time.perf_counter()
         self._path, self._steps = path, steps
 
     def __enter__(self) -> Recorder:
+        self.started = time.perf_counter()
         self._file = self._path.open("w", encoding="utf-8")
         self._bar = tqdm(total=self._steps, desc="train", unit="step", dynamic_ncols=True)
         return self
@@ -135,8 +154,9 @@ class Recorder(TrainerCallback):
         line = {"step": state.global_step}
         line |= {ours: logs[theirs] for ours, theirs in _NAMES.items() if logs.get(theirs) is not None}
         self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with saving(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         shown = {"right": f"{line.get('accuracy', 0):.0%}", "tokens": f"{line.get('response_tokens', 0):.0f}"}
         if "gamma_mean" in line:
             shown["gamma"] = f"{line['gamma_mean']:.2f}"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .evaluate import generate
 from .recipe import ROOT, Recipe, RecipeError
 
 
@@ -15,16 +20,44 @@ def load(recipe: Recipe, path: Path | None = None) -> tuple[Any, Any]:
     """Model and tokenizer of a recipe, or those saved at `path`, on the GPU where there is one."""
     local = ROOT / recipe.model.path
     source = str(path or (local if local.exists() else recipe.model.path))
-    dtype = getattr(torch, recipe.model.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise RecipeError(f"model.dtype is {recipe.model.dtype!r}: it must be float32, bfloat16 or float16")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=recipe.model.attn_implementation
+            source, dtype=getattr(torch, recipe.model.dtype), attn_implementation=recipe.model.attn_implementation
         )
-    except (OSError, ValueError, ImportError) as error:
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    # KeyError, RuntimeError: files with other or too few weights, or no memory; transformers does not name them better
+    except (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise RecipeError(f"model: {source} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model, tokenizer
+
+
+def check_model(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[], list[str]]) -> None:
+    """Let a model that was loaded answer two prompts with three tokens, before anything depends on it.
+
+    Raises:
+        RecipeError: for prompts that the tokenizer cannot write or pad, for responses longer than the model has
+            positions, and where it loads but does not run as it is set.
+    """
+    try:
+        texts = prompts()
+        longest = len(tokenizer(texts, padding=True)["input_ids"][0])
+    except (ValueError, TypeError, TemplateError) as error:
+        raise RecipeError(f"task.prompt is {recipe.task.prompt!r}: {error}") from error
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest + recipe.grpo.max_completion_length > positions:
+        raise RecipeError(
+            f"grpo.max_completion_length is {recipe.grpo.max_completion_length}: it must be at most "
+            f"{positions - longest}, as the model has {positions} positions and a prompt up to {longest} tokens"
+        )
+    try:
+        generate(
+            model, tokenizer, texts[:2], max_new_tokens=3, temperature=recipe.eval.temperature, batch_size=2, seed=0
+        )
+    except (ImportError, RuntimeError) as error:  # of a kernel that is not there, or not for this dtype or device
+        attention, dtype = recipe.model.attn_implementation, recipe.model.dtype
+        raise RecipeError(
+            f"model: cannot run with attn_implementation={attention} and dtype={dtype}: {shorten(str(error), 400)}"
+        ) from error

@@ -5,24 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 import rhythm_kernels
 
 from .evaluate import Evaluation, evaluate
 from .examples import examples
-from .folder import CONFIG, GROUPS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, write_text
+from .folder import CHECKPOINTS, CONFIG, GROUPS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
 from .grpo import Recorder, build_trainer, trainer_config
-from .models import load
+from .models import check_model, load
 from .puzzles import Countdown, reward_functions
 from .recipe import Recipe, RecipeError
 from .report import size, write_report
@@ -43,27 +44,34 @@ def run(recipe: Recipe) -> Path:
     config = trainer_config(recipe)
     rewards = reward_functions([*recipe.grpo.rewards, "correctness"])
     held_out = task.instances(recipe.eval.split, recipe.eval.size)
-    model, tokenizer = load(recipe)
-
     folder = Path(recipe.output.path)
     if recipe.rhythm.groups is not None and Path(recipe.rhythm.groups).resolve().is_relative_to(folder.resolve()):
         raise RecipeError(
             f"rhythm.groups is {recipe.rhythm.groups}: it is in output.path, whose files this run moves away; copy it "
             "to another folder"
         )
-    with open_run(folder) as note:
+    checkpoints = folder / CHECKPOINTS
+    with open_run(folder) as begin, TemporaryDirectory() as scratch:
+        model, tokenizer = load(recipe)
+        check_model(recipe, model, tokenizer, lambda: [task.text(instance, tokenizer) for instance in held_out])
+        recorder = Recorder(folder / METRICS, recipe.grpo.max_steps)
+        made = Path(scratch, CHECKPOINTS)  # what the trainer makes comes to the run's folder once it is not refused
+        made.mkdir()
+        config.output_dir = str(made)
+        trainer = build_trainer(recipe, config, model, tokenizer, task, rewards, recorder)
+
+        note = begin()
         write_text(folder / CONFIG, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+        config.output_dir = str(shutil.copytree(made, checkpoints))
         print(_headline(recipe, model))
         if note:
             print(note)
 
         before = evaluate_both(model, tokenizer, task, held_out, recipe, "before")
-        with Recorder(folder / METRICS, recipe.grpo.max_steps) as recorder:
-            trainer = build_trainer(recipe, config, model, tokenizer, task, rewards, recorder)
+        with recorder, saving(checkpoints):
             trainer.train()
         trained = time.perf_counter()
-        checkpoints = Path(config.output_dir)
-        if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        if not any(checkpoints.iterdir()):
             checkpoints.rmdir()  # transformers makes the folder whether or not anything is saved
         after = evaluate_both(model, tokenizer, task, held_out, recipe, "after")
 
@@ -103,11 +111,8 @@ def run(recipe: Recipe) -> Path:
 
 def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
     with replacing(path) as partial:
-        try:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-        except SafetensorError as error:  # a full disk, too; no OSError to Python
-            raise OSError(f"{path}: {error}") from error
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
 
 
 def evaluate_both(

@@ -201,8 +201,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         metrics["rhythm/calibration_seconds"].append(time.perf_counter() - started)
 
     def _use_groups(self, groups: HeadGroups) -> None:
-        decoder = find_decoder(self.model)
-        groups.check(decoder.config, decoder.heads)
+        find_decoder(self.model).check(groups)
         self.rhythm_groups, self._grouped_at = groups, self.state.global_step
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from ..canonical import check_horizon, check_window
+from ..arguments import check_horizon, check_window
 from ..credit import check_sign, rhythm_credit
 
 __all__ = ["RhythmGRPOConfig"]

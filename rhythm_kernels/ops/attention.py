@@ -49,7 +49,7 @@ def _fake_backward(
 
 attention = define(
     "attention",
-    f"Tensor q, Tensor k, Tensor v, {RULE}, int window, bool per_head",
+    f"Tensor q, Tensor k, Tensor v, {RULE}, SymInt window, bool per_head",
     "(Tensor out, Tensor lse, Tensor waad, Tensor span)",
     _fake,
 )
@@ -57,7 +57,7 @@ attention = define(
 attention_backward = define(
     "attention_backward",
     "Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor seqs, SymInt max_seqlen, float scale, float softcap, int window_left, Tensor? sinks",
+    "Tensor seqs, SymInt max_seqlen, float scale, float softcap, SymInt window_left, Tensor? sinks",
     "(Tensor dq, Tensor dk, Tensor dv)",
     _fake_backward,
 )

@@ -25,5 +25,5 @@ def _fake(
 
 
 band_columns = define(
-    "band_columns", f"Tensor q, Tensor k, Tensor lse, {RULE}, int lo, int hi, bool per_head", "Tensor", _fake
+    "band_columns", f"Tensor q, Tensor k, Tensor lse, {RULE}, SymInt lo, SymInt hi, bool per_head", "Tensor", _fake
 )

@@ -23,4 +23,6 @@ def _fake(
     return per_token(q, heads, per_head)
 
 
-band_rows = define("band_rows", f"Tensor q, Tensor k, Tensor lse, {RULE}, int window, bool per_head", "Tensor", _fake)
+band_rows = define(
+    "band_rows", f"Tensor q, Tensor k, Tensor lse, {RULE}, SymInt window, bool per_head", "Tensor", _fake
+)

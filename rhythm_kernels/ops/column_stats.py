@@ -27,7 +27,7 @@ def _fake(
 
 column_stats = define(
     "column_stats",
-    f"Tensor q, Tensor k, Tensor lse, {RULE}, int min_distance, bool moments, bool per_head",
+    f"Tensor q, Tensor k, Tensor lse, {RULE}, SymInt min_distance, bool moments, bool per_head",
     "Tensor",
     _fake,
 )

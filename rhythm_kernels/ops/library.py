@@ -13,7 +13,7 @@ from . import dispatch
 LIBRARY = torch.library.Library("rhythm_kernels", "DEF")
 
 # What every pass takes after its tensors: the sequence table, the head table and the score rule of the canonical form.
-RULE = "Tensor seqs, Tensor heads, SymInt max_seqlen, float scale, float softcap, int window_left, Tensor? sinks"
+RULE = "Tensor seqs, Tensor heads, SymInt max_seqlen, float scale, float softcap, SymInt window_left, Tensor? sinks"
 
 
 def define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) -> Any:

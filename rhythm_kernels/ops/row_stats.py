@@ -25,7 +25,7 @@ def _fake(
 
 row_stats = define(
     "row_stats",
-    f"Tensor q, Tensor k, {RULE}, int window, bool per_head",
+    f"Tensor q, Tensor k, {RULE}, SymInt window, bool per_head",
     "(Tensor lse, Tensor waad, Tensor span)",
     _fake,
 )

@@ -34,7 +34,7 @@ class Request:
 
     Attributes:
         heads, window, per_head: as for `attention_with_rhythm`.
-        stats: WAAD and span of every live row, in the layout of that function; None where another function ran.
+        stats: WAAD and span of every live row, `(B, T)` or `(B, Hs, T)`; None where another function ran.
     """
 
     heads: list[int]
@@ -94,13 +94,19 @@ def rhythm_attention(
     Returns `(B, T, H, D_v)` and None. Gradients reach query, key, value and the sinks.
 
     Raises:
-        NotImplementedError: the model attends to chosen keys only (sparse attention).
+        NotImplementedError: the model attends to chosen keys only (sparse attention), or to compressed keys too.
         ValueError: `cu_seq_lens_q` without the packed position_ids from which the mask is made.
     """
     if any(kwargs.get(name) is not None for name in _SPARSE):
         raise NotImplementedError(
             f"{type(module).__name__} chooses keys (sparse attention), which attn_implementation={NAME!r} does not "
             "support: use 'sdpa' or 'eager'"
+        )
+    made_for = attention_mask.shape[-1] if isinstance(attention_mask, RangeMask) else key.shape[2]
+    if getattr(module, "compressor", None) is not None or made_for != key.shape[2]:
+        raise NotImplementedError(
+            f"{type(module).__name__} attends to keys that are no tokens' own (compressed or added keys), which "
+            f"attn_implementation={NAME!r} does not support: use 'eager'"
         )
     ends = kwargs.get("cu_seq_lens_q")
     if ends is not None and ends.shape[0] > 2 and not (isinstance(attention_mask, RangeMask) and attention_mask.packed):
@@ -141,6 +147,8 @@ def rhythm_attention(
         **asked,
     )
     if request is not None:
+        if packed:
+            stats = AttentionStats(*(x.unflatten(-1, (batch, length)).movedim(-2, 0) for x in stats))
         request.stats = stats
     if sinks is not None and sinks.requires_grad and torch.is_grad_enabled():
         out = _SinkGradient.apply(out, sinks, lse)

@@ -21,8 +21,11 @@ from ..heads import Head, HeadGroups, architecture
 from ..passes import column_moments, span
 from .capture import Capture, LayerCall, Wanted
 from .checks import on_device
+from .chunks import rows_after
 from .masks import ForwardInputs
 from .structure import attention_layers, find_decoder
+
+_DISTANCE = 4  # of the nearest later token whose attention counts as received
 
 
 def head_groups(
@@ -219,8 +222,11 @@ class Calibration:
             self._sequences += _sequences(call).shape[0]
 
     def _add_kurtosis(self, call: LayerCall, heads: list[int], here: slice) -> None:
-        moments = column_moments(call.form(heads), per_head=True)
-        mean, count = call.unpack(moments.mean), call.unpack(moments.count)
+        moments = column_moments(call.form(heads), _DISTANCE, per_head=True)
+        mean, count = call.of_all_rows(call.unpack(moments.mean), _DISTANCE, None), call.unpack(moments.count)
+        rows = rows_after(call.sequences, _DISTANCE, None)
+        if rows is not None:
+            count = rows[1].to(count.device)[:, None].expand_as(count)
         for row, start, end in _sequences(call).tolist():
             counted = count[row, 0, start:end] > 0
             if int(counted.sum()) < 2:

@@ -23,8 +23,9 @@ from ..canonical import Canonical, canonical
 from ..reference import AttentionStats
 from . import attention, registry
 from .checks import Checks, Pending
+from .chunks import chunk_of, in_chunks, rows_after
 from .flash import FlashReturns
-from .inputs import as_attended, forward_inputs, refuse_dropped_sinks, refuse_unsupported
+from .inputs import as_attended, forward_inputs, refuse_dropped, refuse_unsupported
 from .lse import LseObserver, as_batched
 from .masks import ForwardInputs, NamedWindow, Sequences, sequences_of, window_of_layer
 from .structure import Decoder, bind_forward
@@ -81,6 +82,18 @@ class LayerCall:
     def measure(self, function: Callable[..., Tensor], heads: Sequence[int], **options: Any) -> Tensor:
         """Call one of the passes on heads of q: `(B, T)` float32, or `(B, Hs, T)` with `per_head=True`."""
         return self.unpack(function(self.form(heads), **options))
+
+    def of_all_rows(self, mean: Tensor, low: int, high: int | None) -> Tensor:
+        """A mean over the rows `low..high` after each token, as the passes give it, over all such rows in R.
+
+        In chunked attention the passes see the rows of the token's chunk; the others have A = 0.
+        """
+        counts = rows_after(self.sequences, low, high)
+        if counts is None:
+            return mean
+        inside, of_all = (x.to(mean.device) for x in counts)
+        share = inside / of_all.clamp(min=1)
+        return mean * (share if mean.dim() == 2 else share[:, None])
 
     def unpack(self, result: Tensor) -> Tensor:
         """Undo the flattening of a packed batch: `(..., B * T) -> (B, ..., T)`."""
@@ -258,7 +271,7 @@ class Capture:
         if flash:
             with FlashReturns(name) as returned, LseObserver() as observed:
                 out = function(module, query, key, value, mask, **kwargs)
-            refuse_dropped_sinks(layer, name, returned, kwargs)
+            refuse_dropped(layer, name, returned, kwargs)
             seen = observed if returned.lse is None else returned
         elif name in ("sdpa", attention.NAME):
             if name == attention.NAME:
@@ -310,13 +323,17 @@ class Capture:
         if self._sequences is None:
             inputs = as_attended(self._inputs, flash, mask, returned)
             self._sequences = sequences_of(inputs, self._response_mask, flash, self._checks)
-        left = _left_window(self._sequences, module, name, mask, kwargs, flash, self._checks)
-        call = _layer_call(layer, query, key, seen, self._sequences, left, kwargs, self._checks)
+        sequences = self._sequences
+        chunk = None if flash else chunk_of(module, sequences.length)  # flash: transformers refuses more than one chunk
+        if chunk is not None:
+            sequences = in_chunks(sequences, chunk)
+        left = _left_window(sequences, module, name, mask, kwargs, flash, self._checks)
+        call = _layer_call(layer, query, key, seen, sequences, left, kwargs, self._checks)
         call.first_head = self._first_head(layer, query)
         if request is not None and request.stats is not None:
             response = call.sequences.response[:, None] if request.per_head else call.sequences.response
             response = response.to(query.device)
-            call.stats = AttentionStats(*(torch.where(response, call.unpack(x), 0.0) for x in request.stats))
+            call.stats = AttentionStats(*(torch.where(response, x, 0.0) for x in request.stats))
         self._consumer.layer(call)
 
     def _first_head(self, layer: int, query: Tensor) -> int:

@@ -32,6 +32,7 @@ class FlashReturns:
         source: the function in words, or None.
         dtype: the dtype in which the function was given q; None where no function was called.
         has_sinks: whether the function was given attention sinks, so that `lse` holds them.
+        has_softcap: whether it was given a softcap.
         called: whether a function of the package was called at all.
         cu_seqlens: int `(S + 1,)`, the bounds of the sequences as the function was given them; None: one a row.
         max_seqlen: at most how many tokens each of these has; None where the host was not told.
@@ -44,6 +45,7 @@ class FlashReturns:
         self.source: str | None = None
         self.dtype: torch.dtype | None = None
         self.has_sinks = False
+        self.has_softcap = False
         self.called = False
         self.cu_seqlens: Tensor | None = None
         self.max_seqlen: int | None = None
@@ -83,6 +85,7 @@ class FlashReturns:
             self.called, self.dtype, self.cu_seqlens = True, q.dtype, kwargs.get("cu_seqlens_q")
             longest = kwargs.get("max_seqlen_q")
             self.max_seqlen = longest if isinstance(longest, int) else None  # a tensor may be on the device
+            self.has_softcap = bool(kwargs.get("softcap"))
             self.has_sinks = any(kwargs.get(name) is not None for name in _SINKS)
             if not isinstance(result, tuple):
                 return result

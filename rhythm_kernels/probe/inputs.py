@@ -76,10 +76,9 @@ def refuse_unsupported(
     if kwargs.get("is_causal") is False:
         raise ValueError(f"layer {layer} is not causal (is_causal=False); the measures are of causal attention")
     if name in ("sdpa", "flash_attention_2") and kwargs.get("s_aux") is not None:
-        raise ValueError(
-            f"layer {layer} has attention sinks, which {name!r} silently leaves out: use "
-            "attn_implementation='eager' or 'rhythm'"
-        )
+        raise _dropped(layer, "attention sinks", f"{name!r} silently leaves")
+    if name == "sdpa" and kwargs.get("softcap"):
+        raise _dropped(layer, "a softcap", f"{name!r} silently leaves")
     if name not in ("sdpa", "eager", "flex_attention", attention.NAME) and "flash" not in name:
         raise NotImplementedError(
             f"attention implementation {name!r} is not known to the probe; use 'sdpa', 'eager', 'flex_attention', "
@@ -87,10 +86,15 @@ def refuse_unsupported(
         )
 
 
-def refuse_dropped_sinks(layer: int, name: str, returned: FlashReturns, kwargs: dict[str, Any]) -> None:
-    """transformers leaves sinks out silently where the package's function has no parameter for them."""
-    if kwargs.get("s_aux") is not None and returned.called and not returned.has_sinks:
-        raise ValueError(
-            f"layer {layer} has attention sinks, which the {name!r} package installed here leaves out: use "
-            "attn_implementation='eager' or 'rhythm'"
-        )
+def refuse_dropped(layer: int, name: str, returned: FlashReturns, kwargs: dict[str, Any]) -> None:
+    """transformers leaves sinks and softcap out silently where the package's function has no parameter for them."""
+    if not returned.called:
+        return
+    if kwargs.get("s_aux") is not None and not returned.has_sinks:
+        raise _dropped(layer, "attention sinks", f"the {name!r} package installed here leaves")
+    if kwargs.get("softcap") and not returned.has_softcap:
+        raise _dropped(layer, "a softcap", f"the {name!r} package installed here leaves")
+
+
+def _dropped(layer: int, what: str, who: str) -> ValueError:
+    return ValueError(f"layer {layer} has {what}, which {who} out: use attn_implementation='eager' or 'rhythm'")

@@ -54,6 +54,9 @@ class Sequences:
         arguments: keyword arguments of `waad`, `fai`, `span`, `attention_lse`, `column_moments`.
         table: the same for `canonical`, made once for all layers.
         live: `(B, T)` bool, the tokens that are in a sequence; None: all are, or they are packed.
+        checked: what was found at the masks of this forward's layers so far.
+        in_chunks, whole, pieces, rows: of `chunks`: the same in chunks of so many tokens; and there, the table and the
+            arguments being of pieces and of whole sequences, the whole table, `(P, 3)` bounds of pieces, and counts.
     """
 
     batch: int
@@ -68,6 +71,10 @@ class Sequences:
     table: SequenceTable
     live: Tensor | None = None
     checked: dict[tuple[int, int], tuple[Any, bool]] = field(default_factory=dict)
+    in_chunks: dict[int, Sequences] = field(default_factory=dict)
+    whole: SequenceTable | None = None
+    pieces: Tensor | None = None
+    rows: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def bounds(self) -> Tensor:
@@ -77,7 +84,7 @@ class Sequences:
     @cached_property
     def checked_rows(self) -> CheckedRows:
         """Where the layers' masks are looked at."""
-        return rows_to_check(self.bounds, self.length)
+        return rows_to_check(self.bounds if self.pieces is None else self.pieces, self.length)
 
     @cached_property
     def response(self) -> Tensor:
@@ -280,6 +287,8 @@ def window_of_layer(
                 "sequences: with 'sdpa' or 'eager', pass packed position_ids, attention_mask=None and use_cache=False "
                 "(cu_seq_lens are read by flash attention alone); where the model ignores these, pad the batch instead"
             )
+        if sequences.whole is not None:
+            raise ValueError(f"the layer attends in chunks, but {name!r} attention was given no mask that says so")
         if sequences.live is not None:
             checks.require(sequences.live.all(), _given_no_mask(name))
         return -1
@@ -290,9 +299,10 @@ def window_of_layer(
             "ignores packed position_ids (gpt-oss does), so pad the batch instead"
         )
     else:
+        within = "within each sequence" if sequences.whole is None else f"in chunks of {sequences.table.max_seqlen}"
         error = ValueError(
-            f"the mask of {name!r} attention is not plain causal attention within each sequence, nor with a sliding "
-            f"window of {[h for h in tried if h is not None]} keys: custom, chunked, prefix and bidirectional masks "
+            f"the mask of {name!r} attention is not plain causal attention {within}, nor with a sliding "
+            f"window of {[h for h in tried if h is not None]} keys: custom, prefix and bidirectional masks "
             "are not supported by the probe"
         )
     at_once = reads_now(sequences.start.device) or not named.sure

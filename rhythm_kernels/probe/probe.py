@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from ..canonical import check_horizon, check_window
+from ..arguments import check_horizon, check_window
 from ..heads import HeadGroups
 from ..passes import fai, waad
 from .capture import Capture, LayerCall
@@ -50,7 +50,7 @@ class RhythmProbe:
     Raises:
         TypeError, ValueError: at construction, for groups that do not fit the model, numbers out of range, and models
             without softmax attention that goes through transformers' registry; in the forward, for masks and layouts
-            that cannot be measured (custom or chunked masks, sharded sequences, sinks under sdpa, ...).
+            that cannot be measured (custom masks, sharded sequences, sinks under sdpa, ...).
         RuntimeError: for two probes on one model at the same time, and for entering one twice.
     """
 
@@ -66,7 +66,7 @@ class RhythmProbe:
         self.window = check_window(window)
         self.horizon = check_horizon(horizon)
         self._decoder = find_decoder(model)
-        groups.check(self._decoder.config, self._decoder.heads)
+        self._decoder.check(groups)
         self._groups = groups
         self.response_mask = response_mask
         self.lse_source: dict[int, str] = {}
@@ -98,7 +98,7 @@ class RhythmProbe:
     @groups.setter
     def groups(self, groups: HeadGroups) -> None:
         _check_groups(groups)
-        groups.check(self._decoder.config, self._decoder.heads)
+        self._decoder.check(groups)
         local, global_ = _by_layer(groups.local), _by_layer(groups.global_)
         self._capture.watch([*local, *global_])
         self._groups, self._local, self._global = groups, local, global_
@@ -155,7 +155,7 @@ class RhythmProbe:
             mean = call.measure(waad, local, window=self.window)
             waad_sum.add_(mean.to(waad_sum.device), alpha=len(local))
         if global_:
-            mean = call.measure(fai, global_, horizon=self.horizon)
+            mean = call.of_all_rows(call.measure(fai, global_, horizon=self.horizon), *self.horizon)
             fai_sum.add_(mean.to(fai_sum.device), alpha=len(global_))
 
     def end(self) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..heads import HeadGroups
+from .attentions import find_attentions, makes_masks
+
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[bool], None]
 
@@ -40,6 +43,7 @@ class Decoder:
         attentions: layer -> the module of its softmax self-attention; layers of other kinds are absent.
         heads: layer -> number of query heads.
         num_layers: all layers, of whatever kind.
+        left_out: layer -> why its attention cannot be measured.
         shards: how the query heads are spread over ranks; None: every rank has them all.
     """
 
@@ -48,6 +52,7 @@ class Decoder:
     attentions: dict[int, nn.Module]
     heads: dict[int, int]
     num_layers: int
+    left_out: dict[int, str]
     shards: HeadShards | None = None
 
     @property
@@ -58,6 +63,13 @@ class Decoder:
     def layer_of(self) -> dict[int, int]:
         """id of an attention module -> its layer."""
         return {id(module): layer for layer, module in self.attentions.items()}
+
+    def check(self, groups: HeadGroups) -> None:
+        """Raise `ValueError` where the groups do not fit this model or name a layer that cannot be measured."""
+        for layer, _ in [*groups.local, *groups.global_]:
+            if layer in self.left_out:
+                raise ValueError(f"groups: layer {layer} cannot be measured: {self.left_out[layer]}")
+        groups.check(self.config, self.heads)
 
     def on_forward(self, before: Before, after: After) -> list[Callable[[], None]]:
         """Call `before(module, args, kwargs)` and `after(failed)` around each forward; returns what undoes it."""
@@ -116,8 +128,8 @@ def find_decoder(model: nn.Module) -> Decoder:
 
     Raises:
         TypeError: `model` holds no transformers model.
-        ValueError: its decoder has no softmax self-attention that goes through transformers' registry, or the model is
-            wrapped in a way that cannot be measured.
+        ValueError: its decoder has no softmax self-attention that goes through transformers' registry, its masks are
+            made outside of its decoder, or the model is wrapped in a way that cannot be measured.
     """
     from transformers import PreTrainedModel
 
@@ -132,16 +144,18 @@ def find_decoder(model: nn.Module) -> Decoder:
     module = outer.get_decoder()
     if not isinstance(module, nn.Module) or not hasattr(module, "config"):
         module = outer
-    attentions = _attentions(module)
+    attentions, left_out = find_attentions(module)
     if not attentions:
+        why = f": {next(iter(left_out.values()))}" if left_out else ""
         raise ValueError(
             f"model: no layer of {type(module).__name__} has causal softmax attention that goes through transformers' "
-            "attention registry, so there is nothing to measure"
+            f"attention registry, so there is nothing to measure{why}"
         )
+    _refuse_outer_masks(outer, module)
     config = module.config.get_text_config(decoder=True)
     num_layers = getattr(config, "num_hidden_layers", None) or max(attentions) + 1
     heads = {layer: _query_heads(attention, config) for layer, attention in attentions.items()}
-    return Decoder(module, _watched(model, module), attentions, heads, int(num_layers), _shards(outer))
+    return Decoder(module, _watched(model, module), attentions, heads, int(num_layers), left_out, _shards(outer))
 
 
 def bind_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +178,8 @@ def attention_layers(decoder: Decoder, layers: str | Sequence[int]) -> list[int]
 
     Args:
         layers: `"middle5"`: five evenly spaced layers from `floor(L/3)` to `floor(2L/3)`, rounded, without duplicates;
-            `"all"`; or layer indices. The first two leave out layers that have no softmax attention.
+            `"all"`; or layer indices. The first two leave out layers that have no softmax attention, or one that cannot
+            be measured.
     """
     total = decoder.num_layers
     if layers == "middle5":
@@ -180,6 +195,8 @@ def attention_layers(decoder: Decoder, layers: str | Sequence[int]) -> list[int]
     except TypeError as error:
         raise TypeError(f"layers: {layers!r}, must be 'middle5', 'all' or a list of layer indices") from error
     for layer in layers:
+        if layer in decoder.left_out:
+            raise ValueError(f"layers: layer {layer} cannot be measured: {decoder.left_out[layer]}")
         if layer not in decoder.attentions:
             raise ValueError(
                 f"layers: layer {layer} has no softmax attention to measure; this model has it in "
@@ -195,18 +212,6 @@ def _known(decoder: Decoder, layers: list[int], asked: str | Sequence[int]) -> l
             f"{sorted(decoder.attentions)}"
         )
     return layers
-
-
-def _attentions(module: nn.Module) -> dict[int, nn.Module]:
-    found: dict[int, nn.Module] = {}
-    for child in module.modules():
-        layer = getattr(child, "layer_idx", None)
-        if not isinstance(layer, int) or "Attention" not in type(child).__name__ or not hasattr(child, "config"):
-            continue
-        causal_self = getattr(child, "is_causal", True) and not getattr(child, "is_cross_attention", False)
-        if causal_self and layer not in found:
-            found[layer] = child
-    return found
 
 
 def _query_heads(attention: nn.Module, config: Any) -> int:
@@ -234,6 +239,30 @@ def _watched(model: nn.Module, decoder: nn.Module) -> nn.Module:
         if compiled and any(child is decoder for child in module.modules()):
             return module
     return decoder
+
+
+def _refuse_outer_masks(outer: nn.Module, decoder: nn.Module) -> None:
+    """Raise where a module around the decoder makes its masks, as models with image tokens do that see each other.
+
+    The decoder is then given ready masks: what they mean is known only when an image comes, in the middle of a run.
+    """
+    for module in outer.modules():
+        if module is decoder or not makes_masks(module) or all(child is not decoder for child in module.modules()):
+            continue
+        alone = _text_model(decoder)
+        raise ValueError(
+            f"model: {type(module).__name__} makes the attention masks outside of its language model, where image "
+            "tokens may see each other in both directions, which the probe does not support: load the language model "
+            f"alone{f' ({alone})' if alone else ''}, without images"
+        )
+
+
+def _text_model(decoder: nn.Module) -> str | None:
+    """The causal language model class around this decoder alone, if transformers has one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config: Any = decoder.config
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
 
 
 def _refuse_prompt_learning(model: nn.Module) -> None:

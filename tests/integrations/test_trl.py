@@ -382,7 +382,7 @@ def build(tmp_path, **changed):
         ({"rhythm_gamma_amp": 0.0}, "rhythm_gamma_amp is 0.0: it must be above 0"),
         ({"rhythm_top": 0.0}, "rhythm_top is 0.0"),
         ({"rhythm_alpha": 2.0}, "rhythm_alpha is 2.0"),
-        ({"rhythm_neighbors": 0}, "rhythm_neighbors is 0"),
+        ({"rhythm_neighbors": 0}, "rhythm_neighbors must be at least 1, got 0"),
         ({"rhythm_head_quantile": 0.0}, "rhythm_head_quantile is 0.0"),
         ({"rhythm_regroup_steps": -1}, "rhythm_regroup_steps is -1"),
         ({"rhythm_window": 0}, "rhythm_window must be at least 1, got 0"),

@@ -31,7 +31,8 @@ def check(probe, expected, tolerance=1e-4):
     assert probe.fai.abs().sum() > 0
 
 
-def check_padded(family, implementation):
+@pytest.mark.parametrize(("family", "implementation"), CASES)
+def test_padded(family, implementation):
     model = models.tiny_model(family, implementation)
     batch = models.padded_batch()
     maps = eager_maps(model, **batch)
@@ -42,18 +43,6 @@ def check_padded(family, implementation):
     assert torch.equal(logits, plain)
     check(probe, oracle(maps, GROUPS, padded_bounds(batch["attention_mask"])))
     assert implementation != "rhythm" or set(probe.lse_source.values()) == {"rhythm attention"}
-
-
-@pytest.mark.parametrize(("family", "implementation"), CASES)
-def test_padded(family, implementation):
-    check_padded(family, implementation)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "rhythm"])
-@pytest.mark.parametrize("family", models.MORE_FAMILIES)
-def test_more_families_padded(family, implementation):
-    check_padded(family, implementation)
 
 
 @pytest.mark.parametrize(("family", "implementation"), [case for case in CASES if case[0] not in IGNORE_PACKING])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import probe_models as models
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
 from rhythm_kernels.integrations.transformers import register
@@ -350,22 +352,16 @@ def test_packing_beside_a_mask(model):
         assert probe.waad.shape == (2, 30)
 
 
-def test_a_mask_that_is_not_causal_attention():
-    """Llama 4's layers attend within chunks: no sliding window describes that."""
-    model = models.tiny_model(
-        "llama4_text",
-        intermediate_size_mlp=96,
-        head_dim=16,
-        num_local_experts=2,
-        attention_chunk_size=16,
-        layer_types=["chunked_attention", "full_attention"] * 2,
-        pad_token_id=0,
-    )
-    with torch.no_grad(), RhythmProbe(model, GROUPS), pytest.raises(ValueError, match="chunked"):
-        model(models.tokens(2, 50))
-    with torch.no_grad(), RhythmProbe(model, HeadGroups([(1, 0)], [(3, 1)])) as probe:
-        model(models.tokens(2, 50))
-    assert probe.waad.shape == (2, 50)
+def test_a_mask_that_is_not_causal_attention(model, monkeypatch):
+    """A prefix whose tokens see each other in both directions."""
+    made = modeling_llama.create_causal_mask
+
+    def prefix(row, head, query, key):
+        return (query < 5) & (key < 5)
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", functools.partial(made, or_mask_function=prefix))
+    with torch.no_grad(), RhythmProbe(model, GROUPS), pytest.raises(ValueError, match="prefix and bidirectional masks"):
+        model(models.tokens(2, 50), use_cache=False)
 
 
 def test_the_meta_device_holds_nothing(model):

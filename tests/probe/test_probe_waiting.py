@@ -7,6 +7,7 @@ value (`bool`, `item`, `nonzero`) raises. They are fake CPU tensors, too, and th
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 
 import flash_standin
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama import modeling_llama
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
 from rhythm_kernels.integrations.transformers import register
@@ -23,6 +25,14 @@ from rhythm_kernels.probe import capture, checks, inputs, lse, masks
 GROUPS = HeadGroups(local=[(0, 0), (2, 1)], global_=[(1, 0), (3, 3)])
 CUDA = torch.version.cuda is not None
 register()
+LLAMA4 = {
+    "intermediate_size_mlp": 96,
+    "head_dim": 16,
+    "num_local_experts": 2,
+    "attention_chunk_size": 16,
+    "layer_types": ["chunked_attention", "full_attention"] * 2,
+    "pad_token_id": 0,
+}
 
 
 def forbid_reading(monkeypatch):
@@ -78,11 +88,15 @@ def batch_of(layout, device):
         ("mistral", False, "sdpa", "left"),
         ("mistral", True, "eager", "unpadded"),
         ("gemma3_text", False, "sdpa", "right with a response"),
+        ("llama4_text", False, "sdpa", "unpadded"),
+        ("llama4_text", False, "eager", "left"),
+        ("llama4_text", False, "sdpa", "right with a response"),
     ],
 )
 def test_nothing_is_read(family, training, implementation, layout, device):
     with FakeTensorMode():
-        model = fake_model(family, implementation, device).train(training)
+        overrides = LLAMA4 if family == "llama4_text" else {}
+        model = fake_model(family, implementation, device, **overrides).train(training)
         batch, response = batch_of(layout, device)
         with torch.set_grad_enabled(training), RhythmProbe(model, GROUPS, response_mask=response) as probe:
             logits = model(**batch, use_cache=False).logits
@@ -198,6 +212,22 @@ def test_the_numbers_are_the_same(implementation, responses, layout, monkeypatch
     assert got.lse_source == want.lse_source
 
 
+@pytest.mark.parametrize(("layout", "responses"), LAYOUTS)
+def test_the_numbers_of_chunks_are_the_same(responses, layout, monkeypatch):
+    model, batch = models.tiny_model("llama4_text", **LLAMA4), BATCHES[layout]()
+    response = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(3)) > 0.7
+
+    def run():
+        with torch.no_grad(), RhythmProbe(model, GROUPS, response_mask=response if responses else None) as probe:
+            model(**batch, use_cache=False)
+        return probe
+
+    want, got = both_ways(monkeypatch, run)
+    assert torch.equal(got.waad, want.waad)
+    assert torch.equal(got.fai, want.fai)
+    assert got.fai.any()
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_calibration_is_the_same(layout, monkeypatch):
     model, batch = models.tiny_model("qwen3"), BATCHES[layout]()
@@ -212,6 +242,7 @@ def test_calibration_is_the_same(layout, monkeypatch):
 def test_the_window_of_each_layer_is_known_by_name(family, monkeypatch):
     """Where masks may not be read, the window is taken from the layer; there it must be the one that the mask shows."""
     overrides = {"sliding_window": 9} if family in ("cohere2", "ministral", "starcoder2", "phimoe") else {}
+    overrides |= {"head_dim": 16} if family == "ministral" else {}
     model = models.tiny_model(family, "eager", **overrides)
     batch = models.padded_batch()
 
@@ -280,25 +311,26 @@ def unseen_packing():
     return "llama", {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}, "start again within a row"
 
 
-def chunks():
-    return "llama4_text", {"input_ids": models.tokens(2, 50)}, "chunked"
+def block():
+    return "llama", {"input_ids": models.tokens(2, 50)}, "not plain causal attention"
 
 
-LLAMA4 = {
-    "intermediate_size_mlp": 96,
-    "head_dim": 16,
-    "num_local_experts": 2,
-    "attention_chunk_size": 16,
-    "layer_types": ["chunked_attention", "full_attention"] * 2,
-    "pad_token_id": 0,
-}
+def sees_in_both_directions(monkeypatch):
+    """Have Llama's masks let tokens 20 to 25 see each other, as those of an image do."""
+    made = modeling_llama.create_causal_mask
+
+    def inside(row, head, query, key):
+        return (query >= 20) & (query < 26) & (key >= 20) & (key < 26)
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", functools.partial(made, or_mask_function=inside))
 
 
-@pytest.mark.parametrize("case", [holes, unseen_packing, chunks])
+@pytest.mark.parametrize("case", [holes, unseen_packing, block])
 def test_what_is_not_measurable_is_nan_and_raises_later(case, monkeypatch):
     family, batch, message = case()
-    overrides = LLAMA4 if family == "llama4_text" else {}
-    model, fine = models.tiny_model(family, **overrides), {"input_ids": models.tokens(1, 12)}
+    model, fine = models.tiny_model(family), {"input_ids": models.tokens(1, 12)}
+    if case is block:
+        sees_in_both_directions(monkeypatch)
     forbid_reading(monkeypatch)
 
     def measured(probe):

@@ -142,10 +142,12 @@ def fast(monkeypatch):
     fast_loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     monkeypatch.setattr(yaml, "safe_load", lambda text: yaml.load(text, fast_loader))
     monkeypatch.setattr(training, "load", lambda recipe: (FakeModel(str(recipe.grpo.seed)), silent))
+    monkeypatch.setattr(training, "check_model", lambda *_: None)
     monkeypatch.setattr(training, "build_trainer", build_trainer)
     monkeypatch.setattr(training, "evaluate_both", answers)
     monkeypatch.setattr(training, "examples", lambda *_: [])
     monkeypatch.setattr(evaluating, "load", load_saved)
+    monkeypatch.setattr(evaluating, "check_model", lambda *_: None)
     monkeypatch.setattr(evaluating, "evaluate_both", lambda *_: {"sampled": evaluation(1), "greedy": evaluation(1)})
     return loaded
 
@@ -166,7 +168,7 @@ def status_of(words):
 def begin(folder, seed):
     """A run that is interrupted before its first step."""
     with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(training, "build_trainer", interrupt)
+        patch.setattr(training, "evaluate_both", interrupt)
         start(folder, seed)
 
 
@@ -366,7 +368,7 @@ def test_links_are_not_followed(fast, tmp_path, capsys):
         start(run, 3)
 
 
-@pytest.mark.parametrize("moment", ["load", "build_trainer", "examples", "write_report"])
+@pytest.mark.parametrize("moment", ["load", "build_trainer", "evaluate_both", "examples", "write_report"])
 def test_ctrl_c_says_what_is_kept(fast, tmp_path, monkeypatch, capsys, moment):
     run = tmp_path / "run"
     start(run, 1)
@@ -377,13 +379,14 @@ def test_ctrl_c_says_what_is_kept(fast, tmp_path, monkeypatch, capsys, moment):
     assert len(lines) == 1
     said = lines[0]
     assert said.startswith("interrupted; ")
-    assert ("nothing was changed" in said) == (moment == "load")
-    assert ("kept: nothing of this run" in said) == (moment == "build_trainer")
+    unchanged = moment in ("load", "build_trainer")
+    assert ("nothing was changed" in said) == unchanged
+    assert ("kept: nothing of this run" in said) == (moment == "evaluate_both")
     assert (f"the metrics of 2 steps in {run / 'metrics.jsonl'}, checkpoints in" in said) == (
         moment in ("examples", "write_report")
     )
-    assert (f"mv {run / 'previous'} ELSEWHERE" in said) == (moment != "load")
-    assert whole(run, fast, tmp_path) == {"load": 1, "write_report": 2}.get(moment)
+    assert (f"mv {run / 'previous'} ELSEWHERE" in said) != unchanged
+    assert whole(run, fast, tmp_path) == {"load": 1, "build_trainer": 1, "write_report": 2}.get(moment)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "compare"])
@@ -397,15 +400,35 @@ def test_ctrl_c_in_a_reader(fast, tmp_path, monkeypatch, capsys, command):
     assert capsys.readouterr().err == "interrupted; nothing was changed\n"
 
 
+def test_a_mistake_before_the_start_changes_nothing(fast, tmp_path, monkeypatch, capsys):
+    """What the model or the trainer refuses leaves the run before where it was, and no folder where none was."""
+    run = tmp_path / "run"
+    start(run, 1)
+    before = sorted(run.rglob("*"))
+
+    def refuse(*_):
+        raise RecipeError("no such loss")
+
+    for moment in ("load", "check_model", "build_trainer"):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, moment, refuse)
+            for folder in (run, tmp_path / "new" / "run"):
+                with pytest.raises(RecipeError, match=r"^no such loss$"):
+                    start(folder, 2)
+        assert sorted(run.rglob("*")) == before
+        assert not (tmp_path / "new").exists()
+    assert whole(run, fast, tmp_path) == 1
+
+
 def test_a_mistake_after_the_start_names_the_run_before(fast, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     start(run, 1)
 
     def refuse(*_):
-        raise RecipeError("no such loss")
+        raise RecipeError("no such answer")
 
-    monkeypatch.setattr(training, "build_trainer", refuse)
-    with pytest.raises(RecipeError, match=r"no such loss; the finished run before is in .*previous"):
+    monkeypatch.setattr(training, "evaluate_both", refuse)
+    with pytest.raises(RecipeError, match=r"no such answer; the finished run before is in .*previous"):
         start(run, 2)
     with pytest.raises(RecipeError, match=r"no finished run here.*; the finished run before is in .*previous"):
         evaluate_run(run)

@@ -61,7 +61,7 @@ def test_an_open_horizon_and_one_sign(tmp_path):
         ("rythm.mode=local", "'rythm' is no group; did you mean rhythm?"),
         ("rhythm.mod=local", "did you mean mode?"),
         ("eval.zzz=1", "'zzz' is no key of eval; known: batch_size, seed, size"),
-        ("grpo.output_dir=x", "'output_dir' is no key of grpo"),
+        ("grpo.output_dir=x", "grpo.output_dir: the folder of a run is output.path"),
         ("max_steps=2", "an override is typed group.key=value"),
         ("grpo.max_steps", "an override is typed group.key=value"),
         ("grpo.max_steps=two", "grpo.max_steps is 'two': it must be a whole number"),

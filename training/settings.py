@@ -1,0 +1,190 @@
+"""What a setting may be: its type, its words, its range, and which of TRL's settings a run would not honour."""
+
+from __future__ import annotations
+
+import enum
+import importlib.util
+import math
+import re
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Literal
+
+
+class RecipeError(ValueError):
+    """Something in a recipe or an override that the user can put right."""
+
+
+LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
+
+# Fields that TRL calls text and reads late, when the first loss is computed.
+TRL_WORDS: dict[str, Any] = {
+    "importance_sampling_level": Literal["token", "sequence"],
+    "scale_rewards": Literal["group", "batch", "none", True, False],
+    "multi_objective_aggregation": Literal["sum_then_normalize", "normalize_then_sum"],
+    "vllm_mode": Literal["colocate", "server"],
+    "vllm_importance_sampling_mode": Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
+}
+
+# Ranges that nothing else checks, or only once the evaluation before training is over. The group rhythm is checked by
+# `RhythmGRPOConfig`, and `_coerce` takes finite numbers only.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("at least 1 and at most 1000000", lambda x: 1 <= x <= 10**6, "task.train_size eval.size"),
+    (
+        "at least 1",
+        lambda x: isinstance(x, str) or x >= 1,
+        "eval.batch_size grpo.max_steps grpo.per_device_train_batch_size grpo.steps_per_generation "
+        "grpo.gradient_accumulation_steps grpo.max_completion_length grpo.num_iterations grpo.ref_model_sync_steps "
+        "grpo.num_completions_to_print grpo.pad_to_multiple_of grpo.dataloader_prefetch_factor",
+    ),
+    ("at least 2", lambda x: x >= 2, "grpo.num_generations"),
+    (
+        "at least 0",
+        lambda x: x >= 0,
+        "grpo.learning_rate grpo.weight_decay grpo.max_grad_norm grpo.warmup_steps grpo.beta grpo.adam_epsilon "
+        "grpo.epsilon grpo.epsilon_high grpo.delta grpo.top_k grpo.dataloader_num_workers grpo.neftune_noise_alpha",
+    ),
+    ("above 0", lambda x: x > 0, "grpo.repetition_penalty grpo.save_steps"),
+    # Logits divided by less overflow in half precision.
+    ("at least 0.01", lambda x: x >= 0.01, "grpo.temperature"),
+    ("at least 0.01, or 0 for greedy answers", lambda x: x == 0 or x >= 0.01, "eval.temperature"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "grpo.top_p"),
+    (
+        "at least 0 and at most 1",
+        lambda x: 0 <= x <= 1,
+        "grpo.min_p grpo.top_entropy_quantile grpo.ref_model_mixup_alpha",
+    ),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "grpo.adam_beta1 grpo.adam_beta2"),
+    ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, "grpo.seed grpo.data_seed eval.seed"),
+    ("a list of at least one", lambda x: len(x) > 0, "grpo.rewards"),
+    ("the name of a folder", lambda x: x.strip() and "\0" not in x, "output.path model.path"),
+)
+_RANGE_OF = {name: (words, test) for words, test, names in _RANGES for name in names.split()}
+
+# Fields of `trl.GRPOConfig` that a run would accept and then ignore, overrule or stumble over, and why.
+_REFUSED = (
+    (r"resume_from_checkpoint|ignore_data_skip|restore_\w+", "runs cannot be resumed yet; without it one begins anew"),
+    (r"push_to_hub|hub_\w+|log_completions_hub_repo", "nothing is uploaded; the model is saved in output.path"),
+    (
+        r"do_\w+|\w*eval_\w+|\w+_eval|prediction_loss_only|include_for_metrics|load_best_model_at_end"
+        r"|metric_for_best_model|greater_is_better",
+        "a run evaluates before and after its training, as the group eval says, and keeps its last model",
+    ),
+    (r"deepspeed|ds3_\w+|fsdp\w*|ddp_\w+|parallelism_config|local_rank|\w+_on_each_node", "a run is one process"),
+    (
+        r"report_to|run_name|project|trackio_\w+|logging_\w+|log_level\w*|disable_tqdm|skip_memory_metrics"
+        r"|include_num_input_tokens_seen",
+        "metrics are written to metrics.jsonl in output.path, a line a step",
+    ),
+    (r"output_dir|overwrite_output_dir", "the folder of a run is output.path"),
+    (r"optim|optim_\w+", "the optimizer is grpo.optimizer"),
+    (r"reward_weights", "the rewards of grpo.rewards are added up"),
+    (r"num_train_epochs", "grpo.max_steps says how long a run is"),
+    (r"generation_batch_size", "grpo.steps_per_generation says how many batches are generated at once"),
+    (r"model_init_kwargs|trust_remote_code", "the model is loaded as the group model says"),
+    (
+        r"label_\w+|length_column_name|group_by_length|train_sampling_strategy|remove_unused_columns"
+        r"|max_tool_calling_iterations",
+        "the task gives the prompts and what is read with them",
+    ),
+)
+_NEEDS = {"grpo.use_vllm": "vllm", "grpo.use_liger_kernel": "liger_kernel"}
+
+
+def refuse(key: str) -> None:
+    """Raise `RecipeError` for a field of `trl.GRPOConfig` that a run would not honour."""
+    for names, why in _REFUSED:
+        if re.fullmatch(names, key):
+            raise RecipeError(f"grpo.{key}: {why}")
+
+
+def checked(name: str, value: Any, kind: Any) -> Any:
+    """`value`, as YAML gives it, as what the setting `name` of type `kind` holds.
+
+    Raises:
+        RecipeError: where it is none; the message says what it must be.
+    """
+    try:
+        value = _coerce(value, kind)
+    except ValueError as error:
+        raise RecipeError(f"{name} is {value!r}: it must be {str(error) or _in_words(kind)}") from None
+    words, test = _RANGE_OF.get(name, ("", lambda _: True))
+    if value is not None and not test(value):
+        raise RecipeError(f"{name} is {value!r}: it must be {words}")
+    if value and name in _NEEDS and importlib.util.find_spec(_NEEDS[name]) is None:
+        raise RecipeError(f"{name} is {value!r}: the package {_NEEDS[name]} is not installed")
+    return value
+
+
+def _coerce(value: Any, kind: Any) -> Any:
+    """`value` as `kind`, else a `ValueError`, which may say better than the type what is wanted.
+
+    YAML 1.1 reads `1e-4` as text, `1` as an integer and `no` as false; where a number or one of some words is wanted,
+    they are what they look like.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if words := _words(kind):
+        value = "no" if value is False and "no" in words else value
+        if any(value == word and type(value) is type(word) for word in words):
+            return value
+    elif kind is Any:
+        return value
+    elif origin in (typing.Union, types.UnionType):
+        said = ""
+        for option in arguments:
+            try:
+                return _coerce(value, option)
+            except ValueError as error:
+                said = said or str(error)
+        raise ValueError(said)
+    elif origin in (list, tuple):
+        kinds = arguments * len(value) if origin is list and isinstance(value, list | tuple) else arguments
+        if isinstance(value, list | tuple) and len(value) == len(kinds):
+            try:
+                return origin(_coerce(item, of) for item, of in zip(value, kinds))
+            except ValueError:
+                pass
+    elif kind is float:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except (ValueError, OverflowError):
+                raise ValueError from None
+            if not math.isfinite(number):
+                raise ValueError("a finite number")
+            return number
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            if abs(value) >= 2**63:
+                raise ValueError("a whole number below 2**63")
+            return value
+    elif isinstance(value, origin or kind):
+        return value
+    raise ValueError
+
+
+def _words(kind: Any) -> list[Any]:
+    """The words that a `Literal` or an enumeration allows; transformers writes the latter as `SomeEnum | str`."""
+    if typing.get_origin(kind) is Literal:
+        return list(typing.get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return [member.value for member in kind]
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        enums = [one for one in typing.get_args(kind) if isinstance(one, type) and issubclass(one, enum.Enum)]
+        return [word for one in enums for word in _words(one)]
+    return []
+
+
+def _in_words(kind: Any) -> str:
+    if words := _words(kind):
+        return f"one of {', '.join(map(str, words))}"
+    origin, arguments = typing.get_origin(kind), [_in_words(argument) for argument in typing.get_args(kind)]
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(arguments)
+    if origin is list:
+        return f"a list, each entry {arguments[0]}"
+    if origin is tuple:
+        return f"a list of {len(arguments)}: {', '.join(arguments)}"
+    kinds = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", type(None): "null"}
+    return kinds.get(kind, "a group of settings" if dict in (kind, origin) else str(kind))
