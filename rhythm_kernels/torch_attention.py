@@ -53,7 +53,7 @@ def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, seqs: Tensor, scale: float) -> t
     for row, start, end, _ in table:
         if end > start:
             live = slice(start, end)
-            o, l = _flash_rows(*(x[row : row + 1, live] for x in (q, k, v)), scale)  # noqa: E741
+            o, l = _flash_rows(q[row : row + 1, live], k[row : row + 1, live], v[row : row + 1, live], scale)  # noqa: E741
             out[row, live], lse[row, :, live] = o[0], l[0]
     return out, lse
 

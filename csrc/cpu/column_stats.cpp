@@ -21,7 +21,7 @@ struct Moments {
 };
 static_assert(sizeof(Moments) == 6 * kStatsTile * sizeof(float), "column_stats_scratch counts these");
 
-static void merge(Moments& into, int64_t c, Vec count, Vec mean, Vec m2, Vec m3, Vec m4) {
+RHYTHM_INLINE void merge(Moments& into, int64_t c, Vec count, Vec mean, Vec m2, Vec m3, Vec m4) {
   const Vec na = load(into.count + c), nb = count;
   const Vec n = na + nb;
   const Vec share = select(n > Vec{}, nb / select(n > Vec{}, n, splat(1.0f)), Vec{}); // nb / n
@@ -76,7 +76,8 @@ static void take_rows(const Problem& p, int64_t s, int64_t t0, int64_t count, fl
 }
 
 // Take in rows stop .. end - 1, whose A is 0 for the keys s .. s + kLanes - 1, whatever their log-sum-exp.
-static void take_hidden(const Problem& p, int64_t s, int64_t stop, int64_t end, Moments& state, int64_t c) {
+__attribute__((noinline)) static void take_hidden(const Problem& p, int64_t s, int64_t stop, int64_t end,
+                                                  Moments& state, int64_t c) {
   // A key's own rows begin at s + lane + min_distance, which may lie behind `stop`.
   const Vec later = (float)(end - s - smaller(p.min_distance, end - s)) - lane_number();
   const Vec all = splat((float)(end - stop));
