@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .contenders import backward, ceilings, chunked, credit, eager, flex, models, ours, peers, step, trainer
+from .contenders import backward, ceilings, chunked, credit, eager, flex, models, ours, parts, peers, step, trainer
 from .gate import Results
 from .shapes import DEVICES, Shape
 from .suites import attention, attention_backward, band_columns, band_rows, column_stats, row_stats
@@ -195,7 +195,38 @@ def _targets() -> tuple[Rival, ...]:
     return (*named("waad", waad, band_rows.work), *named("fai", fai, band_columns.work), *_SDPA, *_READ, _FMA, _GEMM)
 
 
+def _parts(part: str, passes: dict[str, str], makers: dict[str, Any]) -> tuple[Rival, ...]:
+    """Of both CPU backends: the measures that `passes` names with their passes; with `part`, each of it too."""
+    return tuple(
+        replace(rival, name=f"{rival.name}: {measure}{suffix}")
+        for measure, pass_name in passes.items()
+        for suffix in (("", f" of {part}") if part else ("",))
+        for rival in _ours(
+            pass_name,
+            (lambda backend, make=makers[measure], suffix=suffix: make(backend, bool(suffix)))
+            if part
+            else makers[measure],
+            ("cpu", "torch"),
+        )
+    )
+
+
+_WINDOWED = {"span": "row_stats", "moments": "column_stats", "fai to the end": "column_stats"}
+_BANDED = {"waad": "band_rows", "fai": "band_columns"}
+
 RIVALS: dict[str, tuple[Rival, ...]] = {
+    "window": tuple(
+        replace(rival, devices=_CPU, longest={})
+        for rival in _parts(
+            "", _WINDOWED, {"span": parts.span, "moments": parts.moments, "fai to the end": parts.fai_to_the_end}
+        )
+    ),
+    **{
+        suite: tuple(
+            replace(rival, devices=_CPU) for rival in _parts(part, _BANDED, {"waad": parts.waad, "fai": parts.fai})
+        )
+        for suite, part in (("few_heads", "3 heads"), ("short_sequences", "short ones"))
+    },
     "band_rows": (
         *_ours("band_rows", ours.band_rows),
         _eager(eager.band_rows),

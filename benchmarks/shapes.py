@@ -43,6 +43,22 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
+class PartShape(AttentionShape):
+    """A call that may need a part of its tensors: what a window of `left` tokens shows, the heads `selected` alone, or
+    sequences of `short` tokens, packed in one row, in place of one of `length`."""
+
+    left: int = -1
+    selected: tuple[int, ...] = ()
+    short: int = 0
+
+    @property
+    def name(self) -> str:
+        parts = {"left": self.left >= 0 and self.left, "heads": self.selected, "short": self.short}
+        marks = (f" {what} {','.join(map(str, x)) if isinstance(x, tuple) else x}" for what, x in parts.items() if x)
+        return super().name + "".join(marks)
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """One forward pass of a Qwen3-shaped decoder with random weights, without a language head.
 
@@ -129,6 +145,9 @@ Shape = AttentionShape | ModelShape | CreditShape | TrainerShape
 
 _TINY = AttentionShape(64, batch=2, heads=2, kv_heads=1, dim=16)
 _TINY_OTHERS: dict[str, Shape] = {
+    "window": PartShape(150, heads=2, kv_heads=1, dim=16, left=12),
+    "few_heads": PartShape(150, heads=4, kv_heads=2, dim=16, selected=(0, 3)),
+    "short_sequences": PartShape(152, heads=2, kv_heads=1, dim=16, lo=0, hi=7, short=8),
     "probe": ModelShape(80, layers=2, hidden=64, heads=4, kv_heads=2, dim=16, intermediate=96, batch=2),
     "credit": CreditShape(4, 60),
     "probe_memory": ModelShape(80, layers=1, hidden=32, heads=2, kv_heads=1, dim=16, intermediate=64),
@@ -210,6 +229,13 @@ _STREAMS = {
     ("cuda", "full"): (*_cuda(4096, 8192, 32_768, 131_072), AttentionShape(4096, dim=64, dtype="float16")),
 }
 
+
+def _parts(*full: PartShape) -> dict[tuple[str, str], tuple[Shape, ...]]:
+    """On a CPU: `quick` has a quarter of the first one's tokens."""
+    quick = (replace(full[0], length=full[0].length // 4),)
+    return {("cpu", "quick"): quick, ("cpu", "full"): full, ("cuda", "quick"): (), ("cuda", "full"): ()}
+
+
 # suite -> (device, profile) -> shapes; `tiny` is the same for every suite of a kind.
 SHAPES: dict[str, dict[tuple[str, str], tuple[Shape, ...]]] = {
     "band_rows": _BANDS,
@@ -219,6 +245,12 @@ SHAPES: dict[str, dict[tuple[str, str], tuple[Shape, ...]]] = {
     "column_moments": _STREAMS,
     "attention": _STREAMS,
     "attention_backward": _STREAMS,
+    "window": _parts(PartShape(16_384, heads=4, kv_heads=2, left=127)),
+    "few_heads": _parts(
+        PartShape(8192, heads=32, kv_heads=8, selected=(0, 11, 23)),
+        PartShape(8192, heads=32, kv_heads=8, dim=128, dtype="bfloat16", selected=(0, 11, 23)),
+    ),
+    "short_sequences": _parts(PartShape(8192, lo=0, hi=7, short=8)),
     "probe": {
         ("cpu", "quick"): (*_small_model(512), *_small_model(512, batch=2, padded=True, gradients=True)),
         ("cpu", "full"): (*_small_model(1024, 4096), *_small_model(1024, batch=2, padded=True, gradients=True)),

@@ -37,6 +37,23 @@ def _cuda(suite: str, against: str, bound: float, *lengths: int, **more: Any) ->
     return [Target(suite, "cuda", length, rival, against, bound, **more) for length in lengths]
 
 
+def _part(suite: str, measure: str, part: str, bound: float, dim: int) -> list[Target]:
+    """What a part costs of the whole, on the compiled and on the torch backend."""
+    return [
+        Target(
+            suite,
+            "cpu",
+            8192,
+            f"rhythm {backend}: {measure} of {part}",
+            f"rhythm {backend}: {measure}",
+            bound,
+            by_cpu_time=True,
+            layout=(("dim", dim),),
+        )
+        for backend in ("cpu", "torch")
+    ]
+
+
 _BANDS = ("rhythm triton", "rhythm cuda")  # whichever is faster serves the users: `ops/dispatch.py` follows
 _STREAMS: dict[str, Any] = {"layout": (("batch", 1), ("dim", 128), ("dtype", "bfloat16"))}
 _QWEN3_4B = (("hidden", 2560), ("batch", 1))
@@ -46,6 +63,20 @@ TARGETS: list[Target] = [
     Target("native_targets", "cpu", 8192, "fai: rhythm cpu", "SDPA forward", 0.016),
     Target("native_targets", "cpu", 4096, "waad: rhythm cpu", "waad: eager maps", 1 / 500, as_speedup=True),
     Target("native_targets", "cpu", 4096, "fai: rhythm cpu", "fai: eager maps", 1 / 200, as_speedup=True),
+    *(
+        Target(
+            "window", "cpu", 16_384, f"rhythm {backend}: {measure}", f"rhythm {backend}: span", 3.0, by_cpu_time=True
+        )
+        for backend in ("cpu", "torch")
+        for measure in ("moments", "fai to the end")
+    ),
+    Target("attention", "cpu", 4096, "rhythm cpu", "SDPA forward", 1.3, by_cpu_time=True),
+    *_part("few_heads", "waad", "3 heads", 0.20, dim=64),
+    *_part("few_heads", "fai", "3 heads", 0.12, dim=64),
+    *_part("few_heads", "waad", "3 heads", 0.20, dim=128),
+    *_part("few_heads", "fai", "3 heads", 0.12, dim=128),
+    *_part("short_sequences", "waad", "short ones", 1.5, dim=64),
+    *_part("short_sequences", "fai", "short ones", 1.5, dim=64),
     Target("probe", "cpu", 4096, "forward + probe", "forward alone", 1.03, by_cpu_time=True),
     *_cuda("band_rows", "", 0.85, 32_768, 131_072, 1_048_576, rival=_BANDS),
     *_cuda("band_columns", "", 0.75, 32_768, 131_072, 1_048_576, rival=_BANDS),

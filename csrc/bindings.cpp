@@ -72,13 +72,13 @@ struct Call {
   }
   Call(const Call&) = delete; // p points into groups
 
-  void run(TileTask Passes::*pass, int64_t tile_size, int64_t scratch, bool last_first) const {
+  void run(TileTask Passes::*pass, int64_t tile_size, int64_t scratch, bool together, bool last_first) const {
     const char* const requested = std::getenv("RHYTHM_CPU_CAPABILITY");
     const Passes* const passes = choose_passes(requested);
     STD_TORCH_CHECK(passes != nullptr, "RHYTHM_CPU_CAPABILITY names what this machine or build does not have: ",
                     requested == nullptr ? "" : requested);
     const TileTask task = passes->*pass;
-    const Tiles tiles(sequences, n_sequences, tile_size);
+    const Tiles tiles(sequences, n_sequences, tile_size, together);
     const int64_t n = tiles.size();
     draw_tasks(n, scratch * 4, [&](int64_t i, char* own) {
       task(p, tiles[last_first ? n - 1 - i : i], reinterpret_cast<float*>(own));
@@ -93,7 +93,7 @@ void band_rows(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor
   STD_TORCH_CHECK(window >= 1, "window must be at least 1");
   call.p.window = window;
   call.p.out = output(out, call.p, per_head, 1, 0.0f);
-  call.run(&Passes::band_rows, kBandTile, band_rows_scratch(call.p), false);
+  call.run(&Passes::band_rows, kBandTile, band_rows_scratch(call.p), true, false);
 }
 
 void band_columns(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& seqs, const Tensor& heads,
@@ -104,7 +104,7 @@ void band_columns(const Tensor& q, const Tensor& k, const Tensor& lse, const Ten
   // No row is farther than the row is long.
   call.p.lo = std::min(lo, call.p.tokens), call.p.hi = std::min(hi, call.p.tokens);
   call.p.out = output(out, call.p, per_head, 1, 0.0f);
-  call.run(&Passes::band_columns, kColumnTile, band_columns_scratch(call.p), false);
+  call.run(&Passes::band_columns, kColumnTile, band_columns_scratch(call.p), true, false);
 }
 
 void row_stats(const Tensor& q, const Tensor& k, const Tensor& seqs, const Tensor& heads, double scale,
@@ -116,7 +116,7 @@ void row_stats(const Tensor& q, const Tensor& k, const Tensor& seqs, const Tenso
   call.p.out_lse = output(lse, call.p, true, 1, -std::numeric_limits<float>::infinity());
   call.p.out = output(waad, call.p, per_head, 1, 0.0f);
   call.p.out_span = output(span, call.p, per_head, 1, 0.0f);
-  call.run(&Passes::row_stats, kRowTile, row_stats_scratch(call.p), true);
+  call.run(&Passes::row_stats, kRowTile, row_stats_scratch(call.p), false, true);
 }
 
 void column_stats(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& seqs, const Tensor& heads,
@@ -126,7 +126,7 @@ void column_stats(const Tensor& q, const Tensor& k, const Tensor& lse, const Ten
   STD_TORCH_CHECK(min_distance >= 0, "min_distance must not be negative");
   call.p.min_distance = min_distance, call.p.moments = moments;
   call.p.out = output(out, call.p, per_head, moments ? 5 : 1, 0.0f);
-  call.run(&Passes::column_stats, kStatsTile, column_stats_scratch(call.p), false);
+  call.run(&Passes::column_stats, kStatsTile, column_stats_scratch(call.p), false, false);
 }
 
 void credit(const Tensor& waad, const Tensor& fai, std::optional<Tensor> score, const Tensor& mask, std::string mode,

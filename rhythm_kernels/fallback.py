@@ -70,10 +70,12 @@ def band_rows(
     rowsum = torch.ones_like(row_lse)
     if sinks is not None:
         rowsum = 1 - torch.exp(sinks[query_heads, None] - row_lse)
-    step = row_tile(q, len(heads), KEY_TILE)
+    reach = min(window - 1, window_left) if window_left >= 0 else window - 1
+    # A tile meets its own keys beside the band, so that a narrow band wants few rows a tile, however few the heads.
+    step = min(row_tile(q, len(heads), KEY_TILE), max(128, reach))
     for rows in ranges(0, length, step):
         near = lost = torch.zeros((), device=q.device)
-        for keys in ranges(max(0, rows[0] - window + 1), rows[1], KEY_TILE):
+        for keys in ranges(max(0, rows[0] - reach), rows[1], KEY_TILE):
             mask, distance = visible(tokens, rows, keys, window_left)
             x = logits(q, k, rows, keys, query_heads, scale, softcap)
             # Masked after the exponential: a row whose lse is not finite must not leak into hidden keys.
@@ -106,10 +108,11 @@ def band_columns(
     position = torch.arange(length, device=q.device)
     last = torch.minimum(tokens.end - 1, position + hi)
     count = (last - (position + lo) + 1).clamp(min=0)
+    reach = min(hi, window_left) if window_left >= 0 else hi  # farther rows count, and do not see the key
     out = q.new_zeros((batch, len(heads), length), dtype=torch.float32)
     for keys in ranges(0, length, KEY_TILE):
         received = lost = torch.zeros((), device=q.device)
-        stop = min(keys[1] + hi, host_max(tokens.end[:, slice(*keys)], length))
+        stop = min(keys[1] + reach, host_max(tokens.end[:, slice(*keys)], length))
         for rows in ranges(keys[0] + lo, stop, row_tile(q, len(heads), KEY_TILE)):
             mask, distance = visible(tokens, rows, keys, window_left)
             mask = mask & (distance >= lo) & (distance <= hi)
@@ -195,7 +198,9 @@ def column_stats(
     results = q.new_zeros((5 if moments else 1, batch, len(heads), length), dtype=torch.float32)
     for keys in ranges(0, length, KEY_TILE):
         state = results.new_zeros((6, batch, len(heads), keys[1] - keys[0]))
-        stop = host_max(tokens.end[:, slice(*keys)], length)
+        # From here on no key of the tile is seen: A is 0 whatever the log-sum-exp, and the rows are only counted.
+        seen_to = keys[1] + window_left if window_left >= 0 else length
+        stop = min(host_max(tokens.end[:, slice(*keys)], length), seen_to)
         for rows in ranges(keys[0] + min_distance, stop, row_tile(q, len(heads), KEY_TILE)):
             mask, distance = visible(tokens, rows, keys, window_left)
             position, _ = visible(tokens, rows, keys, -1)
@@ -204,6 +209,12 @@ def column_stats(
             maps = torch.where(mask & position, torch.exp(x - row_lse[:, :, slice(*rows), None]), 0.0)
             maps = maps * MOMENT_SCALE
             state = _merge(state, _tile_moments(maps, position, moments), moments)
+        if window_left >= 0:
+            farthest = torch.arange(*keys, device=q.device) + min_distance
+            hidden = (tokens.end[:, slice(*keys)] - farthest.clamp(min=stop)).clamp(min=0).float()
+            zeros = torch.zeros_like(state[:5])
+            zeros[0] = hidden[:, None]
+            state = _merge(state, zeros, moments)
         results[..., slice(*keys)] = _standardise(state) if moments else state[1:2] / MOMENT_SCALE
     return _finish(results, tokens.scored, per_head)
 

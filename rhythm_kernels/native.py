@@ -1,5 +1,7 @@
 """The compiled CPU passes and credit (`csrc/`): every backend's functions, on the extension `rhythm_kernels._C`.
 
+Attention itself is torch's (:mod:`rhythm_kernels.torch_attention`); its statistics are the compiled row pass.
+
 Importing this module loads nothing; the extension is loaded when it is first asked for. Which instruction set runs is
 chosen from what the processor has; the environment variable `RHYTHM_CPU_CAPABILITY` forces one of those that
 `build_info()` lists, which is meant for tests.
@@ -16,9 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import torch_attention
 from .torch_credit import gamma_levels
 
-__all__ = ["available", "band_columns", "band_rows", "build_info", "column_stats", "credit", "row_stats"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "available",
+    "band_columns",
+    "band_rows",
+    "build_info",
+    "column_stats",
+    "credit",
+    "row_stats",
+]
 
 _NOT_BUILT = (
     "the compiled kernels were not built: with torch and a C++17 compiler installed, "
@@ -179,6 +192,45 @@ def column_stats(
         q, k, lse, seqs, heads, scale, softcap, window_left, sinks, min_distance, moments, per_head, out
     )
     return out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqs: Tensor,
+    heads: Tensor,
+    max_seqlen: int,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+    window: int,
+    per_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention, log-sum-exp, WAAD and span: torch's own attention and the compiled row pass."""
+    rule = (scale, softcap, window_left, sinks)
+    out, lse = torch_attention.forward(q, k, v, seqs, *rule)
+    _, waad, span = row_stats(q, k, seqs, heads, max_seqlen, *rule, window, per_head)
+    return out, lse, waad, span
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seqs: Tensor,
+    max_seqlen: int,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention`'s output with respect to q, k and v."""
+    return torch_attention.backward(grad_out, q, k, v, out, lse, seqs, scale, softcap, window_left, sinks)
 
 
 def credit(

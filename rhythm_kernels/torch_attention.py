@@ -45,33 +45,44 @@ def forward(
 
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, seqs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, length, n_heads, _ = q.shape
+    table = seqs.tolist()
+    if length > 0 and [x[:3] for x in table] == [[row, 0, length] for row in range(batch)]:
+        return _flash_rows(q, k, v, scale)  # in one call, and without a copy
     out = q.new_zeros((batch, length, n_heads, v.shape[3]))
     lse = q.new_full((batch, n_heads, length), float("-inf"), dtype=torch.float32)
-    group = n_heads // k.shape[2]
-    for row, start, end, _ in seqs.tolist():
+    for row, start, end, _ in table:
         if end > start:
             live = slice(start, end)
-            args = (x[row : row + 1, live].transpose(1, 2) for x in (q, k, v))
-            query, key, value = args
-            if group > 1:
-                key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-            if q.dtype == torch.float32:
-                query, key, value = exactly(query, key, value)
-            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            # It takes the head dimension to be contiguous (pytorch#187506): `ops.dispatch.run` has seen to that.
-            o, l = flash(query, key, value, 0.0, True, scale=scale)  # noqa: E741
-            out[row, live] = o[0].transpose(0, 1)
-            lse[row, :, live] = l[0]
-            # Of a row whose logits are all NaN or -inf it makes 0, and an lse of 0: such rows are computed again.
-            doubt = (l[0] == 0) | ~l[0].isfinite()
-            if bool(doubt.any()):
-                length = 1 + int(doubt.any(dim=0).nonzero()[-1])
-                until, doubt = slice(start, start + length), doubt[:, :length]
-                table = seqs.new_tensor([[0, 0, length, 0]])
-                a, b, c = (x[row : row + 1, until] for x in (q, k, v))
-                again, lse_again = _tiled(a, b, c, table, scale, 0.0, -1, None)
-                out[row, until] = torch.where(doubt.T[..., None], again[0], out[row, until])
-                lse[row, :, until] = torch.where(doubt, lse_again[0], lse[row, :, until])
+            o, l = _flash_rows(q[row : row + 1, live], k[row : row + 1, live], v[row : row + 1, live], scale)  # noqa: E741
+            out[row, live], lse[row, :, live] = o[0], l[0]
+    return out, lse
+
+
+def _flash_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`forward` of rows that are live from end to end, by torch's operator."""
+    group = q.shape[2] // k.shape[2]
+    # The operator lays its output out as q lies, and writes it wrongly where neighbours of q share all but one element.
+    if any(n > 1 and stride <= 1 for n, stride in zip(q.shape[:3], q.stride()[:3])):
+        q = q.contiguous()
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+    if group > 1:
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    if q.dtype == torch.float32:
+        query, key, value = exactly(query, key, value)
+    # It takes the head dimension to be contiguous (pytorch#187506): `ops.dispatch.run` has seen to that.
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(query, key, value, 0.0, True, scale=scale)
+    out, lse = out.transpose(1, 2).to(q.dtype).contiguous(), lse.float().contiguous()
+    # Of a row whose logits are all NaN or -inf it makes 0, and an lse of 0: such rows are computed again.
+    doubt = (lse == 0) | ~lse.isfinite()
+    for row in doubt.any(dim=2).any(dim=1).nonzero()[:, 0].tolist() if bool(doubt.any()) else ():
+        until = slice(0, 1 + int(doubt[row].any(dim=0).nonzero()[-1]))
+        a, b, c = (x[row : row + 1, until] for x in (q, k, v))
+        whole = torch.tensor([[0, 0, until.stop, 0]])
+        again, lse_again = _tiled(a, b, c, whole, scale, 0.0, -1, None)
+        again_at = doubt[row, :, until]
+        out[row, until] = torch.where(again_at.T[..., None], again[0], out[row, until])
+        lse[row, :, until] = torch.where(again_at, lse_again[0], lse[row, :, until])
     return out, lse
 
 

@@ -18,7 +18,7 @@ from tests.cuda.conftest import cuda_on_cpu as cuda_on_cpu
 
 MEASURING = ["reference", "torch", "cpu", "triton"]
 BANDED = [*MEASURING, "cuda"]
-ATTENDING = ["reference", "torch", "triton"]
+ATTENDING = ["reference", "torch", "cpu", "triton"]
 CREDITING = ["reference", "torch", "cpu", "cuda"]
 
 

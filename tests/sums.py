@@ -163,7 +163,7 @@ def hold(shares: Iterator[tuple[str, Tensor]]) -> None:
 
 
 ALL = ("band_rows", "band_columns", "row_stats", "column_stats", "attention")
-PASSES = {"cpu": ALL[:4], "torch": ALL, "triton": ALL, "cuda": ALL[:2]}
+PASSES = {"cpu": ALL, "torch": ALL, "triton": ALL, "cuda": ALL[:2]}
 
 
 def main(length: str, *backends: str) -> None:

@@ -23,7 +23,7 @@ def _all_usable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_defaults() -> None:
     streams = ("row_stats", "column_stats", "attention")
     assert chosen("cuda") == {"credit": "cuda"} | dict.fromkeys(("band_rows", "band_columns", *streams), "triton")
-    assert chosen("cpu") == {"attention": "torch"} | dict.fromkeys((x for x in PASSES if x != "attention"), "cpu")
+    assert set(chosen("cpu").values()) == {"cpu"}
     assert set(chosen("meta").values()) == {"torch"}
 
 

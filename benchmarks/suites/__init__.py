@@ -11,12 +11,24 @@ import torch
 from ..contenders.backward import BackwardGate
 from ..contenders.credit import CreditGate
 from ..contenders.models import ModelGate, ModelProblem
+from ..contenders.parts import PartGate, PartProblem
 from ..contenders.step import StepGate, StepProblem
 from ..contenders.trainer import TrainerGate, TrainerProblem
 from ..gate import AttentionGate, Results
 from ..problem import AttentionProblem, CreditProblem
 from ..work import Work
-from . import attention, attention_backward, band_columns, band_rows, column_stats, credit, probe, row_stats, step
+from . import (
+    attention,
+    attention_backward,
+    band_columns,
+    band_rows,
+    column_stats,
+    credit,
+    parts,
+    probe,
+    row_stats,
+    step,
+)
 
 
 class Gate(Protocol):
@@ -53,6 +65,10 @@ class Suite:
 _FLASH = {"cpu": "SDPA forward", "cuda": "SDPA FlashAttention"}
 
 
+def _part(title: str, work: Callable[[Any], Work], yardstick: str) -> Suite:
+    return Suite(title, PartProblem.draw, PartGate, work, dict.fromkeys(("cpu", "cuda"), yardstick))
+
+
 def _attention(title: str, work: Callable[[Any], Work]) -> Suite:
     return Suite(title, AttentionProblem.draw, AttentionGate, work, _FLASH)
 
@@ -71,6 +87,9 @@ SUITES: dict[str, Suite] = {
         attention_backward.work,
         _FLASH | {"cpu": "SDPA backward"},
     ),
+    "window": _part("Column passes behind a window", parts.window_work, "rhythm torch: span"),
+    "few_heads": _part("A few heads beside all", band_rows.work, "rhythm torch: waad"),
+    "short_sequences": _part("Short sequences beside a long one", band_rows.work, "rhythm torch: waad"),
     "probe": Suite(
         "Model forward with measures",
         ModelProblem.draw,

@@ -23,8 +23,9 @@ RHYTHM_INLINE Met vectors_met(int64_t offset, int64_t lo, int64_t hi, int64_t n_
   return {first, last < first ? 0 : (int)(last - first + 1)};
 }
 
-// Add A of the row positions s0 + [from, to) to sums[key]; column 0 of `queries` and of `lse` is position s0 + from.
-static void add_rows(const Problem& p, int64_t s0, int64_t end, int64_t hi, int64_t from, int64_t to,
+// Add A of the row positions s0 + [from, to) to sums[key]; column 0 of `queries` and of `lse` is position s0 + from. No
+// row from a key's own of `ends` on sees it.
+static void add_rows(const Problem& p, int64_t s0, const int32_t* ends, int64_t hi, int64_t from, int64_t to,
                      int64_t n_vectors, const float* keys, int64_t ld_keys, const float* queries,
                      int64_t ld_queries, const float* lse, float* sums) {
   const Int lanes = lane_index();
@@ -47,11 +48,12 @@ static void add_rows(const Problem& p, int64_t s0, int64_t end, int64_t hi, int6
         diagonal(fixed, block)(keys + v * kLanes, kLanes, ld_keys, queries + column, ld_queries, p.head_dim, dots);
         for (int f = 0; f < fixed; ++f) {
           float* const sum = sums + (v + f) * kLanes;
+          const Int its_end = load_int(ends + (v + f) * kLanes);
           Vec total = load(sum);
           for (int m = 0; m < block; ++m) {
             // Lane i: the key s0 + kLanes * (v + f) + i, met by the row s0 + offset + base + m + i.
             const Vec a = exp(logit(dots[f * block + m], p.score) - load(lse + column + m));
-            total += keep(lanes + (int32_t)(s0 + offset + base + m) < splat_int((int32_t)end), a);
+            total += keep(lanes + (int32_t)(s0 + offset + base + m) < its_end, a);
           }
           store(sum, total);
         }
@@ -77,21 +79,23 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
 
   // The number of rows goes by position alone; those that a sliding window hides add nothing.
   float inverse[kColumnTile];
+  int32_t ends[kColumnTile];
+  spread(tile, kColumnTile, INT32_MIN, ends, [](const Sequence& seq) { return seq.end; });
   for (int64_t c = 0; c < count; ++c) {
-    const int64_t rows = smaller(end - 1, s0 + c + p.hi) - (s0 + c + p.lo) + 1;
+    const int64_t rows = smaller(ends[c] - 1, s0 + c + p.hi) - (s0 + c + p.lo) + 1;
     inverse[c] = rows > 0 ? 1.0f / (float)rows : 0.0f;
   }
-  const int64_t hi = smaller(p.hi, p.score.window_left);
+  const int64_t hi = smaller(smaller(p.hi, p.score.window_left), reach_of(tile));
   const int64_t n_vectors = whole_vectors(count) / kLanes;
   // Offsets of the rows that the first lane of some vector of keys meets.
-  const int64_t from = p.lo, to = smaller((n_vectors - 1) * kLanes + hi + 1, end - s0);
+  const int64_t from = p.lo, to = hi < p.lo ? p.lo : smaller((n_vectors - 1) * kLanes + hi + 1, end - s0);
 
   int64_t loaded_head = -1;
   for (int64_t i = 0; i < p.n_groups; ++i) {
     const HeadGroup& group = p.groups[i];
     if (group.kv_head != loaded_head)
       load_transposed(head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head), p.k_token, p.head_dim, s0,
-                      n_vectors * kLanes, s0, end, keys, ld_keys);
+                      n_vectors * kLanes, 0, p.tokens, keys, ld_keys);
     loaded_head = group.kv_head;
     for (int g = 0; g < group.count; ++g) {
       const Head head = p.heads[group.entry[g]];
@@ -100,21 +104,28 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
       for (int64_t offset = from; offset < to; offset += at_once) {
         const int64_t last = smaller(offset + at_once, to);
         const int64_t columns = whole_vectors(last - offset + kLanes - 1);
-        load_transposed(source, p.q_token, p.head_dim, s0 + offset, columns, s0, end, queries, ld_queries);
+        load_transposed(source, p.q_token, p.head_dim, s0 + offset, columns, 0, p.tokens, queries, ld_queries);
         load_lse(p, row, head, s0 + offset, columns, s0, end, lse);
         __builtin_memset(sums, 0, kColumnTile * sizeof(float));
-        add_rows(p, s0, end, hi, offset, last, n_vectors, keys, ld_keys, queries, ld_queries, lse, sums);
+        add_rows(p, s0, ends, hi, offset, last, n_vectors, keys, ld_keys, queries, ld_queries, lse, sums);
         for (int64_t c = 0; c < n_vectors * kLanes; c += kLanes) add_to(total + c, lost + c, load(sums + c));
       }
       for (int64_t c = 0; c < count; ++c) {
         const float value = inverse[c] > 0 ? total[c] * inverse[c] : 0.0f;
         mean[c] += value;
-        if (p.per_head) p.out[(row * p.n_heads + group.entry[g]) * p.tokens + s0 + c] = value;
+        total[c] = value;
       }
+      if (!p.per_head) continue;
+      float* const out = p.out + (row * p.n_heads + group.entry[g]) * p.tokens;
+      for_each_live(tile, s0, tile.last, [=](const Sequence&, int64_t first, int64_t last) {
+        __builtin_memcpy(out + first, total + (first - s0), (last - first) * sizeof(float));
+      });
     }
   }
   if (!p.per_head)
-    for (int64_t c = 0; c < count; ++c) p.out[row * p.tokens + s0 + c] = mean[c] / (float)p.n_heads;
+    for_each_live(tile, s0, tile.last, [=](const Sequence&, int64_t first, int64_t last) {
+      for (int64_t s = first; s < last; ++s) p.out[row * p.tokens + s] = mean[s - s0] / (float)p.n_heads;
+    });
 }
 
 RHYTHM_DEFINE(band_columns)

@@ -13,8 +13,8 @@ namespace RHYTHM_CAPABILITY {
 
 // Add A (W - distance) of the distances [near, far], summed by themselves, to band[g * kMaxStrip + lane] for the rows
 // t .. t + kLanes - 1 of `count` heads (head g's transposed rows at g * step of `rows`, its lse at g * kMaxStrip).
-// Column 0 of `keys` is token t - far.
-static void add_band(const Problem& p, int64_t t, int64_t start, int64_t near, int64_t far, const float* rows,
+// Column 0 of `keys` is token t - far; a row sees no key before its own of `starts`.
+static void add_band(const Problem& p, int64_t t, Int starts, int64_t near, int64_t far, const float* rows,
                      int64_t step, const float* keys, int64_t ld_keys, const float* lse, int count, float* band,
                      float* lost) {
   const Int lanes = lane_index();
@@ -30,7 +30,7 @@ static void add_band(const Problem& p, int64_t t, int64_t start, int64_t near, i
       diagonal(fixed, moved)(rows + g * step, step, kLanes, keys + (far - distance), ld_keys, p.head_dim, dots);
       for (int m = 0; m < moved; ++m) {
         const float weight = (float)(p.window - (distance - m));
-        const Int visible = lanes + (int32_t)(t - (distance - m)) >= splat_int((int32_t)start);
+        const Int visible = lanes + (int32_t)(t - (distance - m)) >= starts;
         for (int f = 0; f < fixed; ++f) {
           const Vec a = exp(logit(dots[f * moved + m], p.score) - load(lse + (g + f) * kMaxStrip));
           sums[f] += keep(visible, a) * weight;
@@ -41,13 +41,14 @@ static void add_band(const Problem& p, int64_t t, int64_t start, int64_t near, i
   }
 }
 
-// WAAD of the rows [t0, last), at most a strip of them, for all heads.
+// WAAD of the rows [t0, last), at most a strip of them, for all heads; `starts`: of each row, its sequence's.
 //
 // Strips are short and heads are inside: the rows of a strip are then as many streams that run through memory at once,
 // which the processor's prefetchers follow better than a head at a time (measured: 0.35% of SDPA became 0.31%).
 template <typename T>
-static void run_strip(const Problem& p, const Sequence& seq, int64_t t0, int64_t last, float* scratch) {
-  const int64_t rows = last - t0, row = seq.row, width = whole_vectors(rows);
+static void run_strip(const Problem& p, const Tile& tile, int64_t t0, int64_t last, int64_t reach,
+                      const int32_t* starts, float* scratch) {
+  const int64_t rows = last - t0, row = tile.seq.row, width = whole_vectors(rows);
   const int64_t step = p.head_dim * kLanes, ld_keys = band_rows_key_columns(p);
   float* const queries = scratch;
   float* const keys = queries + kMaxGroup * p.head_dim * kMaxLanes;
@@ -57,7 +58,7 @@ static void run_strip(const Problem& p, const Sequence& seq, int64_t t0, int64_t
   float* const mean = lost + kMaxGroup * kMaxStrip;
   __builtin_memset(mean, 0, kMaxStrip * sizeof(float));
 
-  const int64_t farthest = smaller(smaller(p.window - 1, p.score.window_left), last - 1 - seq.start);
+  const int64_t farthest = smaller(reach, last - 1 - tile.seq.start);
   int64_t loaded_head = -1; // whose keys `keys` holds, where one chunk of distances is all
   for (int64_t i = 0; i < p.n_groups; ++i) {
     const HeadGroup& group = p.groups[i];
@@ -69,14 +70,14 @@ static void run_strip(const Problem& p, const Sequence& seq, int64_t t0, int64_t
     for (int64_t near = 0; near <= farthest; near += kBandChunk) {
       const int64_t far = smaller(near + kBandChunk - 1, farthest);
       if (group.kv_head != loaded_head || farthest >= kBandChunk)
-        load_transposed(kv, p.k_token, p.head_dim, t0 - far, whole_vectors(width + far - near), seq.start, seq.end,
-                        keys, ld_keys);
+        load_transposed(kv, p.k_token, p.head_dim, t0 - far, whole_vectors(width + far - near), 0, p.tokens, keys,
+                        ld_keys);
       loaded_head = group.kv_head;
       for (int64_t r = 0; r < rows; r += kLanes) {
         for (int g = 0; g < group.count; ++g)
           load_transposed(head_of<T>(p.q, row, p.q_row, p.heads[group.entry[g]].query, p.q_head), p.q_token,
-                          p.head_dim, t0 + r, kLanes, t0, last, queries + g * step, kLanes);
-        add_band(p, t0 + r, seq.start, near, far, queries, step, keys + r, ld_keys, lse + r, group.count, band + r,
+                          p.head_dim, t0 + r, kLanes, 0, p.tokens, queries + g * step, kLanes);
+        add_band(p, t0 + r, load_int(starts + r), near, far, queries, step, keys + r, ld_keys, lse + r, group.count, band + r,
                  lost + r);
       }
     }
@@ -88,19 +89,28 @@ static void run_strip(const Problem& p, const Sequence& seq, int64_t t0, int64_t
         store(value + r, waad);
         store(mean + r, load(mean + r) + waad);
       }
-      if (p.per_head)
-        __builtin_memcpy(p.out + (row * p.n_heads + group.entry[g]) * p.tokens + t0, value, rows * sizeof(float));
+      if (p.per_head) {
+        float* const out = p.out + (row * p.n_heads + group.entry[g]) * p.tokens;
+        for_each_live(tile, t0, last, [=](const Sequence&, int64_t from, int64_t to) {
+          __builtin_memcpy(out + from, value + (from - t0), (to - from) * sizeof(float));
+        });
+      }
     }
   }
   if (!p.per_head)
-    for (int64_t r = 0; r < rows; ++r) p.out[row * p.tokens + t0 + r] = mean[r] / (float)p.n_heads;
+    for_each_live(tile, t0, last, [=](const Sequence&, int64_t from, int64_t to) {
+      for (int64_t t = from; t < to; ++t) p.out[row * p.tokens + t] = mean[t - t0] / (float)p.n_heads;
+    });
 }
 
 template <typename T>
 static void run(const Problem& p, const Tile& tile, float* scratch) {
   const int64_t strip = band_rows_strip(p);
+  const int64_t reach = smaller(smaller(p.window - 1, p.score.window_left), reach_of(tile));
+  int32_t starts[kBandTile];
+  spread(tile, kBandTile, INT32_MAX, starts, [](const Sequence& seq) { return seq.start; });
   for (int64_t t = tile.first; t < tile.last; t += strip)
-    run_strip<T>(p, tile.seq, t, smaller(t + strip, tile.last), scratch);
+    run_strip<T>(p, tile, t, smaller(t + strip, tile.last), reach, starts + (t - tile.first), scratch);
 }
 
 RHYTHM_DEFINE(band_rows)

@@ -2,7 +2,7 @@
 //
 // Lanes are keys. Rows are streamed kChunk at a time; each chunk's central moments are taken around its own mean and
 // merged into those of the rows before (Chan, Golub and LeVeque; Pébay for the third and fourth): raw power sums
-// cancel.
+// cancel. Rows that a sliding window keeps from all keys of the tile are not read: they join as zeros, all at once.
 #include "rhythm/outer.h"
 #include "rhythm/passes.h"
 #include "rhythm/score.h"
@@ -21,7 +21,7 @@ struct Moments {
 };
 static_assert(sizeof(Moments) == 6 * kStatsTile * sizeof(float), "column_stats_scratch counts these");
 
-static void merge(Moments& into, int64_t c, Vec count, Vec mean, Vec m2, Vec m3, Vec m4) {
+RHYTHM_INLINE void merge(Moments& into, int64_t c, Vec count, Vec mean, Vec m2, Vec m3, Vec m4) {
   const Vec na = load(into.count + c), nb = count;
   const Vec n = na + nb;
   const Vec share = select(n > Vec{}, nb / select(n > Vec{}, n, splat(1.0f)), Vec{}); // nb / n
@@ -75,6 +75,20 @@ static void take_rows(const Problem& p, int64_t s, int64_t t0, int64_t count, fl
   merge(state, c, rows, mean, m2, m3, m4);
 }
 
+// Take in rows stop .. end - 1, whose A is 0 for the keys s .. s + kLanes - 1, whatever their log-sum-exp.
+__attribute__((noinline)) static void take_hidden(const Problem& p, int64_t s, int64_t stop, int64_t end,
+                                                  Moments& state, int64_t c) {
+  // A key's own rows begin at s + lane + min_distance, which may lie behind `stop`.
+  const Vec later = (float)(end - s - smaller(p.min_distance, end - s)) - lane_number();
+  const Vec all = splat((float)(end - stop));
+  const Vec rows = select(later < all, later, all);
+  const Vec hidden = select(rows > Vec{}, rows, Vec{});
+  if (p.moments)
+    merge(state, c, hidden, Vec{}, Vec{}, Vec{}, Vec{});
+  else
+    store(state.count + c, load(state.count + c) + hidden);
+}
+
 // Write plane `plane` of token `s0 + c`, or add it to the mean over heads.
 struct Output {
   const Problem& p;
@@ -122,6 +136,9 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
   __builtin_memset(mean, 0, planes * kStatsTile * sizeof(float));
 
   const int64_t width = whole_vectors(count);
+  const int64_t from = s0 + smaller(p.min_distance, end - s0);
+  // No key of the tile is seen from here on.
+  const int64_t stop = p.score.window_left < end - tile.last ? tile.last + p.score.window_left : end;
   int64_t loaded_head = -1;
   for (int64_t i = 0; i < p.n_groups; ++i) {
     const HeadGroup& group = p.groups[i];
@@ -133,14 +150,16 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
       const Head head = p.heads[group.entry[g]];
       const T* const source = head_of<T>(p.q, row, p.q_row, head.query, p.q_head);
       __builtin_memset(state, 0, sizeof(Moments));
-      for (int64_t t = s0 + smaller(p.min_distance, end - s0); t < end; t += kChunk) {
-        const int64_t n = smaller(kChunk, end - t);
+      for (int64_t t = from; t < stop; t += kChunk) {
+        const int64_t n = smaller(kChunk, stop - t);
         const int64_t whole = (n + kOuterRows - 1) / kOuterRows * kOuterRows;
         load_rows(source, p.q_token, p.head_dim, t, whole, end, rows);
         load_lse(p, row, head, t, n, s0, end, lse);
         outer_product(keys, ld_keys, width, rows, whole, p.head_dim, maps, kStatsTile);
         for (int64_t c = 0; c < width; c += kLanes) take_rows(p, s0 + c, t, n, maps + c, lse, *state, c);
       }
+      if (stop < end)
+        for (int64_t c = 0; c < width; c += kLanes) take_hidden(p, s0 + c, stop, end, *state, c);
       finish(Output{p, tile, group.entry[g], mean}, *state, count);
     }
   }

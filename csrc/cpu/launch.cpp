@@ -5,23 +5,40 @@
 
 namespace rhythm {
 
-Tiles::Tiles(const Sequence* sequences, int64_t count, int64_t tile_size)
+static int64_t response_of(const Sequence& seq) { return int64_t(seq.end) - seq.response_start; }
+static int64_t vectors(int64_t tokens) { return (tokens + kMaxLanes - 1) / kMaxLanes; }
+
+Tiles::Tiles(const Sequence* sequences, int64_t count, int64_t tile_size, bool together)
     : sequences_(sequences), tile_size_(tile_size) {
-  ends_.reserve(count);
+  runs_.reserve(count);
   int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t tokens = int64_t(sequences[i].end) - sequences[i].response_start;
-    total += (tokens + tile_size - 1) / tile_size;
-    ends_.push_back(total);
+  for (int64_t i = 0; i < count;) {
+    const Sequence& first = sequences[i];
+    int64_t next = i + 1, end = first.end, alone = vectors(response_of(first));
+    for (; together && next < count; ++next) {
+      const Sequence& seq = sequences[next];
+      if (response_of(seq) == 0) continue;
+      const int64_t tokens = int64_t(seq.end) - first.response_start;
+      alone += vectors(response_of(seq));
+      // Prompts between responses fill lanes too: then two tiles may take less.
+      if (seq.row != first.row || seq.start < end || tokens > tile_size || vectors(tokens) > alone) break;
+      end = seq.end;
+    }
+    total += (end - first.response_start + tile_size - 1) / tile_size;
+    runs_.push_back({i, next, total});
+    i = next;
   }
 }
 
 Tile Tiles::operator[](int64_t task) const {
-  const int64_t i = std::upper_bound(ends_.begin(), ends_.end(), task) - ends_.begin();
-  const Sequence& seq = sequences_[i];
-  const int64_t within = task - (i > 0 ? ends_[i - 1] : 0);
+  const auto run = std::upper_bound(runs_.begin(), runs_.end(), task,
+                                    [](int64_t wanted, const Run& r) { return wanted < r.tiles; });
+  const int64_t within = task - (run == runs_.begin() ? 0 : (run - 1)->tiles);
+  Sequence seq = sequences_[run->begin];
+  for (int64_t i = run->begin + 1; i < run->end; ++i)
+    if (response_of(sequences_[i]) > 0) seq.end = sequences_[i].end;
   const int64_t first = seq.response_start + within * tile_size_;
-  return {seq, first, std::min<int64_t>(first + tile_size_, seq.end)};
+  return {seq, first, std::min<int64_t>(first + tile_size_, seq.end), sequences_ + run->begin, run->end - run->begin};
 }
 
 std::vector<HeadGroup> group_heads(const Head* heads, int64_t count, int64_t queries_per_kv) {

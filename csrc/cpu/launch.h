@@ -10,15 +10,21 @@ namespace rhythm {
 
 class Tiles {
  public:
-  Tiles(const Sequence* sequences, int64_t count, int64_t tile_size);
+  // `together`: short sequences that follow each other in a row share a tile where that saves vectors.
+  Tiles(const Sequence* sequences, int64_t count, int64_t tile_size, bool together);
 
-  int64_t size() const { return ends_.empty() ? 0 : ends_.back(); }
+  int64_t size() const { return runs_.empty() ? 0 : runs_.back().tiles; }
   Tile operator[](int64_t task) const;
 
  private:
+  // Sequences [begin, end) of the table: one of any length, or several in one tile.
+  struct Run {
+    int64_t begin, end, tiles; // tiles: up to and with this run
+  };
+
   const Sequence* sequences_;
   int64_t tile_size_;
-  std::vector<int64_t> ends_; // tiles up to and with each sequence
+  std::vector<Run> runs_;
 };
 
 // The selected heads, those of one kv head side by side, so that its keys are read once for all of them.

@@ -32,16 +32,25 @@ static void take_keys(const Problem& p, int64_t t, int64_t s0, int64_t count, fl
   const Vec minus_inf = splat(-__builtin_inff());
   const bool all_visible = s0 + count - 1 <= t && t + kLanes - 1 - s0 <= p.score.window_left;
   const Int window = splat_int((int32_t)smaller(p.score.window_left, INT32_MAX));
+  // Where a larger product is a larger logit, the largest alone is scaled here, and the others when they are next read.
+  const bool in_order = all_visible && p.score.softcap <= 0 && p.score.scale > 0;
+  const Vec unit = splat(in_order ? p.score.scale : 1.0f);
   const Vec before = load(state.maximum + r);
   Vec maximum = before;
-  for (int64_t n = 0; n < count; ++n) {
-    Vec x = logit(load(dots + n * kRowTile), p.score);
-    if (!all_visible) {
-      const Int distance = lanes + (int32_t)(t - (s0 + n));
-      x = select((distance >= splat_int(0)) & (distance <= window), x, minus_inf);
+  if (in_order) {
+    Vec largest = minus_inf;
+    for (int64_t n = 0; n < count; ++n) largest = max_or_nan(largest, load(dots + n * kRowTile));
+    maximum = max_or_nan(maximum, largest * unit);
+  } else {
+    for (int64_t n = 0; n < count; ++n) {
+      Vec x = logit(load(dots + n * kRowTile), p.score);
+      if (!all_visible) {
+        const Int distance = lanes + (int32_t)(t - (s0 + n));
+        x = select((distance >= splat_int(0)) & (distance <= window), x, minus_inf);
+      }
+      store(dots + n * kRowTile, x);
+      maximum = max_or_nan(maximum, x);
     }
-    store(dots + n * kRowTile, x);
-    maximum = max_or_nan(maximum, x);
   }
   // A row that has seen no key yet keeps -inf; its exponentials are taken from 0 and are all 0.
   const Vec origin = select(maximum == minus_inf, Vec{}, maximum);
@@ -50,7 +59,7 @@ static void take_keys(const Problem& p, int64_t t, int64_t s0, int64_t count, fl
   Vec distance = lane_number() + (float)(t - s0);
   const bool near = t - (s0 + count - 1) < p.window;
   for (int64_t n = 0; n < count; ++n) {
-    const Vec e = exp(load(dots + n * kRowTile) - origin);
+    const Vec e = exp_to_88(load(dots + n * kRowTile) * unit - origin);
     sum += e;
     far += e * distance;
     if (near) {
@@ -123,9 +132,11 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
       const int64_t count = smaller(kChunk, tile.last - s);
       const int64_t whole = (count + kOuterRows - 1) / kOuterRows * kOuterRows;
       load_rows(kv, p.k_token, p.head_dim, s, whole, tile.last, keys);
+      const int64_t seeing = s > t0 ? (s - t0) / kLanes * kLanes : 0; // the vectors of rows before see none of these
       for (int g = 0; g < group.count; ++g) {
-        outer_product(queries + g * step, ld_rows, width, keys, whole, p.head_dim, dots, kRowTile);
-        for (int64_t r = 0; r < width; r += kLanes) take_keys(p, t0 + r, s, count, dots + r, states[g], r);
+        outer_product(queries + g * step + seeing, ld_rows, width - seeing, keys, whole, p.head_dim, dots + seeing,
+                      kRowTile);
+        for (int64_t r = seeing; r < width; r += kLanes) take_keys(p, t0 + r, s, count, dots + r, states[g], r);
       }
     }
     for (int g = 0; g < group.count; ++g) finish(p, tile, group.entry[g], states[g], waad_mean, span_mean);

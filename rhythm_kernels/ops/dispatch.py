@@ -37,7 +37,6 @@ _LACKS = {
     ("cuda", "column_stats"): _NO_STREAMS,
     ("cuda", "attention"): _NO_STREAMS,
     ("triton", "credit"): "the Triton backend has no credit: leave backend at None, or say 'torch'",
-    ("cpu", "attention"): "attention on the CPU is torch's own: leave backend at None, or say 'torch'",
 }
 
 

@@ -60,7 +60,7 @@ def asking(request: Request | None) -> Iterator[None]:
 def is_one_pass(device: torch.device) -> bool:
     """Whether the statistics cost nothing beside the attention here. On a CPU they are a pass of their own, and a band
     of keys with the log-sum-exp is cheaper."""
-    return ops.choose("attention", None, device) not in ("torch", "reference")
+    return ops.choose("attention", None, device) not in ("cpu", "torch", "reference")
 
 
 def register() -> None:

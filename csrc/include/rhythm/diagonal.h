@@ -37,6 +37,33 @@ static void diagonal_block(const float* fixed, int64_t step, int64_t ld_fixed, c
     for (int m = 0; m < Moved; ++m) out[f * Moved + m] = sum[f][m];
 }
 
+#if defined(__AVX512F__) && RHYTHM_LANES == 16
+// Lanes M .. M + 15 of a and, behind it, b.
+template <int M>
+RHYTHM_INLINE Vec shifted(Vec a, Vec b) {
+  return (Vec)_mm512_maskz_alignr_epi32(0xffff, (__m512i)b, (__m512i)a, M);
+}
+template <int... M>
+RHYTHM_INLINE void add_shifted(Vec* sum, Vec left, Vec a, Vec b, Lanes<M...>) {
+  ((sum[M] = sum[M] + left * shifted<M>(a, b)), ...);
+}
+
+// With one fixed vector every loaded one serves a single multiply-add, and 64 bytes that do not begin at a cache line
+// take two turns to load: so two are loaded, and shifted.
+template <int Moved>
+static void diagonal_of_one(const float* fixed, int64_t, int64_t ld_fixed, const float* moving, int64_t ld_moving,
+                            int64_t dim, Vec* out) {
+  static_assert(Moved < kLanes, "two vectors must hold all positions");
+  Vec sum[Moved];
+#pragma GCC unroll 16
+  for (int m = 0; m < Moved; ++m) sum[m] = Vec{};
+  for (int64_t d = 0; d < dim; ++d, fixed += ld_fixed, moving += ld_moving)
+    add_shifted(sum, load(fixed), load(moving), load(moving + kLanes), typename Count<Moved>::type());
+#pragma GCC unroll 16
+  for (int m = 0; m < Moved; ++m) out[m] = sum[m];
+}
+#endif
+
 typedef void (*DiagonalBlock)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, Vec*);
 
 constexpr int kMaxFixed = kAccumulators >= 24 ? 4 : 3;
@@ -49,10 +76,14 @@ constexpr int moved_for(int fixed) {
 
 template <int Fixed, int Moved>
 RHYTHM_INLINE DiagonalBlock pick_moved(int moved) {
+  DiagonalBlock block = diagonal_block<Fixed, Moved>;
+#if defined(__AVX512F__) && RHYTHM_LANES == 16
+  if constexpr (Fixed == 1) block = diagonal_of_one<Moved>;
+#endif
   if constexpr (Moved == 1) {
-    return diagonal_block<Fixed, 1>;
+    return block;
   } else {
-    return moved == Moved ? diagonal_block<Fixed, Moved> : pick_moved<Fixed, Moved - 1>(moved);
+    return moved == Moved ? block : pick_moved<Fixed, Moved - 1>(moved);
   }
 }
 

@@ -44,6 +44,9 @@ static void outer_product(const float* columns, int64_t ld, int64_t width, const
   for (; c + kOuterVecs * kLanes <= width; c += kOuterVecs * kLanes)
     for (int64_t n = 0; n < count; n += kOuterRows)
       outer_block<kOuterVecs>(columns + c, ld, rows + n * dim, dim, out + n * ld_out + c, ld_out);
+  for (; c + 2 * kLanes <= width; c += 2 * kLanes)
+    for (int64_t n = 0; n < count; n += kOuterRows)
+      outer_block<2>(columns + c, ld, rows + n * dim, dim, out + n * ld_out + c, ld_out);
   for (; c < width; c += kLanes)
     for (int64_t n = 0; n < count; n += kOuterRows)
       outer_block<1>(columns + c, ld, rows + n * dim, dim, out + n * ld_out + c, ld_out);

@@ -78,11 +78,34 @@ struct Problem {
   int64_t batch;
 };
 
-// `tokens` positions of one sequence from `first` on, all inside the response.
+// The positions [first, last) of a row, whose responses among them one task measures: part of one sequence's response, or
+// several short sequences whole, so that they share the vectors that each of them would leave nearly empty.
 struct Tile {
-  Sequence seq;
-  int64_t first, last; // [first, last)
+  Sequence seq;              // the sequence; of several, from the first one's beginning to the last one's end
+  int64_t first, last;
+  const Sequence* sequences; // `count` of them, in order; some may have no response
+  int64_t count;
 };
+
+// call(sequence, from, to) for each piece [from, to) of a response inside [first, last).
+template <typename Call>
+static inline void for_each_live(const Tile& tile, int64_t first, int64_t last, const Call& call) {
+  for (int64_t i = 0; i < tile.count; ++i) {
+    const Sequence& seq = tile.sequences[i];
+    const int64_t from = first > seq.response_start ? first : seq.response_start;
+    const int64_t to = last < seq.end ? last : seq.end;
+    if (from < to) call(seq, from, to);
+  }
+}
+
+// The largest distance between two tokens that see each other.
+static inline int64_t reach_of(const Tile& tile) {
+  int64_t longest = 1;
+  for_each_live(tile, tile.first, tile.last, [&](const Sequence& seq, int64_t, int64_t) {
+    if (seq.end - seq.start > longest) longest = seq.end - seq.start;
+  });
+  return longest - 1;
+}
 
 // The row length of a transposed tile: an odd number of cache lines, as an even one maps a column onto few cache sets.
 // (static: these headers are compiled for several instruction sets, whose copies must not be merged.)

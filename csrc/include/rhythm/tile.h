@@ -11,19 +11,48 @@ namespace RHYTHM_CAPABILITY {
 // Dimensions that transpose_block turns at a time.
 constexpr int kBlockDims = kLanes == 4 ? 4 : kLanes / 2;
 
-// out[d * ld + i] = source[i * stride + d] for d < kBlockDims, i < kLanes.
+// The next token's place. Left alone, GCC works out the distance to each of a block's tokens beforehand and, as there are
+// too few registers for so many, stores and loads them all: that took longer than the transposition itself.
 template <typename T>
-RHYTHM_INLINE void transpose_block(const T* source, int64_t stride, float* out, int64_t ld) {
-  typedef typename Count<kLanes>::type All;
-  // Row i holds token i, and behind it token kBlockDims + i.
-  Vec rows[kBlockDims];
+RHYTHM_INLINE void advance(const T*& token, int64_t stride) {
+  token += stride;
+  __asm__("" : "+r"(token));
+}
+
+// kBlockDims dimensions of kLanes tokens: rows[i] is token i, and behind it token kBlockDims + i.
+template <typename T>
+RHYTHM_INLINE void load_block(const T* source, int64_t stride, Vec (&rows)[kBlockDims]) {
+  const T* second = source + kBlockDims * stride;
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlockDims; ++i, advance(source, stride), advance(second, stride)) {
+    if constexpr (kLanes == 4)
+      rows[i] = widen(source);
+    else
+      rows[i] = widen_halves(source, second);
+  }
+}
+template <typename T>
+RHYTHM_INLINE void load_block(const T* const* tokens, int64_t d, Vec (&rows)[kBlockDims]) {
 #pragma GCC unroll 8
   for (int i = 0; i < kBlockDims; ++i) {
     if constexpr (kLanes == 4)
-      rows[i] = widen(source + i * stride);
+      rows[i] = widen(tokens[i] + d);
     else
-      rows[i] = widen_halves(source + i * stride, source + (kBlockDims + i) * stride);
+      rows[i] = widen_halves(tokens[i] + d, tokens[kBlockDims + i] + d);
   }
+}
+
+// Ask for kLanes tokens that are wanted a little later. Into the second cache alone: tokens often lie a multiple of 4 KB
+// apart, so that the first has room for eight of a dimension, and the next block's would push out this one's.
+template <typename T>
+RHYTHM_INLINE void ask_for(const T* source, int64_t stride) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i, advance(source, stride)) __builtin_prefetch(source, 0, 2);
+}
+
+// out[d * ld + i] = dimension d of token i, from what load_block made.
+RHYTHM_INLINE void transpose_block(Vec (&rows)[kBlockDims], float* out, int64_t ld) {
+  typedef typename Count<kLanes>::type All;
   // 4 x 4 blocks inside every quarter.
 #pragma GCC unroll 2
   for (int i = 0; i < kBlockDims; i += 4) {
@@ -45,30 +74,50 @@ RHYTHM_INLINE void transpose_block(const T* source, int64_t stride, float* out, 
   }
 }
 
-// The same at an edge: only the tokens begin <= i < end and the first `width` dimensions are there.
+// The dimensions from `d` on of kLanes tokens that lie anywhere: out[d * ld + i] = tokens[i][d].
 template <typename T>
-__attribute__((noinline)) static void transpose_edge(const T* source, int64_t stride, int64_t begin, int64_t end,
-                                                     int64_t width, float* out, int64_t ld) {
-  for (int i = 0; i < kLanes; ++i) {
-    const Vec row = i >= begin && i < end ? widen_tail(source + i * stride, width) : Vec{};
-    for (int d = 0; d < width; ++d) out[d * ld + i] = row[d];
+__attribute__((noinline)) static void transpose_scattered(const T* const* tokens, int64_t d, int64_t dim, float* out,
+                                                          int64_t ld) {
+  Vec rows[kBlockDims];
+  for (; d + kBlockDims <= dim; d += kBlockDims) {
+    load_block(tokens, d, rows);
+    transpose_block(rows, out + d * ld, ld);
+  }
+  for (; d < dim; d += kLanes) {
+    const int64_t width = dim - d < kLanes ? dim - d : kLanes;
+    for (int i = 0; i < kLanes; ++i) {
+      const Vec row = widen_tail(tokens[i] + d, width);
+      for (int e = 0; e < width; ++e) out[(d + e) * ld + i] = row[e];
+    }
   }
 }
 
-// out[d * ld + c] = source[(first + c) * stride + d] for c < columns, 0 where first + c is outside [begin, end).
+// out[d * ld + c] = source[(first + c) * stride + d] for c < columns; where first + c is outside [begin, end), which is
+// not empty, the nearest token inside: lanes that nobody reads, from memory that is there.
 // `source` is token 0 of the head; columns is rounded up to whole vectors, which `out` must have room for.
 template <typename T>
 static void load_transposed(const T* source, int64_t stride, int64_t dim, int64_t first, int64_t columns,
                             int64_t begin, int64_t end, float* out, int64_t ld) {
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int64_t token = first + c;
-    const T* const rows = source + token * stride;
     int64_t d = 0;
-    if (token >= begin && token + kLanes <= end)
-      for (; d + kBlockDims <= dim; d += kBlockDims) transpose_block(rows + d, stride, out + d * ld + c, ld);
-    for (; d < dim; d += kLanes)
-      transpose_edge(rows + d, stride, begin - token, end - token, dim - d < kLanes ? dim - d : kLanes,
-                     out + d * ld + c, ld);
+    if (token >= begin && token + kLanes <= end) {
+      const T* const here = source + token * stride;
+      const bool more = token + 2 * kLanes <= end; // tiles and strips mostly go on with the next tokens
+      Vec rows[kBlockDims];
+      for (; d + kBlockDims <= dim; d += kBlockDims) {
+        if (more && d * int64_t(sizeof(T)) % 64 == 0) ask_for(here + kLanes * stride + d, stride);
+        load_block(here + d, stride, rows);
+        transpose_block(rows, out + d * ld + c, ld);
+      }
+    }
+    if (d == dim) continue;
+    const T* tokens[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t inside = token + i < begin ? begin : token + i < end ? token + i : end - 1;
+      tokens[i] = source + inside * stride;
+    }
+    transpose_scattered(tokens, d, dim, out + c, ld);
   }
 }
 
@@ -106,6 +155,16 @@ template <typename T>
 RHYTHM_INLINE const T* head_of(const void* base, int64_t row, int64_t row_stride, int64_t head,
                                int64_t head_stride) {
   return (const T*)base + row * row_stride + head * head_stride;
+}
+
+// What the sequences of a tile are to its lanes: table[c] = of(sequence) where token first + c is in its response, else
+// `none`, for c < count.
+template <typename Of>
+RHYTHM_INLINE void spread(const Tile& tile, int64_t count, int32_t none, int32_t* table, const Of& of) {
+  for (int64_t c = 0; c < count; ++c) table[c] = none;
+  for_each_live(tile, tile.first, tile.last, [&](const Sequence& seq, int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; ++t) table[t - tile.first] = of(seq);
+  });
 }
 
 RHYTHM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -42,6 +42,11 @@ RHYTHM_INLINE Vec load(const float* p) {
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }
+RHYTHM_INLINE Int load_int(const int32_t* p) {
+  Int v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
 RHYTHM_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
 // Keep a loaded vector in a register: left alone, GCC loads it again as the operand of every multiply-add, and the
@@ -110,8 +115,8 @@ RHYTHM_INLINE Vec paired_quarters(Vec a, Vec b, Lanes<I...>) {
   return RHYTHM_SHUFFLE(a, b, ((I & 4 ? kLanes + I - 4 : I) + 4 * Odd)...);
 }
 
-// exp(x), relative error below 1e-7; 0 below -87.3 (no denormals), inf above 88, NaN for NaN.
-RHYTHM_INLINE Vec exp(Vec x) {
+// exp(x) for x up to 88, relative error below 1e-7; 0 below -87.3 (no denormals), NaN for NaN.
+RHYTHM_INLINE Vec exp_to_88(Vec x) {
   const float kMagic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer kept in the low bits
   const Vec shifted = x * 1.44269504f + kMagic;
   const Vec n = shifted - kMagic;
@@ -125,10 +130,10 @@ RHYTHM_INLINE Vec exp(Vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const UInt exponent = ((UInt)shifted << 23) + (127u << 23); // the magic number's own bits are shifted out
-  const Vec result = p * (Vec)exponent;
-  const Vec finite = select(x > splat(88.0f), splat(__builtin_inff()), result);
-  return keep(~(x < splat(-87.3f)), finite);
+  return keep(~(x < splat(-87.3f)), p * (Vec)exponent);
 }
+// The same for any x, inf above 88.
+RHYTHM_INLINE Vec exp(Vec x) { return select(x > splat(88.0f), splat(__builtin_inff()), exp_to_88(x)); }
 
 // tanh(x): relative error below 1e-6. Near 0 the exponential would leave an absolute 1e-7, which a softcap of 1e4 turns
 // into 1e-3 of a logit: there the odd series, whose next term is below 1e-8 of the sum.
