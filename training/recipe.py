@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from .reading import read_yaml
 from .settings import TRL_WORDS, LossType, RecipeError, checked, refuse
 
 ROOT = Path(__file__).resolve().parent.parent  # paths in recipes are relative to it
@@ -122,11 +121,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: a file, key or value that is not one, with the names that come near.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         known = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "training" / "recipes").glob("*.yaml"))
         raise RecipeError(f"{path}: {error.strerror}; recipes here: {', '.join(known)}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no date, 5,000 digits
+    except ValueError as error:
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: must hold groups of settings ({', '.join(_GROUPS)})")
@@ -140,9 +139,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not isinstance(section, dict):
             raise RecipeError(f"{group}: must hold settings")
         try:
-            section[key] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise RecipeError(f"{override!r}: {text!r} is not YAML") from error
+            section[key] = read_yaml(text)
+        except ValueError as error:
+            raise RecipeError(f"{override!r}: {text!r} is not YAML: {error}") from error
     return parse_recipe(content)
 
 
