@@ -55,7 +55,7 @@ class Grpo:
     adam_beta2: float = 0.999
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    warmup_steps: int = 0
+    warmup_steps: int | float = 0  # below 1: a share of the steps
     lr_scheduler_type: str = "linear"
     seed: int = 0
     more: dict[str, Any] = field(default_factory=dict)  # other fields of `trl.GRPOConfig`
@@ -161,7 +161,7 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
         values: dict[str, Any] = {}
         for key, value in given.items():
             if kind is Grpo and key not in ours:
-                refuse(str(key))
+                refuse(str(key), value)
             _known(key, kinds, f"key of {group}")
             value = checked(f"{group}.{key}", value, kinds[key])
             (values if key in ours else values.setdefault("more", {}))[key] = value
