@@ -165,9 +165,7 @@ class Calibration:
         Raises:
             ValueError: no response token was met.
         """
-        if not self._tokens:
-            raise ValueError("batches: no response token in any of them, so no head has a span")
-        spans, kurtosis = self._means(self._span, self._tokens), self._means(self._kurtosis, max(self._responses, 1))
+        spans, kurtosis = self.scores()
         count = max(1, round(self._quantile * len(spans)))
         by_span = sorted(spans, key=lambda head: (spans[head], head))
         # Equal scores are ordered by (layer, head), so the ranks from the top are those of one ascending order.
@@ -187,6 +185,16 @@ class Calibration:
             "span": {"local": [spans[head] for head in local], "global": [spans[head] for head in global_]},
         }
         return HeadGroups(local, global_, provenance)
+
+    def scores(self) -> tuple[dict[Head, float], dict[Head, float]]:
+        """Each head's span, in tokens, and its kurtosis, which is 0 where heads are not chosen by it.
+
+        Raises:
+            ValueError: no response token was met.
+        """
+        if not self._tokens:
+            raise ValueError("batches: no response token in any of them, so no head has a span")
+        return self._means(self._span, self._tokens), self._means(self._kurtosis, max(self._responses, 1))
 
     def _means(self, sums: dict[int, Tensor], count: int) -> dict[Head, float]:
         """Per head, the sum over all tensor-parallel ranks by `count`: eq. 7, in tokens, for the spans."""
@@ -225,7 +233,7 @@ class Calibration:
         moments = column_moments(call.form(heads), _DISTANCE, per_head=True)
         mean, count = call.of_all_rows(call.unpack(moments.mean), _DISTANCE, None), call.unpack(moments.count)
         rows = rows_after(call.sequences, _DISTANCE, None)
-        if rows is not None:
+        if rows is not None:  # rows behind the chunk count too: a token at a chunk's end receives 0, and not nothing
             count = rows[1].to(count.device)[:, None].expand_as(count)
         for row, start, end in _sequences(call).tolist():
             counted = count[row, 0, start:end] > 0
