@@ -56,7 +56,7 @@ def head_groups(
         ValueError: no batch, no response token, a quantile outside (0, 1], or whatever a probe refuses.
     """
     calibration = Calibration(model, layers, quantile, by=by)
-    lean = _one_logit(model)
+    lean = _one_logit(model, find_decoder(model).module)
     with evaluating(model), calibration:
         for batch in batches:
             if not isinstance(batch, Mapping):
@@ -84,14 +84,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _one_logit(model: nn.Module) -> dict[str, int]:
-    """The argument that spares a calibration all logits but the last, where model and wrapper take it by name."""
+def _one_logit(model: nn.Module, decoder: nn.Module) -> dict[str, int]:
+    """The argument that spares a calibration all logits but the last, where model and wrapper take it by name.
+
+    Not where the decoder takes it too: Gemma 4's then computes its last layers, those that share keys and values, for
+    the last token alone, and a calibration is of all tokens.
+    """
     from transformers import PreTrainedModel
 
     name, outer = "logits_to_keep", next(m for m in model.modules() if isinstance(m, PreTrainedModel))
     taken = inspect.signature(model.forward).parameters.values()
     passed = any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in taken)
-    return {name: 1} if passed and name in inspect.signature(outer.forward).parameters else {}
+    passed = passed and name in inspect.signature(outer.forward).parameters
+    return {name: 1} if passed and name not in inspect.signature(decoder.forward).parameters else {}
 
 
 def _response_mask(inputs: dict[str, Any]) -> Tensor | None:
