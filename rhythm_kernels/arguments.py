@@ -68,8 +68,8 @@ def check_tensor(name: str, value: object) -> Tensor:
         )
     if value.is_nested:
         raise TypeError(
-            f"{name} must be a dense tensor, got a nested one: packed it is {name}.values(), with "
-            f"cu_seqlens={name}.offsets()"
+            f"{name} must be a dense tensor, got a nested one: packed input is the values() of jagged tensors, with "
+            "cu_seqlens=offsets()"
         )
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got one of layout {value.layout}: {name}.to_dense() is one")
@@ -86,7 +86,7 @@ def as_int(name: str, value: Any) -> int:
         check_int_tensor(name, value)
         if value.device.type != "cpu":
             raise TypeError(f"{name} must be an int, got a tensor on {value.device}, which the host would wait for")
-        return int(value.item())
+        return cast(int, value.item())  # of a tracer a symbol, which int() would decide
     if isinstance(value, torch.SymInt):
         return cast(int, value)
     try:
@@ -141,4 +141,8 @@ def check_number(name: str, value: Any) -> float:
     """A real number, Python's or NumPy's, else an error that names it. NaN and infinity are the caller's to refuse."""
     if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
         raise TypeError(f"{name} must be a float, got {type(value).__name__} {value!r}")
-    return value if isinstance(value, int | float) else float(value)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be a float, got a number beyond all of them") from error
+    return value if isinstance(value, int | float) else number

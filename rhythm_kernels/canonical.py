@@ -25,7 +25,7 @@ from .arguments import (
     same_shape,
     smaller,
 )
-from .kept import Kept
+from .kept import Kept, tracing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
@@ -166,7 +166,8 @@ def _check_qk(q: Tensor, k: Tensor, packed: bool, double: bool) -> tuple[Tensor,
         raise ValueError(
             f"q must have a multiple of k's heads (grouped-query attention), got {q.shape[2]} and {k.shape[2]}"
         )
-    if not holds(q.shape[1] < MAX_LENGTH):
+    # No tracer is told: as a guard it would bound every length that an exported program takes.
+    if not tracing() and q.shape[1] >= MAX_LENGTH:
         raise ValueError(f"q must have fewer than 2^31 - 2^16 tokens a row, got {q.shape[1]}")
     return last_contiguous(q.detach()), last_contiguous(k.detach())
 
@@ -275,6 +276,8 @@ def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, q: Tensor) -
     device = q.device
     if heads is None:
         return _head_rows(tuple(range(n_heads)), q)
+    if hasattr(heads, "__array__") and not isinstance(heads, Tensor):
+        heads = torch.as_tensor(heads, device="cpu")  # NumPy's, which a compiler knows as tensors
     if isinstance(heads, Tensor):
         check_tensor("heads", heads)
         if heads.dtype not in (torch.int32, torch.int64):
@@ -282,9 +285,9 @@ def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, q: Tensor) -
         if heads.dim() != 1 or not holds(heads.shape[0] > 0):
             raise ValueError(f"heads must be a non-empty vector of query-head indices, got shape {tuple(heads.shape)}")
         if not readable(heads):
-            if heads.device != device:
+            if heads.device != device and heads.device.type != "cpu":
                 raise ValueError(f"heads must be on the device of q, {device}, or on the CPU, got {heads.device}")
-            return heads[:, None].expand(-1, 2).clamp(0, n_heads - 1).int().contiguous()
+            return heads.to(device)[:, None].expand(-1, 2).clamp(0, n_heads - 1).int().contiguous()
         heads = heads.tolist()
     if not isinstance(heads, Iterable):
         raise TypeError(f"heads must be a list or an int tensor of query-head indices, got {type(heads).__name__}")

@@ -23,6 +23,8 @@ CreditMode = Literal["local", "global", "coupled", "random", "entropy", "uniform
 CREDIT_MODES: tuple[str, ...] = get_args(CreditMode)
 Sign = Literal["both", "positive", "negative"]
 SIGNS: tuple[str, ...] = get_args(Sign)
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATING)
 
 
 def rhythm_credit(
@@ -167,8 +169,7 @@ def shape_advantages(advantages: Tensor, gamma: Tensor, sign: Sign = "both") -> 
     """
     for name, x in (("advantages", advantages), ("gamma", gamma)):
         check_tensor(name, x)
-        if not x.is_floating_point():
-            raise TypeError(f"{name} is {x.dtype}: it must be floating point")
+        _check_floating(name, x)
     if gamma.dim() != 2:
         raise ValueError(f"gamma has shape {tuple(gamma.shape)}: it must be (B, T)")
     if not same_shape(advantages.shape, gamma.shape[: 2 if advantages.dim() == 2 else 1]):
@@ -200,20 +201,25 @@ def _check_measures(waad: Tensor, fai: Tensor, response_mask: Tensor, entropy: T
         named["entropy"] = entropy
     for name, x in named.items():
         check_tensor(name, x)
-        if name != "response_mask" and not x.is_floating_point():
-            raise TypeError(f"{name} is {x.dtype}: it must be floating point")
+        if name != "response_mask":
+            _check_floating(name, x)
         if name == "waad" and (x.dim() != 2 or not all(holds(size > 0) for size in x.shape)):
             raise ValueError(f"waad has shape {tuple(x.shape)}: it must be (B, T) with B >= 1 and T >= 1")
         if not same_shape(x.shape, waad.shape):
             raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be that of waad, {tuple(waad.shape)}")
         if x.device != waad.device:
             raise ValueError(f"{name} is on {x.device}: it must be where waad is, on {waad.device}")
-    if response_mask.is_complex():
+    if response_mask.dtype not in _MASKS:
         raise TypeError(f"response_mask is {response_mask.dtype}: it must be bool, or 0 and 1")
     if response_mask.dtype != torch.bool and readable(response_mask):
         strange = response_mask[(response_mask != 0) & (response_mask != 1)]
         if strange.numel():
             raise ValueError(f"response_mask holds {strange[0].item()}: it must hold 0 and 1 only")
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if x.dtype not in _FLOATING:
+        raise TypeError(f"{name} is {x.dtype}: it must be floating point of 16, 32 or 64 bits")
 
 
 def _check_options(
@@ -227,7 +233,7 @@ def _check_options(
     tau_delta: float | None,
     backend: str | None,
 ) -> None:
-    if mode not in CREDIT_MODES:
+    if not isinstance(mode, str) or mode not in CREDIT_MODES:
         raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(CREDIT_MODES)}")
     for name, value in (("gamma_amp", gamma_amp), ("tau_waad", tau_waad), ("tau_delta", tau_delta)):
         if value is not None and value != value:  # not math.isnan, which a compiler cannot trace for a changing float

@@ -17,7 +17,8 @@ Conventions of every function here (those of flash-attn):
 - Padded batches: `seq_start`, `seq_end` int32 `(B,)`, the live range of each row. Packed: `cu_seqlens` int32
   `(sequences + 1,)`, from 0 to the total or less: tokens behind the last sequence are padding. `max_seqlen` bounds the
   longest (read from `cu_seqlens` on the CPU, else the total: give it on a GPU, where every sequence has programs for
-  so many tokens); one in a tensor on a GPU, which the host would have to wait for, counts as not given.
+  so many tokens); one in a tensor on a GPU, which the host would have to wait for, counts as not given. One that is
+  too small is an error where values are read: not on a GPU nor while tracing, where sequences may be cut to it.
 - Integers are ints, anything with `__index__`, or a tensor that holds one on the CPU; numbers are Python's or NumPy's.
 - `response_start` int32 `(B,)` or `(sequences,)`: first response token R, counted in the padded row, or from the packed
   sequence's first token. Rows of R are measured, keys may lie before it. A value before the start means the whole row.
@@ -381,17 +382,25 @@ def attention_with_rhythm(
 
 def _refuse_other_derivatives(*tensors: Tensor) -> None:
     """What torch's custom operators have no rule for: forward mode would be dropped in silence."""
-    if torch.compiler.is_compiling():
-        return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
             "attention_with_rhythm has no forward-mode derivative: use reverse mode, or backend='reference'"
         )
-    if any(torch._C._functorch.is_gradtrackingtensor(x) for x in tensors):
+    if not torch.compiler.is_compiling() and any(_is_tracked(x) for x in tensors):
         raise NotImplementedError(
             "attention_with_rhythm has no derivative under torch.func: use backward() or torch.autograd.grad, or "
             "backend='reference'"
         )
+
+
+def _is_tracked(x: Tensor) -> bool:
+    """Whether torch.func derives by this tensor, also inside of a vmap."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _check_v(v: Tensor, q: Tensor, k: Tensor) -> None:

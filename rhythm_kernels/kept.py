@@ -5,6 +5,8 @@ kernel launches, or a copy from the host, that weigh as much as a band pass. But
 not be found by a later call, nor an ordinary one by a call in such a place:
 
 - while a compiler or tracer runs (`torch.compile`, export, `make_fx`, `FakeTensorMode`) it stands for another tensor;
+- where a dispatch mode watches the operators, they must not depend on what earlier calls left: selective checkpointing
+  takes the results of a forward's operators for those of its recomputation, one by one;
 - under functorch (`vmap`, `grad`, `functionalize`) it is a wrapper that dies with the transform;
 - while a CUDA graph is captured its memory is the graph's own. There kept tables are read, never added to, and one that
   a graph has read is kept for good, as the graph's replays go on reading its memory;
@@ -29,13 +31,20 @@ def tracing() -> bool:
     """Whether tensors made here stand for others, whose values are not known: compilers, tracers, fake tensors."""
     if torch.compiler.is_compiling():
         return True
-    if not torch._C._len_torch_dispatch_stack():  # nearly always: half the time of asking each
+    if torch._C._is_tracing():  # torch.jit.trace, to which sizes are tensors
+        return True
+    if not watched():  # nearly always: half the time of asking each
         return False
     return any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
 
+def watched() -> bool:
+    """Whether a dispatch mode sees the operators that run here."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def ordinary() -> bool:
-    """Whether a tensor made here could serve every later call: not while tracing, nor under a functorch transform."""
+    """Whether tensors here are what they seem, with values: not while tracing, nor under a functorch transform."""
     return not tracing() and torch._C._functorch.peek_interpreter_stack() is None
 
 
@@ -61,7 +70,7 @@ class Kept:
         return self(*key, x.device) if type(x) is Tensor else self.make(*key, x.device)
 
     def __call__(self, *key: Any) -> Tensor:
-        if not ordinary():
+        if not ordinary() or watched():
             return self.make(*key)
         device: torch.device = key[-1]
         capturing, stream = False, 0

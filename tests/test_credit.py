@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -282,6 +283,14 @@ def test_gamma_of_one_changes_no_bit(sign):
         ({"mode": "coupling"}, ValueError, "mode is 'coupling': it must be one of local, global, coupled"),
         ({"gamma_amp": 0}, ValueError, "gamma_amp is 0: it must be above 0"),
         ({"gamma_amp": math.inf}, ValueError, "gamma_amp is inf"),
+        ({"gamma_amp": 10**400}, ValueError, "gamma_amp must be a float, got a number beyond all of them"),
+        ({"mode": np.array(["local", "global"])}, ValueError, "mode is array"),
+        (
+            {"waad": WAAD.to(torch.float8_e4m3fn)},
+            TypeError,
+            "waad is torch.float8_e4m3fn: it must be floating point of",
+        ),
+        ({"response_mask": MASK.to(torch.complex64)}, TypeError, "response_mask is torch.complex64: it must be bool"),
         ({"gamma_amp": "2"}, TypeError, "gamma_amp must be a float, got str '2'"),
         ({"top": 0.0}, ValueError, "top is 0.0: it must be above 0 and at most 1"),
         ({"top": 1.1}, ValueError, "top is 1.1"),
@@ -321,6 +330,7 @@ def test_wrong_arguments_are_named(changed, error, message):
         (torch.zeros(3, 5), torch.ones(3, 4), ValueError, r"advantages has shape \(3, 5\)"),
         (torch.zeros(3), torch.ones(3), ValueError, r"gamma has shape \(3,\)"),
         (torch.zeros(3).long(), torch.ones(3, 4), TypeError, "advantages is torch.int64"),
+        (torch.zeros(3), torch.ones(3, 4).to(torch.float8_e4m3fn), TypeError, "gamma is torch.float8_e4m3fn"),
         ([0.0], torch.ones(1, 4), TypeError, "advantages must be a torch.Tensor, got list"),
         (torch.zeros(3), torch.ones(3, 4, device="meta"), ValueError, "advantages is on cpu"),
     ],

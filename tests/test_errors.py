@@ -43,6 +43,8 @@ WRONG = [
     ({"heads": 2}, TypeError, "heads must be a list or an int tensor of query-head indices, got int"),
     ({"heads": [0.5]}, TypeError, "heads must hold integers, got 0.5"),
     ({"heads": torch.tensor([5])}, ValueError, "got 5"),
+    ({"heads": torch.tensor(1).numpy()}, ValueError, r"heads must be a non-empty vector .*, got shape \(\)"),
+    ({"softmax_scale": 10**400}, ValueError, "softmax_scale must be a float, got a number beyond all of them"),
     ({"heads": torch.tensor([1.0])}, TypeError, "heads must hold integers"),
     ({"heads": [torch.tensor(1.5)]}, TypeError, r"heads must hold integers, got tensor\(1.5000\)"),
     ({"heads": [torch.tensor(True)]}, TypeError, r"heads must hold integers, got tensor\(True\)"),

@@ -88,6 +88,8 @@ def run(pass_name: str, backend: str | None, *args: Any) -> Any:
     """Call the pass of a backend, outside of autocast and autograd, on tensors laid out as kernels read them."""
     device = args[0].device
     chosen = choose(pass_name.removesuffix("_backward"), backend, device)
+    if chosen not in _MODULES:
+        raise ValueError(f"backend={backend!r} has no operators: it is for the functions of rhythm_kernels")
     # To leave autocast costs more than to ask whether it is on, which it hardly ever is here.
     no_autocast = (
         torch.autocast(device.type, enabled=False)

@@ -56,7 +56,7 @@ def head_groups(
         ValueError: no batch, no response token, a quantile outside (0, 1], or whatever a probe refuses.
     """
     calibration = Calibration(model, layers, quantile, by=by)
-    lean = _one_logit(model)
+    lean = _one_logit(model, find_decoder(model).module)
     with evaluating(model), calibration:
         for batch in batches:
             if not isinstance(batch, Mapping):
@@ -84,14 +84,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _one_logit(model: nn.Module) -> dict[str, int]:
-    """The argument that spares a calibration all logits but the last, where model and wrapper take it by name."""
+def _one_logit(model: nn.Module, decoder: nn.Module) -> dict[str, int]:
+    """The argument that spares a calibration all logits but the last, where model and wrapper take it by name.
+
+    Not where the decoder takes it too: Gemma 4's then computes its last layers, those that share keys and values, for
+    the last token alone, and a calibration is of all tokens.
+    """
     from transformers import PreTrainedModel
 
     name, outer = "logits_to_keep", next(m for m in model.modules() if isinstance(m, PreTrainedModel))
     taken = inspect.signature(model.forward).parameters.values()
     passed = any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in taken)
-    return {name: 1} if passed and name in inspect.signature(outer.forward).parameters else {}
+    passed = passed and name in inspect.signature(outer.forward).parameters
+    return {name: 1} if passed and name not in inspect.signature(decoder.forward).parameters else {}
 
 
 def _response_mask(inputs: dict[str, Any]) -> Tensor | None:
@@ -165,9 +170,7 @@ class Calibration:
         Raises:
             ValueError: no response token was met.
         """
-        if not self._tokens:
-            raise ValueError("batches: no response token in any of them, so no head has a span")
-        spans, kurtosis = self._means(self._span, self._tokens), self._means(self._kurtosis, max(self._responses, 1))
+        spans, kurtosis = self.scores()
         count = max(1, round(self._quantile * len(spans)))
         by_span = sorted(spans, key=lambda head: (spans[head], head))
         # Equal scores are ordered by (layer, head), so the ranks from the top are those of one ascending order.
@@ -187,6 +190,16 @@ class Calibration:
             "span": {"local": [spans[head] for head in local], "global": [spans[head] for head in global_]},
         }
         return HeadGroups(local, global_, provenance)
+
+    def scores(self) -> tuple[dict[Head, float], dict[Head, float]]:
+        """Each head's span, in tokens, and its kurtosis, which is 0 where heads are not chosen by it.
+
+        Raises:
+            ValueError: no response token was met.
+        """
+        if not self._tokens:
+            raise ValueError("batches: no response token in any of them, so no head has a span")
+        return self._means(self._span, self._tokens), self._means(self._kurtosis, max(self._responses, 1))
 
     def _means(self, sums: dict[int, Tensor], count: int) -> dict[Head, float]:
         """Per head, the sum over all tensor-parallel ranks by `count`: eq. 7, in tokens, for the spans."""
@@ -225,7 +238,7 @@ class Calibration:
         moments = column_moments(call.form(heads), _DISTANCE, per_head=True)
         mean, count = call.of_all_rows(call.unpack(moments.mean), _DISTANCE, None), call.unpack(moments.count)
         rows = rows_after(call.sequences, _DISTANCE, None)
-        if rows is not None:
+        if rows is not None:  # rows behind the chunk count too: a token at a chunk's end receives 0, and not nothing
             count = rows[1].to(count.device)[:, None].expand_as(count)
         for row, start, end in _sequences(call).tolist():
             counted = count[row, 0, start:end] > 0

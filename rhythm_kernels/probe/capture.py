@@ -25,7 +25,7 @@ from . import attention, registry
 from .checks import Checks, Pending
 from .chunks import chunk_of, in_chunks, rows_after
 from .flash import FlashReturns
-from .inputs import as_attended, forward_inputs, refuse_dropped, refuse_unsupported
+from .inputs import as_attended, forward_inputs, refuse_cut, refuse_dropped, refuse_unsupported
 from .lse import LseObserver, as_batched
 from .masks import ForwardInputs, NamedWindow, Sequences, sequences_of, window_of_layer
 from .structure import Decoder, bind_forward
@@ -314,6 +314,7 @@ class Capture:
         self._met.add(layer)
         assert self._inputs is not None
         if (query.shape[0], query.shape[2]) != (self._inputs.batch, self._inputs.length):
+            refuse_cut(layer, query, self._inputs)
             raise ValueError(
                 f"layer {layer} attends over {(query.shape[0], query.shape[2])} (batch, tokens), the model was "
                 f"given {(self._inputs.batch, self._inputs.length)}: sequence-parallel layouts (Ulysses, ring "

@@ -79,8 +79,8 @@ def _cut(entries: Tensor, origin: Tensor, size: int, longest: int) -> Tensor:
 
 
 def rows_after(sequences: Sequences, low: int, high: int | None) -> tuple[Tensor, Tensor] | None:
-    """`(B, T)` int64 twice: of the rows `s + low .. s + high` after each token, how many its table's entry holds, and
-    how many there are in R. None where these are the same: attention is not in chunks.
+    """`(B, T)` int64 twice: of the rows `s + low .. s + high` after each token of R, how many its table's entry holds,
+    and how many there are in R; 0 for tokens outside of R. None where these are the same: attention is not in chunks.
 
     Args:
         high: None: to the end of R.
@@ -96,7 +96,8 @@ def rows_after(sequences: Sequences, low: int, high: int | None) -> tuple[Tensor
 def _rows_after(sequences: Sequences, table: SequenceTable, low: int, high: int | None) -> Tensor:
     batch, length = sequences.batch, sequences.length
     shape = (1, batch * length) if table.packed else (batch, length)
-    end = token_table(table.seqs, *shape).end
-    token = torch.arange(shape[1], device=end.device)
-    last = end - 1 if high is None else torch.minimum(end - 1, token + high)
-    return (last - (token + low) + 1).clamp(min=0).view(batch, length)
+    tokens = token_table(table.seqs, *shape)
+    token = torch.arange(shape[1], device=tokens.end.device)
+    last = tokens.end - 1 if high is None else torch.minimum(tokens.end - 1, token + high)
+    rows = (last - (token + low) + 1).clamp(min=0)
+    return torch.where(tokens.scored, rows, 0).view(batch, length)

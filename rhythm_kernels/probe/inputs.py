@@ -41,6 +41,7 @@ def forward_inputs(given: dict[str, Any]) -> ForwardInputs:
         attention_mask=None if mask is None else on_device(mask, tokens.device),
         position_ids=given.get("position_ids"),
         cu_seqlens=given.get("cu_seq_lens_q"),
+        logits_to_keep=given.get("logits_to_keep"),
     )
 
 
@@ -83,6 +84,16 @@ def refuse_unsupported(
         raise NotImplementedError(
             f"attention implementation {name!r} is not known to the probe; use 'sdpa', 'eager', 'flex_attention', "
             f"{attention.NAME!r} or a flash attention"
+        )
+
+
+def refuse_cut(layer: int, query: Tensor, inputs: ForwardInputs) -> None:
+    """Raise where a layer is given, of the tokens, those that logits are wanted of."""
+    kept = inputs.logits_to_keep
+    if isinstance(kept, int) and query.shape[2] == kept < inputs.length:
+        raise ValueError(
+            f"logits_to_keep={kept}: this model computes layer {layer} for the last {kept} of {inputs.length} tokens "
+            "alone, and the measures are of all: leave logits_to_keep out of a measured forward, and slice the logits"
         )
 
 

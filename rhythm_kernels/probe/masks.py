@@ -27,7 +27,7 @@ class ForwardInputs:
     """What the model's forward was given, as far as it decides which token sees which.
 
     `attention_mask` is `(B, T)` bool or None; `position_ids` `(B, T)` or None; `cu_seqlens` int `(S + 1,)` or None, of
-    sequences with at most `max_seqlen` tokens where that is known.
+    sequences with at most `max_seqlen` tokens where that is known; `logits_to_keep` as it was given.
     `packs_positions`: whether the model may have told packed sequences by `position_ids` alone.
     `shown_whole`: whether attention was given no mask, although there is an `attention_mask`: it must be all True.
     """
@@ -41,6 +41,7 @@ class ForwardInputs:
     max_seqlen: int | None = None
     packs_positions: bool = True
     shown_whole: bool = False
+    logits_to_keep: Any = None
 
 
 @dataclass

@@ -48,12 +48,25 @@ class RangeMask:
         seen = (key >= first[row, query]) & (key <= query)
         return seen & (query - key <= self.left) if self.left >= 0 else seen
 
-    def dense(self) -> Tensor:
-        """The same as a `(B, 1, T, T)` bool mask."""
+    def dense(self, queries: slice = slice(None)) -> Tensor:
+        """The same as a `(B, 1, T, T)` bool mask, or the rows of it for some queries."""
         batch, length = self.first.shape
         token = torch.arange(length, device=self.first.device)
         row = torch.arange(batch, device=self.first.device)[:, None, None, None]
-        return self.mask_mod(row, row, token[:, None], token)
+        return self.mask_mod(row, row, token[queries, None], token)
+
+    def __getitem__(self, index: Any) -> RangeMask | Tensor:
+        """`mask[:, :, queries, :]`, a slice of queries: itself where these are all, else their rows of `dense`.
+
+        So Gemma 4 reads its mask, which computes layers that share keys and values for `logits_to_keep` tokens alone.
+        """
+        whole = slice(None)
+        if not (isinstance(index, tuple) and len(index) == 4 and isinstance(index[2], slice)):
+            return self._refuse()
+        if any(other != whole for other in (index[0], index[1], index[3])):
+            return self._refuse()
+        length = self.first.shape[1]
+        return self if index[2].indices(length) == (0, length, 1) else self.dense(index[2])
 
     def to(self, device: Any, *_: Any, **__: Any) -> RangeMask:
         """The same on another device, where a model's layers are spread over several."""
@@ -76,7 +89,7 @@ class RangeMask:
     def _refuse(self, *_: Any) -> Tensor:
         raise NotImplementedError(_NO_TENSOR)
 
-    __getitem__ = __add__ = __radd__ = __and__ = __rand__ = _refuse
+    __add__ = __radd__ = __and__ = __rand__ = _refuse
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{name}: {_NO_TENSOR}")
@@ -101,16 +114,18 @@ def rhythm_mask(
 
     if isinstance(attention_mask, RangeMask):
         return attention_mask
+    # No mask says that token t sees the first t + 1 keys, which is false of queries that are cut from the others.
+    cuts = _cuts_queries(kwargs.get("config"))
     mask_function = mask_function or causal_mask_function
     # User-made functions (use_vmap) need not be made of tensor operations; a cache has keys without queries.
     if q_length == kv_length and not use_vmap and _is_zero(q_offset) and _is_zero(kv_offset):
         causal_if_whole = allow_is_causal_skip and (local_size is None or local_size >= kv_length)
         if causal_if_whole and attention_mask is None:
-            return None
+            return _plain(batch_size, q_length, device) if cuts else None
         if attention_mask is None or attention_mask.shape[1] == q_length:
             whole, ranges = ranges_of(mask_function, batch_size, q_length, attention_mask, device)
             if causal_if_whole and whole:
-                return None
+                return _plain(batch_size, q_length, device) if cuts else None
             if ranges is not None:
                 return ranges
     return sdpa_mask(
@@ -122,11 +137,22 @@ def rhythm_mask(
         mask_function=mask_function,
         attention_mask=attention_mask,
         local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_causal_skip=allow_is_causal_skip and not cuts,
         use_vmap=use_vmap,
         device=device,
         **kwargs,
     )
+
+
+def _cuts_queries(config: Any) -> bool:
+    """Whether layers that share keys and values may be given the queries of `logits_to_keep` tokens alone (Gemma 4)."""
+    return config is not None and bool(getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
+
+
+def _plain(batch: int, length: int, device: torch.device | str) -> RangeMask:
+    """Causal attention over whole rows."""
+    first = torch.zeros(batch, length, dtype=torch.int64, device=device)
+    return RangeMask(first, -1, False, {}, torch.full((batch,), length, dtype=torch.int32, device=device))
 
 
 def _is_zero(offset: Any) -> bool:

@@ -2,7 +2,8 @@
 
 `MEASURED` are measured right under every implementation that transformers lets them have. What else a type may come to:
 `refused: WORDS`, by the probe or by rhythm attention, whose error has these words; `cannot be built: WORDS`; and
-`cannot run: WORDS`, where the model's own forward fails on text alone.
+`cannot run: WORDS`, where the model's own forward fails on text alone. Of Gemma 3n and Gemma 4, two of the four layers
+share keys and values with the others.
 """
 
 from __future__ import annotations

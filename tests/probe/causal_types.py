@@ -68,6 +68,7 @@ _GEMMA4 = {
     "num_key_value_heads": 2,
     "hidden_size_per_layer_input": 8,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
 }
 _DOTS3 = {
     "layer_types": ["indexed_attention", "sliding_attention"] * 2,
@@ -116,7 +117,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_text": _DOTS3,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+    },
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
     "gemma4": {"text_config": _GEMMA4},

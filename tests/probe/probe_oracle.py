@@ -84,3 +84,24 @@ def spans(cases) -> dict[Head, float]:
                 for head, value in enumerate(span.tolist()):
                     total[layer, head] = total.get((layer, head), 0.0) + value
     return {head: value / count for head, value in total.items()}
+
+
+def kurtoses(maps, bounds: Bounds, response_mask=None, least=4) -> dict[Head, float]:
+    """By head, the mean over responses of the kurtosis over tokens s of R of the mean of A[t, s], t in R >= s + least.
+
+    Responses with fewer than two such tokens are left out; one whose tokens all receive the same counts as 0.
+    """
+    total: dict[Head, float] = {}
+    count = 0
+    for row, _, first, end in responses(bounds, response_mask):
+        if end - least - first < 2:
+            continue
+        count += 1
+        for layer, one in maps.items():
+            received = torch.stack([one[row, :, s + least : end, s].mean(1) for s in range(first, end - least)], dim=1)
+            centred = received - received.mean(1, keepdim=True)
+            variance = centred.square().mean(1)
+            kurtosis = torch.where(variance > 0, centred.pow(4).mean(1) / variance.square(), 0.0)
+            for head, value in enumerate(kurtosis.tolist()):
+                total[layer, head] = total.get((layer, head), 0.0) + value
+    return {head: value / count for head, value in total.items()}

@@ -9,7 +9,7 @@ import weakref
 import probe_models as models
 import pytest
 import torch
-from probe_oracle import eager_maps, padded_bounds, responses, spans
+from probe_oracle import eager_maps, kurtoses, padded_bounds, responses, spans
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
@@ -162,24 +162,18 @@ def test_quantile(quantile, count):
     assert len(groups.local) == len(groups.global_) == count
 
 
-def test_receiver_heads():
-    """The head whose attention from later tokens is most peaked: kurtosis over tokens of its column means."""
-    model = models.tiny_model("llama")
+@pytest.mark.parametrize("responding", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_receiver_heads(family, responding):
+    """The heads whose attention from later tokens is most peaked: kurtosis over tokens of its column means."""
+    model = models.tiny_model(family, "eager")
     batch = models.padded_batch()
-    groups = head_groups(model, [batch], layers="all", by="receiver")
-    by_span = head_groups(model, [batch], layers="all")
+    response = responses_of(batch["attention_mask"]) if responding else None
+    groups = head_groups(model, [{**batch, "response_mask": response}], layers="all", by="receiver")
+    by_span = head_groups(model, [{**batch, "response_mask": response}], layers="all")
     assert groups.local == by_span.local
-    scores: dict[tuple[int, int], list[float]] = {}
-    for layer, maps in eager_maps(model, **batch).items():
-        for row, start, end in padded_bounds(batch["attention_mask"]):
-            one = maps[row, :, start:end, start:end]
-            received = torch.stack([one[:, s + 4 :, s].mean(1) for s in range(end - start - 4)], dim=1)
-            centred = received - received.mean(1, keepdim=True)
-            kurtosis = centred.pow(4).mean(1) / centred.square().mean(1) ** 2
-            for head, value in enumerate(kurtosis.tolist()):
-                scores.setdefault((layer, head), []).append(value)
-    order = sorted(scores, key=lambda head: (sum(scores[head]), head))
-    assert groups.global_ == order[-5:]
+    expected = kurtoses(eager_maps(model, **batch), padded_bounds(batch["attention_mask"]), response)
+    assert groups.global_ == sorted(expected, key=lambda head: (expected[head], head))[-5:]
 
 
 def test_files(tmp_path):

@@ -7,13 +7,14 @@ import contextlib
 import probe_models as models
 import pytest
 import torch
-from probe_oracle import eager_maps, oracle, padded_bounds, spans
+from probe_oracle import eager_maps, kurtoses, oracle, padded_bounds, spans
 from transformers.models.llama4 import modeling_llama4
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, passes
 from rhythm_kernels.canonical import canonical
 from rhythm_kernels.integrations.transformers import register
 from rhythm_kernels.probe import attention
+from rhythm_kernels.probe.calibration import Calibration, evaluating
 from rhythm_kernels.probe.checks import Checks
 from rhythm_kernels.probe.chunks import in_chunks
 from rhythm_kernels.probe.masks import ForwardInputs, sequences_of
@@ -124,20 +125,32 @@ def test_calibration(implementation, monkeypatch):
             assert span == pytest.approx(expected[head], abs=1e-4)
 
 
-def test_receiver_heads():
-    """The kurtosis of what a token receives, its mean over all later tokens at least four away, chunks or not."""
-    model = llama4()
-    batch = {"input_ids": models.tokens(1, 70)}
+@pytest.mark.parametrize("responding", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scores_of_every_head(implementation, packed, responding):
+    """Span, and kurtosis of what each token of R receives from all of R at least four tokens later, chunks or not."""
+    model = llama4(implementation)
+    if packed:
+        batch, bounds = models.packed_batch((21, 40, 1, 5, 33))
+        live = torch.ones_like(batch["input_ids"])
+    else:
+        batch = models.padded_batch()
+        live = batch["attention_mask"]
+        bounds = padded_bounds(live)
+    response = None
+    if responding:  # R begins within the second chunk of its sequence, or within the first
+        response = torch.zeros_like(live, dtype=torch.bool)
+        for row, start, end in bounds:
+            response[row, start + (20 if end - start > 30 else 4) : end - 3] = True
+    calibration = Calibration(model, "all", by="receiver")
+    with evaluating(model), calibration:
+        calibration.response_mask = response
+        model(**batch, use_cache=False)
     maps = eager_maps(model, **batch, use_cache=False)
-    kurtosis = {}
-    for layer, one in maps.items():
-        for head in range(one.shape[1]):
-            received = torch.stack([one[0, head, s + 4 :, s].mean() for s in range(66)])
-            centred = received - received.mean()
-            kurtosis[layer, head] = float(centred.pow(4).mean() / centred.square().mean().square())
-    groups = head_groups(model, [batch], layers="all", by="receiver")
-    best = sorted(kurtosis, key=kurtosis.get, reverse=True)[: len(groups.global_)]
-    assert sorted(groups.global_) == sorted(best)
+    span, kurtosis = calibration.scores()
+    assert span == pytest.approx(spans([(maps, bounds, response)]), rel=1e-5)
+    assert kurtosis == pytest.approx(kurtoses(maps, bounds, response), rel=1e-4)
 
 
 def test_layers_in_chunks_are_sampled():
