@@ -357,7 +357,7 @@ def test_trying_leaves_no_trace(model, tmp_path):
     recipe = load_recipe(TINY, [*FEW, f"model.path={model}", f"output.path={tmp_path}", WORKER, HARD[0]])
     task = Countdown(recipe.task)
     parts, recorder = load(recipe), Recorder(tmp_path / "metrics.jsonl", 1)
-    trainer = build_trainer(recipe, trainer_config(recipe), *parts, task, reward_functions(["score"] * 2), recorder)
+    trainer = build_trainer(recipe, trainer_config(recipe), *parts, task, reward_functions(["score"] * 3), recorder)
     before, state = trainer.model.train(), torch.get_rng_state()
     limits = trainer.generation_config.to_dict()
     try_out(trainer, ["1 2 3 ="] * 2)
