@@ -27,6 +27,10 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
             raise RecipeError(f"{override!r}: evaluate trains nothing; it takes {', '.join(_HONOURED)}")
     run = read_run(folder)
     source = saved_model(folder)
+    try:
+        load_recipe(folder / CONFIG)
+    except RecipeError as error:
+        raise RecipeError(f"{folder / CONFIG}: {error}") from error
     recipe = load_recipe(folder / CONFIG, overrides)
     task = Countdown(recipe.task)
     instances = task.instances(recipe.eval.split, recipe.eval.size)

@@ -13,7 +13,6 @@ themselves, never followed. Nothing here waits for the disk (fsync): a machine t
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,9 +22,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 
+from .reading import misfit, read_json, read_yaml
 from .recipe import Recipe, RecipeError
 
 try:
@@ -47,7 +46,17 @@ PREVIOUS = "previous"  # the run before, until the one that took its place has f
 _PARTIAL = ".partial"  # ends the name of what is being written, and of `previous` while it is filled
 _REMOVED = "previous.removed"  # a `previous` that is being removed
 _MOVED = (RESULT, EVALUATION, REPORT, GROUPS, MODEL, METRICS, CHECKPOINTS, CONFIG)  # in this order
-_READ = {"mode", "seed", "split", "before", "after", "seconds"}  # of a result, by those who come later
+_ANSWERS = {"instances": int, "accuracy": float, "standard_error": float, "tokens": float, "right": str}
+_BOTH = {"sampled": _ANSWERS, "greedy": _ANSWERS}
+_RESULT = {  # what those who come later read of a result
+    "mode": str,
+    "seed": int,
+    "split": str,
+    "before": _BOTH,
+    "after": _BOTH,
+    "seconds": {"training": float},
+}
+_CONFIG: dict[str, Any] = {field.name: {} for field in dataclasses.fields(Recipe)} | {"grpo": {"seed": int}}
 _WRITTEN = {*_MOVED, *(name + _PARTIAL for name in _MOVED)}
 
 
@@ -77,20 +86,51 @@ def read_run(folder: Path) -> Run:
         begun = f": the run in it has no {RESULT}, it was cut off or is still going" if _holds(folder) else ""
         raise RecipeError(f"{folder}: no finished run here{begun}{_earlier(folder)}")
     try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        result = _read(folder / RESULT, read_json, _of_result)
+        lines = _read(folder / METRICS, lambda text: [read_json(line) for line in text.splitlines()], _of_lines)
+        config = _read(folder / CONFIG, read_yaml, _of_config)
     except OSError as error:
         raise RecipeError(f"{folder}: no finished run ({error.strerror}: {error.filename})") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"{folder}: no finished run (a file in it cannot be read: {error})") from error
-    if not _is_config(folder / CONFIG) or "seed" not in config["grpo"]:
-        raise RecipeError(f"{folder}: no finished run ({CONFIG} is not that of a run)")
-    if not isinstance(result, dict) or not set(result) >= _READ:
-        raise RecipeError(f"{folder}: no finished run ({RESULT} is not that of a run)")
-    if not all(isinstance(line, dict) and "step" in line for line in lines):
-        raise RecipeError(f"{folder}: no finished run ({METRICS} is not that of a run)")
+    except ValueError as error:
+        raise RecipeError(f"{folder}: no finished run ({error})") from error
     return Run(folder, config, result, lines)
+
+
+def _read(path: Path, reader: Callable[[str], Any], wrong: Callable[[Any], str]) -> Any:
+    """What a file of a run holds; a `ValueError` names it where it cannot be read, or `wrong` says what is."""
+    try:
+        content = reader(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from error
+    if said := wrong(content):
+        raise ValueError(f"{path.name} is not that of a run: {said}")
+    return content
+
+
+def _of_result(result: Any) -> str:
+    if said := misfit(result, _RESULT):
+        return said
+    for when in ("before", "after"):
+        for kind, found in result[when].items():
+            if kind in _BOTH and not (
+                set(found["right"]) <= {"0", "1"} and len(found["right"]) == found["instances"] > 0
+            ):
+                return f"{when}.{kind}.right is not a 0 or 1 for each of the instances"
+    return ""
+
+
+def _of_config(config: Any) -> str:
+    said = misfit(config, _CONFIG)
+    return said or ", ".join(f"{name} is no group" for name in set(config) - set(_CONFIG))
+
+
+def _of_lines(lines: list[Any]) -> str:
+    for at, line in enumerate(lines, 1):
+        if said := misfit(line, {"step": int}):
+            return f"line {at}: {said}"
+        if odd := [key for key, value in line.items() if not isinstance(value, int | float)]:
+            return f"line {at}: {odd[0]} is not a number"
+    return ""
 
 
 def saved_model(folder: Path) -> Path:
@@ -254,11 +294,10 @@ def _foreign(folder: Path) -> Path | None:
 
 def _is_config(path: Path) -> bool:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        _read(path, read_yaml, _of_config)
+    except (OSError, ValueError):
         return False
-    groups = {field.name for field in dataclasses.fields(Recipe)}
-    return isinstance(content, dict) and set(content) == groups and all(isinstance(g, dict) for g in content.values())
+    return True
 
 
 def _make_room(folder: Path) -> str:

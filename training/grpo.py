@@ -19,7 +19,10 @@ from rhythm_kernels.probe.structure import attention_layers, find_decoder
 
 from .folder import saving
 from .puzzles import Countdown, Reward
+from .reading import misfit, read_json
 from .recipe import Recipe, RecipeError
+from .settings import unheeded
+from .trials import check_generation, try_out
 
 
 def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
@@ -28,9 +31,15 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
     _, rewards, more = (given.pop(name) for name in ("optimizer", "rewards", "more"))
     rhythm = {f"rhythm_{name}": value for name, value in dataclasses.asdict(recipe.rhythm).items()}
     cuda = torch.cuda.is_available()
+    for name, value in (("grpo.temperature", recipe.grpo.temperature), ("eval.temperature", recipe.eval.temperature)):
+        if 0 < value < 0.01 and recipe.model.dtype == "float16":
+            raise RecipeError(
+                f"{name} is {value}: it must be at least 0.01, as logits divided by less overflow float16"
+            )
+    if isinstance(path := more.get("accelerator_config"), str):  # read here, where it can be named
+        more["accelerator_config"] = _read_accelerator(path)
+    _check_groups(recipe.rhythm.groups)
     try:
-        if recipe.rhythm.groups is not None:
-            HeadGroups.load(recipe.rhythm.groups)
         config = RhythmGRPOConfig(
             **{
                 "output_dir": str(Path(recipe.output.path) / "checkpoints"),
@@ -47,13 +56,36 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
                 **rhythm,
             }
         )
-    except OSError as error:
-        raise RecipeError(f"rhythm.groups is {recipe.rhythm.groups!r}: {error.strerror}") from error
-    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+    except (TypeError, ValueError, ImportError, RuntimeError, OSError) as error:
         raise RecipeError(f"grpo, rhythm: {error}") from error
+    unheeded(recipe.grpo.more, config)
+    check_generation(config)
     if config.fp16 and (config.use_cpu or recipe.model.dtype == "float16"):  # ignored, or refused in the first step
         raise RecipeError("grpo.fp16 is True: it needs a GPU, and a model.dtype that is not float16 itself")
     return config
+
+
+def _read_accelerator(path: str) -> dict[str, Any]:
+    try:
+        content = read_json(Path(path).read_text(encoding="utf-8"))
+        said = misfit(content, {})
+    except OSError as error:
+        said = error.strerror or str(error)
+    except ValueError as error:
+        said = str(error)
+    if said:
+        raise RecipeError(f"grpo.accelerator_config is {path!r}: {said}")
+    return content
+
+
+def _check_groups(path: str | None) -> None:
+    try:
+        if path is not None:
+            HeadGroups.load(path)
+    except OSError as error:
+        raise RecipeError(f"rhythm.groups is {path!r}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"rhythm.groups is {path!r}: {error}") from error
 
 
 class _Trainer(RhythmGRPOTrainer):
@@ -80,7 +112,8 @@ def build_trainer(
 ) -> RhythmGRPOTrainer:
     """The trainer of a recipe, with our progress bar instead of the libraries' printing.
 
-    Its optimizer and schedule are made here too, so that settings they refuse are refused before anything is measured.
+    Its optimizer is made here too, and what else it will need is tried, so that settings that cannot be carried out are
+    refused before anything is measured.
     """
     from datasets import Dataset
 
@@ -101,10 +134,9 @@ def build_trainer(
         )
         attention_layers(find_decoder(model), recipe.rhythm.layers)  # the report shows their measures in any mode
         trainer.create_optimizer()
-        trainer.create_scheduler(config.max_steps, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate))
-        trainer.lr_scheduler = None  # that one was only to see whether its settings can be carried out
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"the trainer cannot be built: {error}") from error
+    try_out(trainer, [task.text(instance, tokenizer) for instance in task.instances("train", 2)])
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     return trainer

@@ -9,29 +9,42 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .evaluate import generate
+from .reading import misfit, read_json
 from .recipe import ROOT, Recipe, RecipeError
+
+_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def load(recipe: Recipe, path: Path | None = None) -> tuple[Any, Any]:
     """Model and tokenizer of a recipe, or those saved at `path`, on the GPU where there is one."""
     local = ROOT / recipe.model.path
     source = str(path or (local if local.exists() else recipe.model.path))
+    _check_files(Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, recipe.model.dtype), attn_implementation=recipe.model.attn_implementation
         )
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    # KeyError, RuntimeError: files with other or too few weights, or no memory; transformers does not name them better
-    except (OSError, ValueError, TypeError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of any kind: the libraries stumble over files that are not a model's as they come
         raise RecipeError(f"model: {source} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Name the file of a model that is not JSON, or holds no names, where the libraries would not."""
+    for path in (folder / name for name in _FILES if (folder / name).is_file()):
+        try:
+            said = misfit(read_json(path.read_text(encoding="utf-8")), {})
+        except (OSError, ValueError) as error:
+            said = str(error)
+        if said:
+            raise RecipeError(f"model: {folder} cannot be loaded: {path}: {said}")
 
 
 def check_model(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[], list[str]]) -> None:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from .reading import read_yaml
 from .settings import TRL_WORDS, LossType, RecipeError, checked, refuse
 
 ROOT = Path(__file__).resolve().parent.parent  # paths in recipes are relative to it
@@ -56,7 +55,7 @@ class Grpo:
     adam_beta2: float = 0.999
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    warmup_steps: int = 0
+    warmup_steps: int | float = 0  # below 1: a share of the steps
     lr_scheduler_type: str = "linear"
     seed: int = 0
     more: dict[str, Any] = field(default_factory=dict)  # other fields of `trl.GRPOConfig`
@@ -122,11 +121,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: a file, key or value that is not one, with the names that come near.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         known = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "training" / "recipes").glob("*.yaml"))
         raise RecipeError(f"{path}: {error.strerror}; recipes here: {', '.join(known)}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no date, 5,000 digits
+    except ValueError as error:
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: must hold groups of settings ({', '.join(_GROUPS)})")
@@ -140,9 +139,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not isinstance(section, dict):
             raise RecipeError(f"{group}: must hold settings")
         try:
-            section[key] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise RecipeError(f"{override!r}: {text!r} is not YAML") from error
+            section[key] = read_yaml(text)
+        except ValueError as error:
+            raise RecipeError(f"{override!r}: {text!r} is not YAML: {error}") from error
     return parse_recipe(content)
 
 
@@ -162,7 +161,7 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
         values: dict[str, Any] = {}
         for key, value in given.items():
             if kind is Grpo and key not in ours:
-                refuse(str(key))
+                refuse(str(key), value)
             _known(key, kinds, f"key of {group}")
             value = checked(f"{group}.{key}", value, kinds[key])
             (values if key in ours else values.setdefault("more", {}))[key] = value

@@ -5,10 +5,11 @@ from __future__ import annotations
 import enum
 import importlib.util
 import math
+import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 
@@ -42,13 +43,20 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "at least 0",
         lambda x: x >= 0,
-        "grpo.learning_rate grpo.weight_decay grpo.max_grad_norm grpo.warmup_steps grpo.beta grpo.adam_epsilon "
-        "grpo.epsilon grpo.epsilon_high grpo.delta grpo.top_k grpo.dataloader_num_workers grpo.neftune_noise_alpha",
+        "grpo.learning_rate grpo.weight_decay grpo.max_grad_norm grpo.beta grpo.adam_epsilon grpo.epsilon "
+        "grpo.epsilon_high grpo.delta grpo.top_k grpo.dataloader_num_workers grpo.neftune_noise_alpha",
     ),
-    ("above 0", lambda x: x > 0, "grpo.repetition_penalty grpo.save_steps"),
-    # Logits divided by less overflow in half precision.
-    ("at least 0.01", lambda x: x >= 0.01, "grpo.temperature"),
-    ("at least 0.01, or 0 for greedy answers", lambda x: x == 0 or x >= 0.01, "eval.temperature"),
+    (
+        "at least 0, and a whole number of steps, or below 1 a share of them",
+        lambda x: 0 <= x < 1 or (x >= 1 and x == int(x)),
+        "grpo.warmup_steps",
+    ),
+    (
+        "above 0",
+        lambda x: x > 0,
+        "grpo.temperature grpo.repetition_penalty grpo.save_steps grpo.sapo_temperature_pos grpo.sapo_temperature_neg",
+    ),
+    ("at least 0, where 0 is greedy", lambda x: x >= 0, "eval.temperature"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "grpo.top_p"),
     (
         "at least 0 and at most 1",
@@ -90,10 +98,38 @@ _REFUSED = (
     ),
 )
 _NEEDS = {"grpo.use_vllm": "vllm", "grpo.use_liger_kernel": "liger_kernel"}
+_PATHS = ("output.path", "model.path", "rhythm.groups", "grpo.accelerator_config")
+
+# Fields that are heeded only beside another: their names, a test of the whole configuration, and what to set.
+_HEEDED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("save_steps", lambda config: config.save_strategy == "steps", "save_strategy=steps"),
+    ("save_total_limit|save_only_model", lambda config: config.save_strategy != "no", "save_strategy=steps"),
+    (
+        "(gradient|activation)_checkpointing_kwargs",
+        lambda config: config.gradient_checkpointing,  # of the two names for one thing, transformers fills in both
+        "gradient_checkpointing=true",
+    ),
+    (r"sapo_\w+", lambda config: config.loss_type == "sapo", "loss_type=sapo"),
+    (r"vespo_\w+", lambda config: config.loss_type == "vespo", "loss_type=vespo"),
+    (r"vllm_\w+", lambda config: config.use_vllm, "use_vllm=true"),
+    (r"ref_model_\w+", lambda config: config.sync_ref_model, "sync_ref_model=true"),
+)
 
 
-def refuse(key: str) -> None:
+def unheeded(given: Mapping[str, Any], config: Any) -> None:
+    """Raise `RecipeError` for settings of grpo that a `trl.GRPOConfig` would carry and nothing would read."""
+    for key, value in given.items():
+        for names, heeded, wanted in _HEEDED:
+            if value and re.fullmatch(names, key) and not heeded(config):
+                raise RecipeError(f"grpo.{key} is {value!r}: nothing heeds it without grpo.{wanted}")
+
+
+def refuse(key: str, value: Any = None) -> None:
     """Raise `RecipeError` for a field of `trl.GRPOConfig` that a run would not honour."""
+    if key == "warmup_ratio":  # of older releases
+        raise RecipeError(
+            f"grpo.warmup_ratio: use warmup_steps={value}, where a number below 1 is a share of the steps"
+        )
     for names, why in _REFUSED:
         if re.fullmatch(names, key):
             raise RecipeError(f"grpo.{key}: {why}")
@@ -109,6 +145,8 @@ def checked(name: str, value: Any, kind: Any) -> Any:
         value = _coerce(value, kind)
     except ValueError as error:
         raise RecipeError(f"{name} is {value!r}: it must be {str(error) or _in_words(kind)}") from None
+    if name in _PATHS and isinstance(value, str):
+        value = os.path.expanduser(value)
     words, test = _RANGE_OF.get(name, ("", lambda _: True))
     if value is not None and not test(value):
         raise RecipeError(f"{name} is {value!r}: it must be {words}")

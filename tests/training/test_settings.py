@@ -20,12 +20,19 @@ import yaml
 from training import train as training
 from training.__main__ import main
 from training.folder import replacing, saving
+from training.grpo import Recorder, build_trainer, trainer_config
+from training.models import load
+from training.puzzles import Countdown, reward_functions
+from training.reading import read_yaml
 from training.recipe import ROOT, RecipeError, load_recipe
 from training.settings import _REFUSED, TRL_WORDS, LossType, checked
+from training.trials import try_out
 from training.warmstart.model import build_model, build_tokenizer
 
 TINY = str(ROOT / "training" / "recipes" / "countdown_tiny.yaml")
 FEW = ["task.numbers=[3]", "task.train_size=8", "eval.size=4", "grpo.per_device_train_batch_size=4"]
+HARD = ["grpo.lr_scheduler_type=cosine_with_restarts", "grpo.max_steps=3"]
+WORKER = "grpo.dataloader_num_workers=1"
 FEW += ["grpo.num_generations=2", "grpo.max_completion_length=8", "grpo.max_steps=1"]
 
 
@@ -60,7 +67,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ("eval.seed=-1", "eval.seed is -1: it must be at least 0 and below 2**32"),
         (f"eval.seed={2**70}", "it must be a whole number below 2**63"),
         ("eval.temperature=.inf", "eval.temperature is inf: it must be a finite number"),
-        ("eval.temperature=1e-30", "eval.temperature is 1e-30: it must be at least 0.01, or 0 for greedy answers"),
+        ("eval.temperature=-1", "eval.temperature is -1.0: it must be at least 0, where 0 is greedy"),
         ("eval.batch_size=0", "eval.batch_size is 0: it must be at least 1"),
         ("eval.size=1000000000", "eval.size is 1000000000: it must be at least 1 and at most 1000000"),
         ("task.train_size=1000000000", "at least 1 and at most 1000000"),
@@ -106,8 +113,8 @@ def refused(tmp_path, monkeypatch, capsys):
         ("grpo.multi_objective_aggregation=sum", "it must be one of sum_then_normalize, normalize_then_sum"),
         ("grpo.max_completion_length=0", "grpo.max_completion_length is 0: it must be at least 1"),
         ("grpo.max_completion_length=-5", "grpo.max_completion_length is -5: it must be at least 1"),
-        ("grpo.temperature=0", "grpo.temperature is 0.0: it must be at least 0.01"),
-        ("grpo.temperature=-1", "grpo.temperature is -1.0: it must be at least 0.01"),
+        ("grpo.temperature=0", "grpo.temperature is 0.0: it must be above 0"),
+        ("grpo.temperature=-1", "grpo.temperature is -1.0: it must be above 0"),
         ("grpo.gradient_accumulation_steps=0", "it must be at least 1"),
         ("grpo.steps_per_generation=0", "it must be at least 1"),
         ("grpo.warmup_steps=-1", "grpo.warmup_steps is -1: it must be at least 0"),
@@ -149,11 +156,41 @@ def refused(tmp_path, monkeypatch, capsys):
         (f"output.path={TINY}/run", f"Not a directory: '{TINY}/run'"),
         ("output.path=/proc/nope/run", "No such file or directory: '/proc/nope'"),
         ("grpo=3", "an override is typed group.key=value"),
+        ("grpo.loss_type=sapo grpo.sapo_temperature_neg=0", "grpo.sapo_temperature_neg is 0.0: it must be above 0"),
+        ("grpo.sapo_temperature_neg=2", "nothing heeds it without grpo.loss_type=sapo"),
+        ("grpo.save_steps=1", "grpo.save_steps is 1.0: nothing heeds it without grpo.save_strategy=steps"),
+        ("grpo.save_total_limit=2", "nothing heeds it without grpo.save_strategy=steps"),
+        ("grpo.save_only_model=true", "nothing heeds it without grpo.save_strategy=steps"),
+        ("grpo.save_strategy=epoch grpo.save_steps=1", "nothing heeds it without grpo.save_strategy=steps"),
+        ("grpo.gradient_checkpointing_kwargs={debug: true}", "without grpo.gradient_checkpointing=true"),
+        ("grpo.vllm_mode=server", "nothing heeds it without grpo.use_vllm=true"),
+        ("grpo.generation_kwargs={temperature: 0}", "grpo.generation_kwargs holds temperature: grpo.temperature"),
+        ("grpo.generation_kwargs={top_p: 7}", "grpo.generation_kwargs holds top_p: grpo.top_p says it"),
+        ("grpo.generation_kwargs={max_length: 4}", "holds max_length: grpo.max_completion_length says"),
+        ("grpo.generation_kwargs={max_new_tokens: 3}", "holds max_new_tokens: grpo.max_completion_length says"),
+        ("grpo.generation_kwargs={num_return_sequences: 2}", "num_return_sequences: grpo.num_generations says"),
+        ("grpo.generation_kwargs={pad_token_id: 0}", "the tokens are those of the model's tokenizer"),
+        ("grpo.generation_kwargs={output_scores: true}", "of a response, its tokens are read"),
+        ("grpo.generation_kwargs={nonsense: 1}", "nonsense: transformers' GenerationConfig has no such field"),
+        ("grpo.generation_kwargs={1: 1}", "grpo.generation_kwargs holds 1: transformers' GenerationConfig"),
+        ("grpo.generation_kwargs={early_stopping: maybe}", "`early_stopping` must be a boolean or 'never'"),
+        ("grpo.generation_kwargs={typical_p: 7}", "typical_p: it is 7 and must be above 0 and at most 1"),
+        ("grpo.generation_kwargs={a: 1, a: 2}", "line 1: a is given twice, first in line 1"),
+        ("grpo.generation_kwargs=" + "{a: " * 60 + "}" * 60, "nested deeper than 50"),
+        ("grpo.generation_kwargs=&x {a: *x}", "found unconstructable recursive node"),
+        ("grpo.max_steps=!!int ''", "is not YAML: IndexError"),
+        ("grpo.accelerator_config=/none.json", "grpo.accelerator_config is '/none.json': No such file or directory"),
+        (f"grpo.accelerator_config={TINY}", f"grpo.accelerator_config is '{TINY}': Expecting value"),
+        ("grpo.accelerator_config={nonsense: 1}", "unexpected keyword argument 'nonsense'"),
+        ("grpo.warmup_ratio=0.1", "use warmup_steps=0.1, where a number below 1 is a share of the steps"),
+        ("grpo.warmup_steps=1.5", "a whole number of steps, or below 1 a share of them"),
+        ("model.dtype=float16 grpo.temperature=0.001", "grpo.temperature is 0.001: it must be at least 0.01"),
+        ("model.dtype=float16 eval.temperature=0.001", "eval.temperature is 0.001: it must be at least 0.01"),
     ],
 )
 def test_before_the_model(refused, monkeypatch, override, message):
     monkeypatch.setattr(training, "load", lambda *_: pytest.fail("the model was loaded"))
-    assert message in refused(override)
+    assert message in refused(*re.split(r" (?=\w+\.\w+=)", override))
 
 
 @pytest.mark.parametrize(("name", "package"), [("use_vllm", "vllm"), ("use_liger_kernel", "liger_kernel")])
@@ -171,7 +208,16 @@ def test_half_precision_that_would_be_ignored(refused):
 
 @pytest.mark.parametrize(
     "content",
-    [b"task: [1, 2\n x: :", b"task: !!python/object/apply:os.system ['echo']\n", b"\xff\xfe\x00", b"[" * 400, b""],
+    [
+        b"task: [1, 2\n x: :",
+        b"task: !!python/object/apply:os.system ['echo']\n",
+        b"\xff\xfe\x00",
+        b"[" * 400,
+        b"",
+        b"task: &a {level: *a}\n",
+        b"grpo: {seed: 1}\ntask: {}\ngrpo: {seed: 2}\n",
+        b"grpo:\n  seed: 1\n  seed: 2\n",
+    ],
 )
 def test_files_that_are_no_recipe(refused, tmp_path, content):
     path = tmp_path / "recipe.yaml"
@@ -185,6 +231,30 @@ def test_groups_that_hold_no_settings(tmp_path, content):
     path.write_text(content)
     with pytest.raises(RecipeError, match="must hold settings"):
         load_recipe(path)
+
+
+def test_a_key_given_twice_is_named_with_its_lines(tmp_path):
+    """But not one that a merge brings along, which the own one overrules; and an alias stands for what it names."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("grpo:\n  seed: 1\n  beta: 0\n  seed: 2\n")
+    with pytest.raises(RecipeError, match=f"{path}: not YAML: line 4: seed is given twice, first in line 2"):
+        load_recipe(path)
+    path.write_text("grpo: &g {seed: 1, beta: 0.5}\neval: {seed: &s 4, size: *s}\n")
+    assert (load_recipe(path).eval.seed, load_recipe(path).eval.size) == (4, 4)
+    assert read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")["b"] == {"x": 3, "y": 2}
+
+
+def test_paths_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/her")
+    recipe = load_recipe(TINY, ["output.path=~/run", "model.path=~/model", "rhythm.groups=~/groups.json"])
+    assert (recipe.output.path, recipe.model.path) == ("/home/her/run", "/home/her/model")
+    assert recipe.rhythm.groups == "/home/her/groups.json"
+
+
+@pytest.mark.parametrize(("given", "steps"), [("0.1", 2), ("3", 3), ("2.0", 2), ("0", 0)])
+def test_a_warmup_below_one_is_a_share(given, steps, tmp_path):
+    recipe = load_recipe(TINY, [f"grpo.warmup_steps={given}", "grpo.max_steps=20", f"output.path={tmp_path}"])
+    assert trainer_config(recipe).get_warmup_steps(20) == steps
 
 
 def test_good_values_keep_their_meaning():
@@ -234,7 +304,7 @@ def model(tmp_path_factory):
 
 def test_what_the_model_and_the_trainer_refuse(refused, model, tmp_path):
     """Late refusals, all in one: each needs a model, most a trainer; none costs an evaluation or leaves a folder."""
-    other, bare, cut = tmp_path / "other.json", tmp_path / "bare", tmp_path / "cut"
+    other, bare, cut, deep = (tmp_path / name for name in ("other.json", "bare", "cut", "deep"))
     other.write_text('{"local": [[90, 0]], "global": [[0, 0]]}')
     shutil.copytree(model, bare)
     settings = json.loads((bare / "tokenizer_config.json").read_text())
@@ -242,10 +312,20 @@ def test_what_the_model_and_the_trainer_refuse(refused, model, tmp_path):
     (bare / "tokenizer_config.json").write_text(json.dumps(settings))
     shutil.copytree(model, cut)
     os.truncate(cut / "model.safetensors", 100)
+    lists = [Path(shutil.copytree(model, tmp_path / name), f"{name}.json") for name in ("tokenizer_config", "config")]
+    for path in lists:
+        path.write_text("[]")
+    shutil.copytree(model, deep)
+    (deep / "config.json").write_text('{"a": ' + "[" * 200_000)
+    (shutil.copytree(model, tmp_path / "none") / "tokenizer.json").write_text("{}")
+    checkpointing = "grpo.gradient_checkpointing=true"
     for words, message in (
         (["model.path=no/such/model"], "model: no/such/model cannot be loaded"),
         ([f"model.path={ROOT / 'docs'}"], f"model: {ROOT / 'docs'} cannot be loaded"),
         ([f"model.path={cut}"], f"model: {cut} cannot be loaded"),
+        *(([f"model.path={path.parent}"], f"{path}: it is not a group of values") for path in lists),
+        ([f"model.path={deep}"], f"{deep / 'config.json'}: nested too deep"),
+        ([f"model.path={tmp_path / 'none'}"], f"model: {tmp_path / 'none'} cannot be loaded: "),
         ([f"model.path={bare}"], "task.prompt is 'tiny': Asking to pad"),
         (["model.attn_implementation=flsh"], '`attn_implementation="flsh"` is not supported'),
         (["task.prompt=chat", "task.level=paper"], "task.prompt is 'chat': Cannot use chat template functions"),
@@ -256,10 +336,33 @@ def test_what_the_model_and_the_trainer_refuse(refused, model, tmp_path):
         (["grpo.sync_ref_model=true"], "sync_ref_model=True"),
         (["grpo.save_strategy=best"], "metric_for_best_model"),
         (["grpo.lr_scheduler_kwargs={foo: 1}"], "foo"),
+        ([*HARD, "grpo.lr_scheduler_kwargs={num_cycles: abc}"], "grpo.lr_scheduler_kwargs: ValueError"),
+        (["grpo.lr_scheduler_type=polynomial", "grpo.lr_scheduler_kwargs={power: -1}", *HARD[1:]], "ZeroDivisionError"),
+        ([checkpointing, "grpo.gradient_checkpointing_kwargs={nonsense: 1}"], "grpo.gradient_checkpointing_kwargs: "),
+        (["grpo.torch_compile_mode=max"], "grpo.torch_compile_mode: RuntimeError: Unrecognized mode=max"),
+        (
+            ["grpo.dataloader_multiprocessing_context=nonsense"],
+            "grpo.dataloader_*: ValueError: multiprocessing_context",
+        ),
+        ([WORKER, "grpo.dataloader_multiprocessing_context=nonsense"], "should specify a valid start method"),
+        (["grpo.generation_kwargs={num_beams: abc}"], "grpo.generation_kwargs and the settings of sampling: "),
+        (["grpo.cache_implementation=nonsense"], "cache_implementation"),
         (["grpo.lr_scheduler_type=cosine_with_min_lr"], "min_lr"),
         (["task.train_size=5000"], "the train pool of level 'tiny' with 3 numbers gave"),
     ):
         assert message in refused(f"model.path={model}", *words)
+
+
+def test_trying_leaves_no_trace(model, tmp_path):
+    recipe = load_recipe(TINY, [*FEW, f"model.path={model}", f"output.path={tmp_path}", WORKER, HARD[0]])
+    task = Countdown(recipe.task)
+    parts, recorder = load(recipe), Recorder(tmp_path / "metrics.jsonl", 1)
+    trainer = build_trainer(recipe, trainer_config(recipe), *parts, task, reward_functions(["score"] * 3), recorder)
+    before, state = trainer.model.train(), torch.get_rng_state()
+    limits = trainer.generation_config.to_dict()
+    try_out(trainer, ["1 2 3 ="] * 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer.lr_scheduler is None and before.training and trainer.generation_config.to_dict() == limits
 
 
 def test_a_model_that_loads_but_does_not_run(refused, model, monkeypatch):
@@ -360,18 +463,54 @@ def finished(folder: Path) -> Path:
         ("config.yaml", "a: ["),
         ("config.yaml", "{task: , model: , grpo: , rhythm: , eval: , output: }"),
         ("config.yaml", "\udcff"),
+        ("config.yaml", "[" * 200),
+        ("config.yaml", "task: &a {x: *a}"),
+        ("config.yaml", ("grpo.seed", {})),
+        ("config.yaml", ("grpo.seed", [1])),
+        ("config.yaml", ("more", 3)),
+        ("result.json", "[" * 200_000),
+        ("metrics.jsonl", "[" * 200_000),
+        ("metrics.jsonl", '{"step": "one"}'),
+        ("metrics.jsonl", '{"step": 1, "accuracy": "half"}'),
+        *(
+            ("result.json", (name, value))
+            for name in ("before", "after", "after.sampled", "before.greedy", "seconds", "after.greedy.right", "split")
+            for value in (5, None, {}, [], "x")
+            if (name, value) != ("split", "x")
+        ),
+        *(("result.json", ("mode", value)) for value in (5, None, {}, [])),
+        ("result.json", ("after.sampled.accuracy", float("nan"))),
+        ("result.json", ("after.sampled.instances", 3)),
+        ("result.json", ("seconds.training", True)),
     ],
 )
 def test_runs_whose_files_are_broken(tmp_path, capsys, name, content):
     run = finished(tmp_path / "run")
     page = ["--output", str(tmp_path / "page.html")]
     assert main(["compare", str(run), *page]) == 0
+    if isinstance(content, tuple):  # one value of the whole, by its name
+        whole = yaml.safe_load((run / name).read_text())
+        *groups, last = content[0].split(".")
+        group = whole
+        for key in groups:
+            group = group[key]
+        group[last] = content[1]
+        content = json.dumps(whole)
     (run / name).write_text(content, encoding="utf-8", errors="surrogateescape")
     capsys.readouterr()
     for words in (["compare", str(run), *page], ["evaluate", str(run)]):
         assert main(words) == 2
         error = capsys.readouterr().err
-        assert re.fullmatch(rf"error: {run}: no finished run \(.*\)\n", error)
+        assert re.fullmatch(rf"error: {run}: no finished run \({re.escape(name)} .*\)\n", error)
+
+
+def test_evaluate_names_the_file_whose_setting_is_wrong(tmp_path, capsys):
+    run = finished(tmp_path / "run")
+    (run / "model").mkdir()
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("dtype: float32", "dtype: int4"))
+    assert main(["evaluate", str(run)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path}: model.dtype is 'int4': it must be one of")
 
 
 def test_evaluate_takes_what_it_heeds(tmp_path, capsys):
