@@ -214,7 +214,11 @@ def column_stats(
             hidden = (tokens.end[:, slice(*keys)] - farthest.clamp(min=stop)).clamp(min=0).float()
             zeros = torch.zeros_like(state[:5])
             zeros[0] = hidden[:, None]
+            seen, mean, lost = state[0], state[1], state[5]
             state = _merge(state, zeros, moments)
+            # What is left of the mean is its share of the rows: the mean less nearly all of it would cancel.
+            share = seen / state[0].clamp(min=1)
+            state[1], state[5] = mean * share, lost * share
         results[..., slice(*keys)] = _standardise(state) if moments else state[1:2] / MOMENT_SCALE
     return _finish(results, tokens.scored, per_head)
 

@@ -82,7 +82,7 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
   int32_t ends[kColumnTile];
   spread(tile, kColumnTile, INT32_MIN, ends, [](const Sequence& seq) { return seq.end; });
   for (int64_t c = 0; c < count; ++c) {
-    const int64_t rows = smaller(ends[c] - 1, s0 + c + p.hi) - (s0 + c + p.lo) + 1;
+    const int64_t rows = smaller(int64_t(ends[c]) - 1, s0 + c + p.hi) - (s0 + c + p.lo) + 1;
     inverse[c] = rows > 0 ? 1.0f / (float)rows : 0.0f;
   }
   const int64_t hi = smaller(smaller(p.hi, p.score.window_left), reach_of(tile));

@@ -83,10 +83,16 @@ __attribute__((noinline)) static void take_hidden(const Problem& p, int64_t s, i
   const Vec all = splat((float)(end - stop));
   const Vec rows = select(later < all, later, all);
   const Vec hidden = select(rows > Vec{}, rows, Vec{});
-  if (p.moments)
+  if (p.moments) {
+    // What is left of the mean is its share of the rows: the mean less nearly all of it would cancel.
+    const Vec n = load(state.count + c), mean = load(state.mean + c), lost = load(state.lost + c);
     merge(state, c, hidden, Vec{}, Vec{}, Vec{}, Vec{});
-  else
+    const Vec whole = n + hidden, share = n / select(whole > Vec{}, whole, splat(1.0f));
+    store(state.mean + c, mean * share);
+    store(state.lost + c, lost * share);
+  } else {
     store(state.count + c, load(state.count + c) + hidden);
+  }
 }
 
 // Write plane `plane` of token `s0 + c`, or add it to the mean over heads.

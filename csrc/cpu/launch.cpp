@@ -14,19 +14,25 @@ Tiles::Tiles(const Sequence* sequences, int64_t count, int64_t tile_size, bool t
   int64_t total = 0;
   for (int64_t i = 0; i < count;) {
     const Sequence& first = sequences[i];
-    int64_t next = i + 1, end = first.end, alone = vectors(response_of(first));
-    for (; together && next < count; ++next) {
+    if (response_of(first) == 0) {
+      ++i;
+      continue;
+    }
+    int64_t stop = i + 1, end = first.end, alone = vectors(response_of(first)); // stop: behind the last that joined
+    for (int64_t next = i + 1; together && next < count; ++next) {
       const Sequence& seq = sequences[next];
       if (response_of(seq) == 0) continue;
       const int64_t tokens = int64_t(seq.end) - first.response_start;
       alone += vectors(response_of(seq));
       // Prompts between responses fill lanes too: then two tiles may take less.
       if (seq.row != first.row || seq.start < end || tokens > tile_size || vectors(tokens) > alone) break;
+      if (next - i > 2 * tile_size) break; // empty responses between are walked over by every tile and head
       end = seq.end;
+      stop = next + 1;
     }
     total += (end - first.response_start + tile_size - 1) / tile_size;
-    runs_.push_back({i, next, total});
-    i = next;
+    runs_.push_back({i, stop, total});
+    i = stop;
   }
 }
 

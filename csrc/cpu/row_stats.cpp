@@ -32,25 +32,18 @@ static void take_keys(const Problem& p, int64_t t, int64_t s0, int64_t count, fl
   const Vec minus_inf = splat(-__builtin_inff());
   const bool all_visible = s0 + count - 1 <= t && t + kLanes - 1 - s0 <= p.score.window_left;
   const Int window = splat_int((int32_t)smaller(p.score.window_left, INT32_MAX));
-  // Where a larger product is a larger logit, the largest alone is scaled here, and the others when they are next read.
-  const bool in_order = all_visible && p.score.softcap <= 0 && p.score.scale > 0;
-  const Vec unit = splat(in_order ? p.score.scale : 1.0f);
   const Vec before = load(state.maximum + r);
   Vec maximum = before;
-  if (in_order) {
-    Vec largest = minus_inf;
-    for (int64_t n = 0; n < count; ++n) largest = max_or_nan(largest, load(dots + n * kRowTile));
-    maximum = max_or_nan(maximum, largest * unit);
-  } else {
-    for (int64_t n = 0; n < count; ++n) {
-      Vec x = logit(load(dots + n * kRowTile), p.score);
-      if (!all_visible) {
-        const Int distance = lanes + (int32_t)(t - (s0 + n));
-        x = select((distance >= splat_int(0)) & (distance <= window), x, minus_inf);
-      }
-      store(dots + n * kRowTile, x);
-      maximum = max_or_nan(maximum, x);
+  for (int64_t n = 0; n < count; ++n) {
+    Vec x = logit(load(dots + n * kRowTile), p.score);
+    if (!all_visible) {
+      const Int distance = lanes + (int32_t)(t - (s0 + n));
+      x = select((distance >= splat_int(0)) & (distance <= window), x, minus_inf);
     }
+    // Kept as rounded: the largest is one of these, so that no exponent below is above 0. Scaled anew there, in one
+    // step with the subtraction, it would be off by half a unit of the largest: by 128 for logits of 2^31.
+    store(dots + n * kRowTile, x);
+    maximum = max_or_nan(maximum, x);
   }
   // A row that has seen no key yet keeps -inf; its exponentials are taken from 0 and are all 0.
   const Vec origin = select(maximum == minus_inf, Vec{}, maximum);
@@ -59,7 +52,7 @@ static void take_keys(const Problem& p, int64_t t, int64_t s0, int64_t count, fl
   Vec distance = lane_number() + (float)(t - s0);
   const bool near = t - (s0 + count - 1) < p.window;
   for (int64_t n = 0; n < count; ++n) {
-    const Vec e = exp_to_88(load(dots + n * kRowTile) * unit - origin);
+    const Vec e = exp_to_88(load(dots + n * kRowTile) - origin);
     sum += e;
     far += e * distance;
     if (near) {

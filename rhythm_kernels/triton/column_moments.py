@@ -120,7 +120,10 @@ def column_moments_kernel(
         n_rows = zero.to(tl.int32) + (tl.minimum(t0 + ROWS, rows_to) - t0)
         n, mean, m2, m3, m4 = merge_tile(n, mean, m2, m3, m4, a, counted, n_rows)
     hidden = tl.maximum(end - tl.maximum(rows_to, s + min_distance), 0).to(tl.float32)
+    n_seen, mean_seen = n, mean
     n, mean, m2, m3, m4 = merge(n, mean, m2, m3, m4, hidden, zero, zero, zero, zero)
+    # What is left of the mean is its share of the rows: the mean less nearly all of it would cancel.
+    mean = mean_seen * (n_seen / tl.maximum(n, 1.0))
     m2, m3, m4 = m2 / tl.maximum(n, 1.0), m3 / tl.maximum(n, 1.0), m4 / tl.maximum(n, 1.0)
     # NaN is not 0: it goes on into all three.
     flat = (m2 == 0.0) | (n < 2.0)
