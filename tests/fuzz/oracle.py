@@ -128,7 +128,7 @@ def rows(p: Problem, heads: list[int], window: int, lse: np.ndarray | None) -> d
             continue
         m = maps(p, at, heads, lse)
         away = np.maximum(m.distance, 0)
-        window_here = min(window, at.end - at.start)
+        window_here = min(window, p.q.shape[1])  # of the whole row: how the backends limit it
         used = m.lse if lse is None else lse[at.row][heads, at.live]
         # By the identity W - sum A (W - d) a handed-over number's own rounding counts W times.
         whole = (m.error.sum(-1) + (0 if lse is None else abs(np.nan_to_num(used)) * 2.0**-23)) * window_here
