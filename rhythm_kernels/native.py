@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import torch_attention
+from .fallback import attention_backward as attention_backward  # torch's own, whichever pass made the statistics
 from .torch_credit import gamma_levels
 
 __all__ = [
@@ -213,24 +214,6 @@ def attention(
     out, lse = torch_attention.forward(q, k, v, seqs, *rule)
     _, waad, span = row_stats(q, k, seqs, heads, max_seqlen, *rule, window, per_head)
     return out, lse, waad, span
-
-
-def attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention`'s output with respect to q, k and v."""
-    return torch_attention.backward(grad_out, q, k, v, out, lse, seqs, scale, softcap, window_left, sinks)
 
 
 def credit(
