@@ -158,7 +158,7 @@ STABLE_TORCH_LIBRARY_IMPL(rhythm_kernels_native, CPU, m) {
   m.impl("credit", TORCH_BOX(&credit));
 }
 
-// What was built, for rhythm_kernels.native.build_info().
+// What was built, for rhythm_kernels.backend.extension.build_info().
 PyObject* capabilities(PyObject*, PyObject*) {
   PyObject* const found = PyDict_New();
   if (found == nullptr) return nullptr;

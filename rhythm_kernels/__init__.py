@@ -15,9 +15,9 @@ from .ops import backends
 from .reference import AttentionStats, ColumnMoments
 
 if TYPE_CHECKING:
+    from .backend.extension import build_info
     from .credit import rhythm_credit, shape_advantages
     from .heads import HeadGroups
-    from .native import build_info
     from .probe import RhythmProbe, head_groups
 
 __version__ = "0.1.0"
@@ -44,7 +44,7 @@ __all__ = [
 _LAZY = {
     "HeadGroups": "heads",
     "RhythmProbe": "probe",
-    "build_info": "native",
+    "build_info": "backend.extension",
     "head_groups": "probe",
     "rhythm_credit": "credit",
     "shape_advantages": "credit",

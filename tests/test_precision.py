@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rhythm_kernels as rk
-from rhythm_kernels import reference, tiles
+from rhythm_kernels import reference
+from rhythm_kernels.backend.tiled_torch import tiles
 from rhythm_kernels.canonical import canonical
 from rhythm_kernels.ops import dispatch
 

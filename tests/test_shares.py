@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rhythm_kernels as rk
-from rhythm_kernels import fallback
+from rhythm_kernels.backend.tiled_torch import passes as fallback
 from rhythm_kernels.ops import dispatch
 
 BACKENDS = [name for name in ("cpu", "torch") if not rk.backends()[name]]
@@ -78,7 +78,7 @@ def test_empty_sequences_behind_others_change_nothing() -> None:
 @CPU
 def test_attention_on_a_cpu_takes_the_compiled_row_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default and by name; `torch` stays torch alone, and its own pass is not a free one for the probe."""
-    from rhythm_kernels import native
+    from rhythm_kernels.backend import cpu as native
     from rhythm_kernels.probe.attention import is_one_pass
 
     calls = []

@@ -15,6 +15,9 @@ from ..canonical import last_contiguous
 
 BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
 
+# The passes of the interface, as the door asks for them; `attention` comes with its backward.
+_PASSES = ("band_rows", "band_columns", "row_stats", "column_stats", "attention", "credit")
+
 # The rule: the first usable backend of the list that has the pass: of the list of that pass where it has one, else of
 # the device's.
 _PREFERENCE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
@@ -27,36 +30,32 @@ _PREFERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("cuda", "band_columns"): ("triton", "cuda", "torch"),
 }
 
-_MODULES = {"cuda": "cuda", "cpu": "native", "triton": "triton", "torch": "fallback"}
+# A backend and the module of `rhythm_kernels.backend` that is its room.
+_ROOMS = {"cuda": "cuda", "triton": "triton", "cpu": "cpu", "torch": "tiled_torch"}
 
-_NO_STREAMS = "the CUDA C++ backend has the bands and credit: leave backend at None, or say 'triton'"
 
-# Passes that a backend does not have, and why. What is not named here is there.
-_LACKS = {
-    ("cuda", "row_stats"): _NO_STREAMS,
-    ("cuda", "column_stats"): _NO_STREAMS,
-    ("cuda", "attention"): _NO_STREAMS,
-    ("triton", "credit"): "the Triton backend has no credit: leave backend at None, or say 'torch'",
-}
+@functools.cache
+def _room(backend: str) -> ModuleType:
+    """The module that has a backend's passes, imported when it is first needed."""
+    return importlib.import_module(f"..backend.{_ROOMS[backend]}", __package__)
 
 
 def _unusable(name: str, device: torch.device) -> str:
     """Why `name` cannot serve tensors on `device`; empty where it can."""
-    if name in ("torch", "reference"):
+    if name == "reference":
         return ""
-    if name == "cpu":
-        from .. import native
+    if name not in _ROOMS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {name!r}")
+    return str(_room(name).available(device))
 
-        return native.available() if device.type == "cpu" else f"it serves CPU tensors, not {device.type}"
-    if name == "triton":
-        from .. import triton
 
-        return triton.available(device)
-    if name == "cuda":
-        from .. import cuda
-
-        return cuda.available(device)
-    raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {name!r}")
+def _lacks(name: str, pass_name: str) -> str:
+    """That a backend has no such pass, what it has, and who has it; empty where it has it."""
+    if name == "reference" or hasattr(_room(name), pass_name):
+        return ""
+    has = ", ".join(x for x in _PASSES if hasattr(_room(name), x))
+    others = " or ".join(repr(x) for x in _ROOMS if hasattr(_room(x), pass_name))
+    return f"it has {has} and no {pass_name}: leave backend at None, or say {others}"
 
 
 @functools.cache
@@ -64,9 +63,9 @@ def choose(pass_name: str, backend: str | None, device: torch.device) -> str:
     """The backend that will run `pass_name` on `device`; a forced one that cannot is a ValueError that says why."""
     if backend is None:
         order = _PREFERS.get((device.type, pass_name)) or _PREFERENCE.get(device.type, ())
-        usable = (name for name in order if (name, pass_name) not in _LACKS)
-        return next((name for name in usable if not _unusable(name, device)), "torch")
-    reason = _unusable(backend, device) or _LACKS.get((backend, pass_name), "")
+        usable = (name for name in order if not _unusable(name, device))
+        return next((name for name in usable if not _lacks(name, pass_name)), "torch")
+    reason = _unusable(backend, device) or _lacks(backend, pass_name)
     if reason:
         raise ValueError(f"backend={backend!r} cannot run {pass_name} on {device.type} tensors: {reason}")
     return backend
@@ -88,7 +87,7 @@ def run(pass_name: str, backend: str | None, *args: Any) -> Any:
     """Call the pass of a backend, outside of autocast and autograd, on tensors laid out as kernels read them."""
     device = args[0].device
     chosen = choose(pass_name.removesuffix("_backward"), backend, device)
-    if chosen not in _MODULES:
+    if chosen not in _ROOMS:
         raise ValueError(f"backend={backend!r} has no operators: it is for the functions of rhythm_kernels")
     # To leave autocast costs more than to ask whether it is on, which it hardly ever is here.
     no_autocast = (
@@ -97,13 +96,7 @@ def run(pass_name: str, backend: str | None, *args: Any) -> Any:
         else contextlib.nullcontext()
     )
     with torch.no_grad(), no_autocast:
-        return getattr(_module(chosen), pass_name)(*map(_laid_out, args))
-
-
-@functools.cache
-def _module(backend: str) -> ModuleType:
-    """The module of a backend's passes, imported when it is first needed."""
-    return importlib.import_module(f"..{_MODULES[backend]}", __package__)
+        return getattr(_room(chosen), pass_name)(*map(_laid_out, args))
 
 
 def backends() -> dict[str, str]:

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..backend.tiled_torch.tiles import token_table
 from ..canonical import SequenceTable
-from ..tiles import token_table
 from .masks import Sequences
 
 

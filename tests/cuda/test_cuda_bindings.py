@@ -1,4 +1,4 @@
-"""From the public functions through `rhythm_kernels.cuda` and the bindings to the CUDA kernels, all on the CPU.
+"""From the public functions through `rhythm_kernels.backend.cuda` and the bindings to the CUDA kernels, all on the CPU.
 
 The bindings are compiled beside the emulated kernels, with the CPU's dispatch key in place of CUDA's. What stays
 untested without a GPU is the current device and stream.
@@ -16,7 +16,8 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 import rhythm_kernels as rk
-from rhythm_kernels import cuda, native, ops, reference
+from rhythm_kernels import ops, reference
+from rhythm_kernels.backend import cuda, extension
 from rhythm_kernels.ops import dispatch
 from tests import bounds
 from tests.cases import CASES, Case
@@ -61,7 +62,7 @@ def cuda_serves_the_cpu(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None
 
     for module in (ops, dispatch):
         monkeypatch.setattr(module, "choose", choose_cuda)
-    monkeypatch.setattr(native, "registered", lambda: torch.ops.rhythm_kernels_emulated)
+    monkeypatch.setattr(extension, "registered", lambda: torch.ops.rhythm_kernels_emulated)
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -112,7 +113,7 @@ def test_what_does_not_fit_is_refused() -> None:
     choice = ("global", 0.4, 3, False, None, None)
     short = torch.empty(10, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="scratch must be contiguous uint8 with at least"):
-        native.registered().cuda_credit(waad, waad, None, waad > 0, *choice, [1.0] * 6, short, waad.clone())
+        extension.registered().cuda_credit(waad, waad, None, waad > 0, *choice, [1.0] * 6, short, waad.clone())
 
 
 CHIPS = {
@@ -160,7 +161,7 @@ def test_the_driver_is_asked_for_its_version(tmp_path: Path) -> None:
     source = tmp_path / "driver.cpp"
     source.write_text('extern "C" int cuDriverGetVersion(int* version) { *version = 12040; return 0; }\n')
     subprocess.run([*compiler(), "-shared", "-fPIC", source, "-o", tmp_path / "libcuda.so.1"], check=True)
-    command = [sys.executable, "-c", "from rhythm_kernels import cuda; print(cuda._driver())"]
+    command = [sys.executable, "-c", "from rhythm_kernels.backend import cuda; print(cuda._driver())"]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "(12, 4)\n"

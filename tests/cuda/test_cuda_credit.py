@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rhythm_kernels import reference
+from rhythm_kernels.backend.tiled_torch.credit import gamma_levels
 from rhythm_kernels.credit import CREDIT_MODES, rhythm_credit
 from rhythm_kernels.ops import dispatch
-from rhythm_kernels.torch_credit import gamma_levels
 from tests.credit_cases import credit_cases, many_tokens
 
 from .emulated import KERNELS, ORDERS, SANITIZED, Emulated, build

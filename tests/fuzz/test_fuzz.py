@@ -6,6 +6,7 @@ shrunk, as the `Case` that it is; `hold(Case(...), backend)` repeats it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import rhythm_kernels as rk
-from rhythm_kernels import fallback, tiles, torch_attention
+from rhythm_kernels.backend.tiled_torch import passes as fallback
+from rhythm_kernels.backend.tiled_torch import tiles
 from tests.backends import device_of
 from tests.fuzz import credit
 from tests.fuzz.cases import Case, cases
@@ -65,7 +67,7 @@ def fuzz(strategy: st.SearchStrategy[Any], number: int, run: int, check: Callabl
 def small_tiles(patch: pytest.MonkeyPatch) -> None:
     """Of the torch backend, 32 keys by 16 rows: the tiles that it has would each hold nearly every case whole."""
     patch.setattr(tiles, "_TILE_ELEMENTS", 1)
-    for module in (fallback, torch_attention):
+    for module in (fallback, importlib.import_module("rhythm_kernels.backend.tiled_torch.attention")):
         patch.setattr(module, "KEY_TILE", 32)
 
 

@@ -164,7 +164,7 @@ class First:
 
     def tiles(self) -> Iterator[str]:
         """The candidates for launch choices against the table's."""
-        from rhythm_kernels.triton import shortlist
+        from rhythm_kernels.tuning import shortlist
 
         path = self.out / "tiles.jsonl"
         problem = (

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 import rhythm_kernels as rk
-from rhythm_kernels import native, reference
+from rhythm_kernels import reference
+from rhythm_kernels.backend import cpu, extension
 from tests.cases import CASES, Case, check, random_cases
 
-if native.available():
-    pytest.fail(native.available(), pytrace=False)
+if extension.unusable():
+    pytest.fail(extension.unusable(), pytrace=False)
 
-CAPABILITIES = [name for name, runs in native.build_info()["capabilities"].items() if runs]
+CAPABILITIES = [name for name, runs in extension.build_info()["capabilities"].items() if runs]
 FEW = [
     Case("wide band in chunks", length=400, batch=1, heads=2, kv_heads=1, window=300, horizon=(2, 390)),
     Case("more heads than a group", heads=12, kv_heads=1, length=90),
@@ -186,4 +187,4 @@ def test_tables_out_of_range_are_refused(change: dict[str, list], message: str) 
     seqs = torch.tensor(tables["seqs"], dtype=torch.int32).reshape(-1, 4)
     heads = torch.tensor(tables["heads"], dtype=torch.int32).reshape(-1, 2)
     with pytest.raises(RuntimeError, match=message):
-        native.band_rows(q, k, lse, seqs, heads, 30, 1.0, 0.0, -1, None, 10, False)
+        cpu.band_rows(q, k, lse, seqs, heads, 30, 1.0, 0.0, -1, None, 10, False)

@@ -22,7 +22,7 @@ import torch
 import triton
 from without_gpu import DTYPES, PASSES, TARGETS, Launch, arguments, launches
 
-from rhythm_kernels.triton.trial import RUNS
+from rhythm_kernels.tuning.trial import RUNS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = {

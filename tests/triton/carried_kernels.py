@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 import rhythm_kernels as rk
-import rhythm_kernels.triton as passes
+import rhythm_kernels.backend.triton as passes
 from benchmarks.shapes import SHAPES, AttentionShape
-from rhythm_kernels.triton import configs
-from rhythm_kernels.triton.interpreted import INTERPRETED
+from rhythm_kernels.backend.triton import configs
+from rhythm_kernels.backend.triton.interpreted import INTERPRETED
 from tests.cases import Case, random_cases
 from tests.gpu import on_device
 from tests.gpu.test_on_device import ATTENTION, SEEDS

@@ -18,7 +18,7 @@ import triton
 from benchmarks.shapes import AttentionShape
 from benchmarks.suites import SUITES
 from benchmarks.work import Work, k_bytes, lse_bytes, q_bytes
-from rhythm_kernels.triton import configs
+from rhythm_kernels.backend.triton import configs
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 SHAPE = AttentionShape(8192, dim=128, dtype="bfloat16")

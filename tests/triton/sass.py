@@ -20,7 +20,7 @@ import triton
 from aot_compile import TOOLS, launched, nvidia_resources
 from without_gpu import TARGETS
 
-from rhythm_kernels.triton import configs
+from rhythm_kernels.backend.triton import configs
 
 ARCH = "sm_90"
 # What an SM of compute capability 9.0 has; a block takes 1 KiB of shared memory besides its own.

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json, os, sys
 from tests.triton import carried_kernels as carried
-from rhythm_kernels.triton import configs
+from rhythm_kernels.backend.triton import configs
 os.environ |= {"TRITON_CACHE_DIR": sys.argv[1], "TRITON_STORE_BINARY_ONLY": "1"}
 kernels = carried.wanted("sm_90")
 carried._WANTED[:] = [("sm_90", *kernel) for kernel in kernels[::100]]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from rhythm_kernels.triton import configs
+from rhythm_kernels.backend.triton import configs
 
 SCRIPT = Path(__file__).with_name("aot_compile.py")
 ROOT = SCRIPT.parents[2]

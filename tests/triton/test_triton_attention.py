@@ -13,8 +13,8 @@ from torch.library import opcheck
 
 import rhythm_kernels as rk
 from rhythm_kernels import ops, reference
+from rhythm_kernels.backend.triton import configs
 from rhythm_kernels.canonical import canonical
-from rhythm_kernels.triton import configs
 from tests import bounds
 from tests.cases import CASES, Case, random_cases
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton_cases import DEVICE, Case
 
 import rhythm_kernels as rk
-import rhythm_kernels.triton as rhythm_triton
+import rhythm_kernels.backend.triton as rhythm_triton
 from rhythm_kernels import reference
 from tests.cases import Case as PublicCase
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton_cases import DEVICE, Case
 
-import rhythm_kernels.triton as rhythm_triton
+import rhythm_kernels.backend.triton as rhythm_triton
 from tests import bounds
 
 CASES = {

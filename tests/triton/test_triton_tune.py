@@ -15,9 +15,10 @@ import pytest
 import torch
 import triton
 
-import rhythm_kernels.triton as passes
-from rhythm_kernels.triton import configs, shortlist, trial, tune, tuned
-from rhythm_kernels.triton.configs import TILES, Tile
+import rhythm_kernels.backend.triton as passes
+from rhythm_kernels.backend.triton import configs, tile_file
+from rhythm_kernels.backend.triton.configs import TILES, Tile
+from rhythm_kernels.tuning import shortlist, trial, tune
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,7 +106,7 @@ def test_from_tuning_to_choosing(favourites: None, tmp_path: Path, monkeypatch: 
     content = main(tmp_path / "new" / "tiles.json")
     assert tiles(content) == FAVOURITE
     assert content["architecture"] == ARCH and content["triton"] == triton.__version__
-    assert content["device"] == tuned.device_name() and content["capability"] == tuned.capability()
+    assert content["device"] == tile_file.device_name() and content["capability"] == tile_file.capability()
     measured = content["tiles"][0]["measured"]
     assert measured.keys() == {
         "length", "heads", "kv_heads", "head_size", "dtype", "ms", "table_ms", "package", "torch", "date"
@@ -133,7 +134,7 @@ def test_from_tuning_to_choosing(favourites: None, tmp_path: Path, monkeypatch: 
 def test_the_cache_is_where_one_looks(favourites: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert tune.main([*TINY, "--candidates", "2", "--kernel", "band_rows"]) == 0
     assert "RHYTHM_TILES=1 uses it" in capsys.readouterr().out
-    assert tuned.cache_path().name.endswith(f"triton{triton.__version__}.json")
+    assert tile_file.cache_path().name.endswith(f"triton{triton.__version__}.json")
     monkeypatch.setenv("RHYTHM_TILES", "1")
     assert configs.choose("band_rows", ARCH, 32, SIZE) == FAVOURITE["band_rows"]
 
@@ -182,7 +183,7 @@ def test_a_tile_that_spills_more_than_the_tables_is_refused(
 ) -> None:
     """In what Triton keeps of a kernel that was launched, the number of spilled words is looked up."""
     cache: dict[int, Any] = {}
-    module = sys.modules["rhythm_kernels.triton.band_rows"]
+    module = sys.modules["rhythm_kernels.backend.triton.band_rows"]
     monkeypatch.setattr(module, "stand_in", SimpleNamespace(device_caches=cache), raising=False)
     honest = trial.outputs
 
@@ -235,7 +236,7 @@ def test_the_budget_is_kept(favourites: None, tmp_path: Path, monkeypatch: pytes
 def good() -> dict[str, Any]:
     tile = FAVOURITE["band_rows"]._asdict()
     return {
-        "architecture": ARCH, "capability": tuned.capability(), "triton": triton.__version__,
+        "architecture": ARCH, "capability": tile_file.capability(), "triton": triton.__version__,
         "tiles": [{"kernel": "band_rows", "bits": 32, "head_size": SIZE, "tile": tile}],
     }  # fmt: skip
 
@@ -285,12 +286,12 @@ def test_a_file_that_does_not_fit_is_an_error(
 
 def test_the_good_file_is_good(tmp_path: Path) -> None:
     (tmp_path / "tiles.json").write_text(json.dumps(good()))
-    assert tuned.load(tmp_path / "tiles.json", ARCH) == {("band_rows", 32, SIZE): FAVOURITE["band_rows"]}
+    assert tile_file.load(tmp_path / "tiles.json", ARCH) == {("band_rows", 32, SIZE): FAVOURITE["band_rows"]}
 
 
 def test_a_missing_file_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RHYTHM_TILES", "1")
-    with pytest.raises(FileNotFoundError, match=r"python -m rhythm_kernels\.triton\.tune"):
+    with pytest.raises(FileNotFoundError, match=r"python -m rhythm_kernels\.tuning"):
         configs.choose("band_rows", ARCH, 32, SIZE)
 
 
@@ -315,7 +316,7 @@ def test_arguments_out_of_range(given: list[str], message: str, capsys: Any) -> 
 def command(**environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "rhythm_kernels.triton.tune", *TINY, "--candidates", "1", "--kernel", "band_rows"],
+        [sys.executable, "-m", "rhythm_kernels.tuning", *TINY, "--candidates", "1", "--kernel", "band_rows"],
         cwd=ROOT, env={**inherited, "CUDA_VISIBLE_DEVICES": "", **environment}, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -330,7 +331,7 @@ def test_interpreted_times_are_called_meaningless() -> None:
     done = command(TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     assert "these times say nothing about any GPU" in done.stdout and "1 timed" in done.stdout
-    assert tuned.cache_path().parent.is_dir()  # of the environment that it inherited
+    assert tile_file.cache_path().parent.is_dir()  # of the environment that it inherited
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -473,4 +474,4 @@ def test_on_the_device(tmp_path: Path, capsys: Any) -> None:
     given = ["--length", "1024", "--head-size", "64", "--candidates", "3", "--seconds", "30", "--save", str(path)]
     assert tune.main([*given, *(word for name in kernels for word in ("--kernel", name))]) == 0
     assert capsys.readouterr().out.count(" timed") == len(kernels)
-    assert tuned.load(path, ARCH).keys() <= {(name, 16, 64) for name in kernels}
+    assert tile_file.load(path, ARCH).keys() <= {(name, 16, 64) for name in kernels}

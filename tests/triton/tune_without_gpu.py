@@ -14,8 +14,9 @@ import torch
 import triton.testing
 from without_gpu import Driver
 
-import rhythm_kernels.triton as passes
-from rhythm_kernels.triton import configs, tune, tuned
+import rhythm_kernels.backend.triton as passes
+from rhythm_kernels.backend.triton import configs, tile_file
+from rhythm_kernels.tuning import tune
 
 SHARED = 66 * 1024  # bytes of a block at most
 SPILLING = 30 * 1024  # bytes below which a kernel spills
@@ -51,7 +52,7 @@ def main(given: list[str]) -> int:
     torch.cuda.synchronize = lambda device=None: None
     configs.architecture = lambda device: "sm_80"
     passes.available = lambda device: ""
-    tuned.capability, tuned.device_name = lambda: "8.0", lambda: "stand-in"
+    tile_file.capability, tile_file.device_name = lambda: "8.0", lambda: "stand-in"
     return tune.main(given)
 
 

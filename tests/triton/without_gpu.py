@@ -19,8 +19,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import rhythm_kernels.triton as passes
-from rhythm_kernels.triton import configs
+import rhythm_kernels.backend.triton as passes
+from rhythm_kernels.backend.triton import configs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -181,7 +181,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
 }
 
 # Tiles that read as well as the table's in machine code, for 16-bit inputs and heads of 128: what a GPU must decide.
-# `python -m rhythm_kernels.triton.tune --shortlist` times them beside the table's.
+# `python -m rhythm_kernels.tuning --shortlist` times them beside the table's.
 CANDIDATES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_90": {
         "band_rows": (Tile(64, 32, 4, 2), Tile(64, 32, 4, 4), Tile(128, 32, 8, 3)),
@@ -237,9 +237,9 @@ def _asked_for(arch: str) -> dict[tuple[str, int, int], Tile]:
     asked = os.environ.get("RHYTHM_TILES", "")
     if asked in ("", "0"):
         return {}
-    from . import tuned  # needs this module, and few processes need it
+    from . import tile_file  # needs this module, and few processes need it
 
-    return tuned.load(tuned.cache_path() if asked == "1" else Path(asked), arch)
+    return tile_file.load(tile_file.cache_path() if asked == "1" else Path(asked), arch)
 
 
 def choose(kernel: str, arch: str, bits: int, head_size: int) -> Tile:

@@ -1,4 +1,4 @@
-"""The file of tuned tiles: written by `python -m rhythm_kernels.triton.tune`, read where `RHYTHM_TILES` asks for it.
+"""The file of tuned tiles: written by `python -m rhythm_kernels.tuning`, read where `RHYTHM_TILES` asks for it.
 
 JSON: what the tiles were measured on, and a list of entries. An entry serves exactly its kernel, bits and head size;
 for everything else the tables stand. A file is of one architecture, device capability and Triton version: another
@@ -19,7 +19,7 @@ import triton
 from .configs import TILES, Tile
 from .interpreted import INTERPRETED
 
-_MAKE = "make it with python -m rhythm_kernels.triton.tune"
+_MAKE = "make it with python -m rhythm_kernels.tuning"
 _STRINGS = ("architecture", "capability", "triton")
 _LIMITS = {"rows": (16, 1024), "keys": (16, 1024), "warps": (1, 32), "stages": (1, 16), "capped_rows": (16, 1024)}
 

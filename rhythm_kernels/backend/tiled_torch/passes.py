@@ -2,7 +2,7 @@
 
 Signatures and layouts are those that all backends share (see :mod:`rhythm_kernels.canonical`). Nothing of size
 tokens x tokens is made: the largest temporary is one tile of logits. All arithmetic is float32, its products to the
-precision of float32 whatever torch's settings allow (:func:`rhythm_kernels.tiles.product`).
+precision of float32 whatever torch's settings allow (:func:`.tiles.product`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import torch_attention
+from .attention import backward, forward
+from .credit import credit as credit
 from .tiles import (
     KEY_TILE,
     add_to,
@@ -25,7 +26,6 @@ from .tiles import (
     token_table,
     visible,
 )
-from .torch_credit import credit as credit
 
 MOMENT_SCALE = 2.0**24
 
@@ -289,7 +289,7 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention, log-sum-exp, WAAD and span: torch's own attention and the row pass."""
     rule = (scale, softcap, window_left, sinks)
-    out, lse = torch_attention.forward(q, k, v, seqs, *rule)
+    out, lse = forward(q, k, v, seqs, *rule)
     _, waad, span = row_stats(q, k, seqs, heads, max_seqlen, *rule, window, per_head)
     return out, lse, waad, span
 
@@ -309,4 +309,4 @@ def attention_backward(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention`'s output with respect to q, k and v."""
-    return torch_attention.backward(grad_out, q, k, v, out, lse, seqs, scale, softcap, window_left, sinks)
+    return backward(grad_out, q, k, v, out, lse, seqs, scale, softcap, window_left, sinks)

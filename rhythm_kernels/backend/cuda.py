@@ -1,6 +1,6 @@
 """The CUDA C++ kernels (`csrc/cuda`): the two bands and credit, on NVIDIA GPUs from compute capability 8.0.
 
-They are part of the extension that :mod:`rhythm_kernels.native` loads, where nvcc was there when it was built.
+They are part of the extension that :mod:`.extension` loads, where nvcc was there when it was built.
 Signatures are those that all backends share.
 """
 
@@ -12,8 +12,8 @@ import re
 import torch
 from torch import Tensor
 
-from . import native
-from .torch_credit import gamma_levels
+from . import extension
+from .tiled_torch.credit import gamma_levels
 
 __all__ = ["available", "band_columns", "band_rows", "credit"]
 
@@ -22,7 +22,7 @@ _REBUILD = "with nvcc installed, run `pip install --no-build-isolation .`"
 
 def available(device: torch.device) -> str:
     """The reason why the kernels cannot run on tensors of this device; empty where they can."""
-    info = native.build_info()
+    info = extension.build_info()
     if not info["available"]:
         return info["reason"]
     if not info["cuda"]["built"]:
@@ -96,7 +96,7 @@ def band_rows(
     """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
     out = _result(q, seqs, heads, max_seqlen, per_head)
     rule = (seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
-    native.registered().cuda_band_rows(q, k, lse, *rule, window, per_head, out)
+    extension.registered().cuda_band_rows(q, k, lse, *rule, window, per_head, out)
     return out
 
 
@@ -118,7 +118,7 @@ def band_columns(
     """FAI (eq. 10), `(B, [Hs,] T)`: the mean of A over the rows at distance `lo .. hi` after each key."""
     out = _result(q, seqs, heads, max_seqlen, per_head)
     rule = (seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
-    native.registered().cuda_band_columns(q, k, lse, *rule, lo, hi, per_head, out)
+    extension.registered().cuda_band_columns(q, k, lse, *rule, lo, hi, per_head, out)
     return out
 
 
@@ -143,5 +143,5 @@ def credit(
     scratch = torch.empty(batch * scratch_of_one, dtype=torch.uint8, device=mask.device)
     out = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
     choice = (mode, top, neighbors, bottom, tau_waad, tau_delta)
-    native.registered().cuda_credit(waad, fai, score, mask, *choice, gamma_levels(gamma_amp, alpha), scratch, out)
+    extension.registered().cuda_credit(waad, fai, score, mask, *choice, gamma_levels(gamma_amp, alpha), scratch, out)
     return out

@@ -1,6 +1,6 @@
 """Measure the few tiles between which only a GPU can decide against those of the tables, in one short step.
 
-``python -m rhythm_kernels.triton.tune --shortlist --seconds 60 --save rows.jsonl``. The candidates are data, in
+``python -m rhythm_kernels.tuning --shortlist --seconds 60 --save rows.jsonl``. The candidates are data, in
 ``configs.CANDIDATES``: they read as well as the table's tile in machine code, or better. Nothing is changed by it: who
 reads the rows changes the table.
 """
@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import configs
-from .configs import Tile, words
-from .interpreted import INTERPRETED
+from ..backend.triton import configs
+from ..backend.triton.configs import Tile, words
+from ..backend.triton.interpreted import INTERPRETED
 from .trial import DTYPES, Problem, Trial, arguments, first_line, outputs
 
 ROUNDS = 2  # each tile is timed so often, in turn with the table's; the least counts

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import triton as passes
-from . import configs
-from .configs import Tile
-from .interpreted import INTERPRETED
+from ..backend import triton as passes
+from ..backend.triton import configs
+from ..backend.triton.configs import Tile
+from ..backend.triton.interpreted import INTERPRETED
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Kernel: the pass that runs it, what that is given besides, and what its outputs are.

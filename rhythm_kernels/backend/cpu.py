@@ -1,26 +1,17 @@
-"""The compiled CPU passes and credit (`csrc/`): every backend's functions, on the extension `rhythm_kernels._C`.
+"""The compiled CPU passes and credit (`csrc/cpu`), on the extension that :mod:`.extension` loads.
 
-Attention itself is torch's (:mod:`rhythm_kernels.torch_attention`); its statistics are the compiled row pass.
-
-Importing this module loads nothing; the extension is loaded when it is first asked for. Which instruction set runs is
-chosen from what the processor has; the environment variable `RHYTHM_CPU_CAPABILITY` forces one of those that
-`build_info()` lists, which is meant for tests.
+Attention itself is torch's (:mod:`.tiled_torch.attention`); its statistics are the compiled row pass.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
-from types import ModuleType
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import torch_attention
-from .fallback import attention_backward as attention_backward  # torch's own, whichever pass made the statistics
-from .torch_credit import gamma_levels
+from . import extension
+from .tiled_torch.attention import forward
+from .tiled_torch.credit import gamma_levels
+from .tiled_torch.passes import attention_backward as attention_backward  # whichever pass made the statistics
 
 __all__ = [
     "attention",
@@ -28,71 +19,15 @@ __all__ = [
     "available",
     "band_columns",
     "band_rows",
-    "build_info",
     "column_stats",
     "credit",
     "row_stats",
 ]
 
-_NOT_BUILT = (
-    "the compiled kernels were not built: with torch and a C++17 compiler installed, "
-    "run `pip install --no-build-isolation .`"
-)
 
-
-@functools.cache
-def _load() -> tuple[ModuleType | None, str]:
-    """The extension, whose import registers `torch.ops.rhythm_kernels_native`, or why there is none."""
-    try:
-        return importlib.import_module("rhythm_kernels._C"), ""
-    except ModuleNotFoundError:
-        return None, _NOT_BUILT
-    except ImportError as error:  # built for another torch or machine
-        return None, f"the compiled kernels cannot be loaded: {error}"
-
-
-def available() -> str:
-    """`""` where the compiled passes can run, else the reason."""
-    return _load()[1]
-
-
-def build_info() -> dict[str, Any]:
-    """What was compiled, and what of it is in use.
-
-    `torch`: the version built with (the binary runs on it and on later ones); `compiler`; `capabilities`: each
-    instruction set compiled -> whether this processor can run it; `capability`: the one in use; `threads`; `cuda`:
-    whether the CUDA kernels were `built`, then `archs` (compute capabilities, `+PTX` where later ones can compile for
-    themselves) and the version of `nvcc`, else the `reason`. Without the extension, `available` says why and nothing
-    else is known.
-    """
-    extension, reason = _load()
-    if extension is None:
-        return {"available": False, "reason": reason}
-    capabilities: dict[str, bool] = extension.capabilities()
-    best = [name for name, runs in capabilities.items() if runs][-1]
-    return {
-        "available": True,
-        "torch": extension.torch_version,
-        "compiler": extension.compiler,
-        "capabilities": capabilities,
-        "capability": os.environ.get("RHYTHM_CPU_CAPABILITY", best),
-        "threads": torch.get_num_threads(),
-        "cuda": _cuda(extension),
-    }
-
-
-def _cuda(extension: ModuleType) -> dict[str, Any]:
-    if extension.cuda_reason:
-        return {"built": False, "reason": extension.cuda_reason}
-    return {"built": True, "archs": extension.cuda_archs.split(";"), "nvcc": extension.nvcc}
-
-
-def registered() -> Any:
-    """`torch.ops.rhythm_kernels_native`, once the extension is loaded; RuntimeError where there is none."""
-    reason = available()
-    if reason:
-        raise RuntimeError(reason)
-    return torch.ops.rhythm_kernels_native
+def available(device: torch.device) -> str:
+    """The reason why the compiled passes cannot run on tensors of this device; empty where they can."""
+    return extension.unusable() if device.type == "cpu" else f"it serves CPU tensors, not {device.type}"
 
 
 def _per_token(q: Tensor, heads: Tensor, per_head: bool, *planes: int) -> Tensor:
@@ -123,7 +58,7 @@ def band_rows(
     """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
     window = _within(window, q)
     out = _per_token(q, heads, per_head)
-    registered().band_rows(q, k, lse, seqs, heads, scale, softcap, window_left, sinks, window, per_head, out)
+    extension.registered().band_rows(q, k, lse, seqs, heads, scale, softcap, window_left, sinks, window, per_head, out)
     return out
 
 
@@ -144,7 +79,9 @@ def band_columns(
 ) -> Tensor:
     """FAI (eq. 10), `(B, [Hs,] T)`: the mean of A over the rows at distance `lo .. hi` after each key."""
     out = _per_token(q, heads, per_head)
-    registered().band_columns(q, k, lse, seqs, heads, scale, softcap, window_left, sinks, lo, hi, per_head, out)
+    extension.registered().band_columns(
+        q, k, lse, seqs, heads, scale, softcap, window_left, sinks, lo, hi, per_head, out
+    )
     return out
 
 
@@ -165,7 +102,9 @@ def row_stats(
     window = _within(window, q)
     lse = _per_token(q, heads, True)
     waad, span = _per_token(q, heads, per_head), _per_token(q, heads, per_head)
-    registered().row_stats(q, k, seqs, heads, scale, softcap, window_left, sinks, window, per_head, lse, waad, span)
+    extension.registered().row_stats(
+        q, k, seqs, heads, scale, softcap, window_left, sinks, window, per_head, lse, waad, span
+    )
     return lse, waad, span
 
 
@@ -189,7 +128,7 @@ def column_stats(
     The five are count, mean, population variance, skewness and kurtosis (`m4 / m2**2`).
     """
     out = _per_token(q, heads, per_head, 5 if moments else 1)
-    registered().column_stats(
+    extension.registered().column_stats(
         q, k, lse, seqs, heads, scale, softcap, window_left, sinks, min_distance, moments, per_head, out
     )
     return out
@@ -211,7 +150,7 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention, log-sum-exp, WAAD and span: torch's own attention and the compiled row pass."""
     rule = (scale, softcap, window_left, sinks)
-    out, lse = torch_attention.forward(q, k, v, seqs, *rule)
+    out, lse = forward(q, k, v, seqs, *rule)
     _, waad, span = row_stats(q, k, seqs, heads, max_seqlen, *rule, window, per_head)
     return out, lse, waad, span
 
@@ -233,5 +172,7 @@ def credit(
     """Gamma (eqs. 14 to 19), `(B, T)` float32, each response by one thread."""
     out = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
     levels = gamma_levels(gamma_amp, alpha)
-    registered().credit(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out)
+    extension.registered().credit(
+        waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out
+    )
     return out

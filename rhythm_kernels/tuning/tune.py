@@ -1,4 +1,4 @@
-"""Tune the launch choices for the GPU there is: `python -m rhythm_kernels.triton.tune`. Runs only when it is called.
+"""Tune the launch choices for the GPU there is: `python -m rhythm_kernels.tuning`. Runs only when it is called.
 
 Each kernel's tile of the table is tried against its neighbours, nearest first, within a number of candidates and a
 budget of seconds. A candidate must run, spill no more than the table's tile and give its results; the fastest must also
@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 
 from .. import __version__
-from .. import triton as passes
-from . import configs
-from .configs import Tile, words
-from .interpreted import INTERPRETED
+from ..backend import triton as passes
+from ..backend.triton import configs
+from ..backend.triton.configs import Tile, words
+from ..backend.triton.interpreted import INTERPRETED
 from .shortlist import shortlist
 from .trial import DTYPES, RUNS, Problem, Trial, arguments
 
@@ -118,7 +118,7 @@ def tune(
 
 
 def main(given: list[str], clock: Callable[[], float] = time.monotonic) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rhythm_kernels.triton.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m rhythm_kernels.tuning", description=__doc__)
     parser.add_argument("--kernel", action="append", choices=list(RUNS), help="may be given several times; default all")
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
@@ -148,11 +148,11 @@ def main(given: list[str], clock: Callable[[], float] = time.monotonic) -> int:
     if reason:
         print(f"Nothing to tune: {reason}.", file=sys.stderr)
         return 2
-    from . import tuned  # needs Triton
+    from ..backend.triton import tile_file  # needs Triton
 
     if chosen.shortlist:
         problem = Problem(chosen.length, chosen.heads, chosen.kv_heads, chosen.head_size, chosen.dtype)
-        print(f"{tuned.device_name()}, {configs.architecture(device)}: {problem}", flush=True)
+        print(f"{tile_file.device_name()}, {configs.architecture(device)}: {problem}", flush=True)
         if INTERPRETED:
             print("Triton is interpreted: these times say nothing about any GPU.")
         shortlist(device, chosen.seconds, chosen.kernel, problem, chosen.save, clock=clock)
@@ -162,13 +162,13 @@ def main(given: list[str], clock: Callable[[], float] = time.monotonic) -> int:
     arch = configs.architecture(device)
     problem = Problem(chosen.length, chosen.heads, chosen.kv_heads, chosen.head_size, chosen.dtype)
     bits = 32 if INTERPRETED else 8 * DTYPES[chosen.dtype].itemsize
-    path = chosen.save or tuned.cache_path()
+    path = chosen.save or tile_file.cache_path()
     if path.exists():
         try:
-            tuned.load(path, arch)
+            tile_file.load(path, arch)
         except ValueError as error:
             parser.error(f"cannot add to the file that is there: {error}")
-    print(f"{tuned.device_name()}, {arch}: {problem}")
+    print(f"{tile_file.device_name()}, {arch}: {problem}")
     if INTERPRETED:
         print("Triton is interpreted: these times say nothing about any GPU.")
     kernels = list(dict.fromkeys(chosen.kernel or RUNS))
@@ -189,10 +189,6 @@ def main(given: list[str], clock: Callable[[], float] = time.monotonic) -> int:
             }  # fmt: skip
             key = {"kernel": kernel, "bits": bits, "head_size": chosen.head_size}
             entries = [] if best.tile == base.tile else [{**key, "tile": best.tile._asdict(), "measured": measured}]
-            tuned.save(path, arch, {(kernel, bits, chosen.head_size)}, entries)
+            tile_file.save(path, arch, {(kernel, bits, chosen.head_size)}, entries)
     print(f"Saved to {path}: RHYTHM_TILES={chosen.save or 1} uses it.")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
