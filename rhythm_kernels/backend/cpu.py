@@ -36,9 +36,9 @@ def _per_token(q: Tensor, heads: Tensor, per_head: bool, *planes: int) -> Tensor
     return torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
-def _within(window: int, q: Tensor) -> int:
-    """The same measure by a window no larger than the length: `W - (W - d)` cancels where W is large."""
-    return min(window, q.shape[1])
+def _within(distance: int, q: Tensor) -> int:
+    """The same measure by a distance no larger than the length: `W - (W - d)` cancels where W is large."""
+    return min(distance, q.shape[1])
 
 
 def band_rows(
@@ -56,9 +56,9 @@ def band_rows(
     per_head: bool,
 ) -> Tensor:
     """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
-    window = _within(window, q)
     out = _per_token(q, heads, per_head)
-    extension.registered().band_rows(q, k, lse, seqs, heads, scale, softcap, window_left, sinks, window, per_head, out)
+    rule = (seqs, heads, _within(max_seqlen, q), scale, softcap, _within(window_left, q), sinks)
+    extension.registered().band_rows(q, k, lse, *rule, _within(window, q), per_head, out)
     return out
 
 
@@ -79,9 +79,8 @@ def band_columns(
 ) -> Tensor:
     """FAI (eq. 10), `(B, [Hs,] T)`: the mean of A over the rows at distance `lo .. hi` after each key."""
     out = _per_token(q, heads, per_head)
-    extension.registered().band_columns(
-        q, k, lse, seqs, heads, scale, softcap, window_left, sinks, lo, hi, per_head, out
-    )
+    rule = (seqs, heads, _within(max_seqlen, q), scale, softcap, _within(window_left, q), sinks)
+    extension.registered().band_columns(q, k, lse, *rule, _within(lo, q), _within(hi, q), per_head, out)
     return out
 
 
@@ -99,12 +98,10 @@ def row_stats(
     per_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp `(B, Hs, T)`, WAAD and span `(B, [Hs,] T)` of each row, in one pass over its keys."""
-    window = _within(window, q)
     lse = _per_token(q, heads, True)
     waad, span = _per_token(q, heads, per_head), _per_token(q, heads, per_head)
-    extension.registered().row_stats(
-        q, k, seqs, heads, scale, softcap, window_left, sinks, window, per_head, lse, waad, span
-    )
+    rule = (seqs, heads, _within(max_seqlen, q), scale, softcap, _within(window_left, q), sinks)
+    extension.registered().row_stats(q, k, *rule, _within(window, q), per_head, lse, waad, span)
     return lse, waad, span
 
 
@@ -128,9 +125,8 @@ def column_stats(
     The five are count, mean, population variance, skewness and kurtosis (`m4 / m2**2`).
     """
     out = _per_token(q, heads, per_head, 5 if moments else 1)
-    extension.registered().column_stats(
-        q, k, lse, seqs, heads, scale, softcap, window_left, sinks, min_distance, moments, per_head, out
-    )
+    rule = (seqs, heads, _within(max_seqlen, q), scale, softcap, _within(window_left, q), sinks)
+    extension.registered().column_stats(q, k, lse, *rule, _within(min_distance, q), moments, per_head, out)
     return out
 
 

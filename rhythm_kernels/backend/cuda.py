@@ -95,8 +95,9 @@ def band_rows(
 ) -> Tensor:
     """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
     out = _result(q, seqs, heads, max_seqlen, per_head)
-    rule = (seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
-    extension.registered().cuda_band_rows(q, k, lse, *rule, window, per_head, out)
+    length = q.shape[1]
+    rule = (seqs, heads, max_seqlen, scale, softcap, min(window_left, length), sinks)
+    extension.registered().cuda_band_rows(q, k, lse, *rule, min(window, length), per_head, out)
     return out
 
 
@@ -117,8 +118,9 @@ def band_columns(
 ) -> Tensor:
     """FAI (eq. 10), `(B, [Hs,] T)`: the mean of A over the rows at distance `lo .. hi` after each key."""
     out = _result(q, seqs, heads, max_seqlen, per_head)
-    rule = (seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
-    extension.registered().cuda_band_columns(q, k, lse, *rule, lo, hi, per_head, out)
+    length = q.shape[1]
+    rule = (seqs, heads, max_seqlen, scale, softcap, min(window_left, length), sinks)
+    extension.registered().cuda_band_columns(q, k, lse, *rule, min(lo, length), min(hi, length), per_head, out)
     return out
 
 
