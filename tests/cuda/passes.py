@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from rhythm_kernels.rule import Rule
 
 from .emulated import Emulated
 
@@ -55,18 +56,16 @@ class Passes:
         check_layout(library)
         self.library = library
 
-    def band_rows(self, q: Tensor, k: Tensor, lse: Tensor, *given: Any) -> Tensor:
-        *rule, window, per_head = given
-        return self._band("rhythm_cuda_band_rows", q, k, lse, *rule, per_head, window=window)
+    def band_rows(self, q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
+        return self._band("rhythm_cuda_band_rows", q, k, lse, rule, per_head, window=window)
 
-    def band_columns(self, q: Tensor, k: Tensor, lse: Tensor, *given: Any) -> Tensor:
-        *rule, lo, hi, per_head = given
-        return self._band("rhythm_cuda_band_columns", q, k, lse, *rule, per_head, lo=lo, hi=hi)
+    def band_columns(self, q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int, per_head: bool) -> Tensor:
+        return self._band("rhythm_cuda_band_columns", q, k, lse, rule, per_head, lo=lo, hi=hi)
 
     def _band(
-        self, name: str, q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
-        softcap: float, window_left: int, sinks: Tensor | None, per_head: bool, **distances: int,
+        self, name: str, q: Tensor, k: Tensor, lse: Tensor, rule: Rule, per_head: bool, **extra: int
     ) -> Tensor:  # fmt: skip
+        seqs, heads, max_seqlen, scale, softcap, window_left, sinks = rule
         batch, tokens, n_heads, head_dim = q.shape
         shape = (batch, heads.shape[0], tokens) if per_head else (batch, tokens)
         nothing = seqs.shape[0] == 0 or max_seqlen == 0  # then nothing is launched
@@ -80,11 +79,11 @@ class Passes:
             seqs=seqs.data_ptr(), n_seqs=seqs.shape[0], max_seqlen=max_seqlen,
             heads=heads.data_ptr(), n_heads=heads.shape[0], kv_group=n_heads // k.shape[2],
             score=ScoreRule(
-                scale=scale, softcap=softcap, window_left=tokens if window_left < 0 else min(window_left, tokens),
+                scale=scale, softcap=softcap, window_left=tokens if window_left < 0 else window_left,
                 sinks=None if sinks is None else sinks.data_ptr(),
             ),
             per_head=per_head, out=out.data_ptr(), out_row=out.stride(0), out_head=out.stride(1) if per_head else 0,
-            **{name: min(distance, tokens) for name, distance in distances.items()},
+            **extra,
         )  # fmt: skip
         self.library.call(name, ctypes.byref(problem), None)
         return out
