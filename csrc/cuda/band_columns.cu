@@ -139,7 +139,9 @@ template <typename Variant, typename T, int kChunks, bool kWhole>
 struct BandColumns {
   static constexpr int kGroups = kChunks == 2 || kChunks == 4 ? 2 : 1;
   static constexpr int kHalves = 2 * kGroups;
-  static constexpr int kWarps = kChunks == 2 || (kChunks == 4 && kWhole) ? 12 : 8; // as many as have the registers
+  // As many as have the registers.
+  static constexpr bool kFits = kChunks == 2 || (kChunks == 4 && kWhole && std::is_same_v<Variant, Plain>);
+  static constexpr int kWarps = kFits ? 12 : 8;
   static constexpr int kTiles = 2;
   static constexpr int kBlocks = kChunks > 0 ? 1 : 2; // a multiprocessor: bounds the registers
   static auto kernel() {
