@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..canonical import SequenceTable, unpadded_table
+from ..sequences import SequenceTable, unpadded_table
 from .checks import Checks, reads_now
 
 _CHECKED_SEQUENCES = 16

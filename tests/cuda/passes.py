@@ -7,6 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from rhythm_kernels.rule import Rule
+
 from .emulated import Emulated
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -35,28 +37,16 @@ class Passes:
     def __init__(self, library: Emulated) -> None:
         self.library = library
 
-    def band_rows(
-        self, q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
-        softcap: float, window_left: int, sinks: Tensor | None, window: int, per_head: bool,
-    ) -> Tensor:  # fmt: skip
-        return self._band(
-            "rhythm_cuda_band_rows", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks,
-            per_head, window=window,
-        )  # fmt: skip
+    def band_rows(self, q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
+        return self._band("rhythm_cuda_band_rows", q, k, lse, rule, per_head, window=window)
 
-    def band_columns(
-        self, q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
-        softcap: float, window_left: int, sinks: Tensor | None, lo: int, hi: int, per_head: bool,
-    ) -> Tensor:  # fmt: skip
-        return self._band(
-            "rhythm_cuda_band_columns", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks,
-            per_head, lo=lo, hi=hi,
-        )  # fmt: skip
+    def band_columns(self, q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int, per_head: bool) -> Tensor:
+        return self._band("rhythm_cuda_band_columns", q, k, lse, rule, per_head, lo=lo, hi=hi)
 
     def _band(
-        self, name: str, q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
-        softcap: float, window_left: int, sinks: Tensor | None, per_head: bool, **extra: int,
+        self, name: str, q: Tensor, k: Tensor, lse: Tensor, rule: Rule, per_head: bool, **extra: int
     ) -> Tensor:  # fmt: skip
+        seqs, heads, max_seqlen, scale, softcap, window_left, sinks = rule
         batch, tokens, n_heads, head_dim = q.shape
         shape = (batch, heads.shape[0], tokens) if per_head else (batch, tokens)
         nothing = seqs.shape[0] == 0 or max_seqlen == 0  # then nothing is launched

@@ -11,6 +11,7 @@ from torch import Tensor
 import rhythm_kernels as rk
 from rhythm_kernels import reference
 from rhythm_kernels.backend import cpu, extension
+from rhythm_kernels.rule import Rule
 from tests.cases import CASES, Case, check, random_cases
 
 if extension.unusable():
@@ -187,4 +188,4 @@ def test_tables_out_of_range_are_refused(change: dict[str, list], message: str) 
     seqs = torch.tensor(tables["seqs"], dtype=torch.int32).reshape(-1, 4)
     heads = torch.tensor(tables["heads"], dtype=torch.int32).reshape(-1, 2)
     with pytest.raises(RuntimeError, match=message):
-        cpu.band_rows(q, k, lse, seqs, heads, 30, 1.0, 0.0, -1, None, 10, False)
+        cpu.band_rows(q, k, lse, Rule(seqs, heads, 30, 1.0, 0.0, -1, None), 10, False)

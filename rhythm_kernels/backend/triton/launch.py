@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...rule import Rule
 from . import configs
 from .interpreted import INTERPRETED
 
@@ -34,17 +35,25 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     return {"ALIGN": align, **named}
 
 
-def bits_of(scale: float, softcap: float) -> dict[str, float]:
+def bits_of(rule: Rule) -> dict[str, float]:
     """What `score.weight_in_bits` multiplies by: `bits`, the last factor of a logit (softcap, or scale) over ln 2 in
     float32, and `to_bits + to_bits_rest`, the exact ratio of that rounded number to the factor in two float32 parts.
     """
-    factor = softcap if softcap > 0 else scale
+    factor = rule.softcap if rule.softcap > 0 else rule.scale
     bits = ctypes.c_float(factor / math.log(2)).value
     # Below float32's normal numbers the rounding is coarse, and logits are 0 to within it: the plain ratio serves lse.
     normal = math.isfinite(bits) and abs(bits) >= 2.0**-126
     ratio = bits / factor if normal else 1 / math.log(2)
     to_bits = ctypes.c_float(ratio).value
     return {"bits": bits, "to_bits": to_bits, "to_bits_rest": ratio - to_bits}
+
+
+def _score(rule: Rule) -> dict[str, Any]:
+    """What every kernel takes of a rule; those with a head list take it, and the sinks, besides."""
+    return {
+        "seqs": rule.seqs, "scale": rule.scale, "softcap": rule.softcap, "window_left": rule.window_left,
+        "HAS_SOFTCAP": rule.softcap > 0, "HAS_WINDOW": rule.window_left >= 0,
+    }  # fmt: skip
 
 
 def _options(tile: configs.Tile) -> dict[str, int]:
@@ -61,30 +70,23 @@ class Problem:
     """One call of a pass in canonical form, and the launch that serves all of its sequences and heads."""
 
     def __init__(
-        self, name: str, q: Tensor, k: Tensor, lse: Tensor | None, seqs: Tensor, heads: Tensor,
-        max_seqlen: int, scale: float, softcap: float, window_left: int, sinks: Tensor | None,
-        *, owner: str = "rows",
+        self, name: str, q: Tensor, k: Tensor, lse: Tensor | None, rule: Rule, *, owner: str = "rows"
     ) -> None:  # fmt: skip
         """`owner` says which side of the tile a program keeps: `rows` of the map or `keys`."""
         self.batch, self.length, n_heads, head_size = q.shape
-        self.q, self.seqs, self.heads = q, seqs, heads
-        self.n_selected = heads.shape[0]
-        # A distance is below the length, so these say the same, and fit 32 bits.
-        self.max_seqlen = min(max_seqlen, self.length)
-        window_left = min(window_left, self.length)
+        self.q, self.rule = q, rule
+        self.n_selected = rule.heads.shape[0]
 
         arch = configs.architecture(q.device)
         self.tile = configs.choose(name, arch, 8 * q.element_size() if not INTERPRETED else 32, head_size)
-        self.tiles = -(-self.max_seqlen // getattr(self.tile, owner))
+        self.tiles = -(-rule.max_seqlen // getattr(self.tile, owner))
 
         low, high = configs.chunks(head_size)
         self.arguments: dict[str, Any] = {
-            "q": q, "k": k, "seqs": seqs, "heads": heads, "sinks": sinks,
+            "q": q, "k": k, **_score(rule), "heads": rule.heads, "sinks": rule.sinks,
             "tiles": self.tiles, "n_heads": self.n_selected, "kv_group": n_heads // k.shape[2],
-            "scale": scale, "softcap": softcap, "window_left": window_left,
             "D": head_size, "D0": low, "D1": high,
             "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
-            "HAS_SOFTCAP": softcap > 0, "HAS_WINDOW": window_left >= 0,
             "ROWS": self.tile.rows, "KEYS": self.tile.keys,
             **_options(self.tile), **_strides(q=q, k=k),
         }  # fmt: skip
@@ -101,7 +103,7 @@ class Problem:
         A program has one head. A loop over heads would have to keep in registers, through the loop over tiles, what
         it needs again for the next one, and its first loads would wait for the last tile of the head before.
         """
-        grid = self.tiles * self.n_selected * self.seqs.shape[0]
+        grid = self.tiles * self.n_selected * self.rule.seqs.shape[0]
         if grid == 0:
             return
         with _on(self.q.device):
@@ -118,25 +120,17 @@ def over_heads(out: Tensor, per_head: bool) -> Tensor:
 class AttentionProblem:
     """One call of attention or of its backward: what its kernels share."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, seqs: Tensor, max_seqlen: int,
-        scale: float, softcap: float, window_left: int,
-    ) -> None:  # fmt: skip
-        self.q, self.k, self.v = q, k, v
-        length, n_heads = q.shape[1:3]
-        self.n_sequences = seqs.shape[0]
-        self.max_seqlen = min(max_seqlen, length)
-        window_left = min(window_left, length)
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> None:
+        self.q, self.k, self.v, self.rule = q, k, v, rule
         upcast = INTERPRETED and q.dtype == torch.bfloat16
         # The interpreter truncates where it should round to bfloat16: it writes float32, and torch rounds.
         self.stored = torch.float32 if upcast else q.dtype
         low, high = configs.chunks(q.shape[3])
         v_low, v_high = configs.chunks(v.shape[3])
         self.arguments: dict[str, Any] = {
-            "q": q, "k": k, "v": v, "seqs": seqs, "kv_group": n_heads // k.shape[2],
-            "scale": scale, "softcap": softcap, "window_left": window_left,
+            "q": q, "k": k, "v": v, **_score(rule), "kv_group": q.shape[2] // k.shape[2],
             "D": q.shape[3], "D0": low, "D1": high, "DV": v.shape[3], "V0": v_low, "V1": v_high,
-            "UPCAST": upcast, "HAS_SOFTCAP": softcap > 0, "HAS_WINDOW": window_left >= 0,
+            "UPCAST": upcast,
         }  # fmt: skip
 
     def launch(
@@ -152,8 +146,8 @@ class AttentionProblem:
         tile = configs.choose(name, arch, bits, max(self.q.shape[3], self.v.shape[3]))
         if tile.capped_rows and (self.arguments["HAS_SOFTCAP"] or self.arguments["HAS_WINDOW"]):
             tile = tile._replace(rows=tile.capped_rows)
-        tiles = -(-self.max_seqlen // getattr(tile, owner))
-        grid = tiles * groups * self.n_sequences
+        tiles = -(-self.rule.max_seqlen // getattr(tile, owner))
+        grid = tiles * groups * self.rule.seqs.shape[0]
         if grid == 0:
             return
         with _on(self.q.device):
