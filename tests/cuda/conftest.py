@@ -12,9 +12,9 @@ from rhythm_kernels.backend import tiled_torch
 from rhythm_kernels.ops import dispatch
 
 from .emulated import KERNELS, SANITIZED, Emulated, build
-from .passes import Passes
+from .passes import LAYOUT, Passes
 
-BANDS = [KERNELS / "band_rows.cu", KERNELS / "band_columns.cu", KERNELS / "error.cu"]
+BANDS = [KERNELS / "band_rows.cu", KERNELS / "band_columns.cu", KERNELS / "error.cu", LAYOUT]
 
 
 @pytest.fixture(scope="session")
