@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhythm_kernels import reference
+from rhythm_kernels.reference import formulas
 from rhythm_kernels.rule import Rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,8 +81,8 @@ class Case:
         """`A (Hs, n, n)` and `lse (H, n)` of one sequence, float64."""
         q, k = self.q[row, start:end].double(), self.k[row, start:end].double()
         sinks = None if self.sinks is None else self.sinks.double()
-        x = reference._logits(q, k, self.scale, (self.window_left, -1), self.softcap)
-        lse = reference._lse(x, sinks)
+        x = formulas.logits(q, k, softmax_scale=self.scale, window_size=(self.window_left, -1), softcap=self.softcap)
+        lse = formulas.row_lse(x, sinks)
         return torch.exp(x - lse[..., None])[self.heads], lse
 
     def lse(self) -> Tensor:
