@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rhythm_kernels import reference
+from rhythm_kernels.reference import formulas
 
 from .problem import AttentionProblem
 from .shapes import AttentionShape
@@ -34,28 +35,18 @@ def measures(maps: Tensor, first: int, shape: AttentionShape) -> Results:
     Means over the heads, in float64 as `maps` is. Each column at or after `first` has all its later rows in `maps`.
     """
     rows, length = maps.shape[-2:]
-    position = torch.arange(length, device=maps.device)
-    distance = (position[first:, None] - position).clamp(min=0)
+    distance = formulas.distances(length, maps.device, first)
+    square, near = maps[..., first:], distance[:, first:]
+    every = torch.ones(rows, dtype=torch.bool, device=maps.device)
+    later = formulas.future(near, every, 0)
     mean_map = maps.mean(dim=1)
-    square = maps[..., first:]
-    near = distance[:, first:]
-    later = torch.arange(rows, device=maps.device)[:, None] >= torch.arange(rows, device=maps.device)
-    band = later & (near >= shape.lo) & (near <= shape.hi)
-    count = later.sum(dim=0)
-    centre = square.sum(dim=-2) / count  # (B, H, rows): rows before a column are 0
-    deviation = torch.where(later, square - centre[..., None, :], 0.0)
-    m2, m3, m4 = (deviation.pow(p).sum(dim=-2) / count for p in (2, 3, 4))
-    spread = m2 > 0
-    safe = torch.where(spread, m2, 1.0)
+    moments = formulas.moments(square, later)
     return {
-        "waad": (mean_map * distance.clamp(max=shape.window)).sum(dim=-1),
-        "span": (mean_map * distance).sum(dim=-1),
-        "fai": torch.where(band, mean_map[..., first:], 0.0).sum(dim=-2) / band.sum(dim=0).clamp(min=1),
-        "fai_full": mean_map[..., first:].sum(dim=-2) / count,
-        "mean": centre.mean(dim=1),
-        "variance": m2.mean(dim=1),
-        "skewness": torch.where(spread, m3 / safe**1.5, 0.0).mean(dim=1),
-        "kurtosis": torch.where(spread, m4 / safe**2, 0.0).mean(dim=1),
+        "waad": formulas.waad(mean_map, distance, shape.window),
+        "span": formulas.span(mean_map, distance),
+        "fai": formulas.fai(mean_map[..., first:], formulas.future(near, every, shape.lo, shape.hi)),
+        "fai_full": formulas.fai(mean_map[..., first:], later),
+        **{name: getattr(moments, name).mean(dim=1) for name in ("mean", "variance", "skewness", "kurtosis")},
     }
 
 

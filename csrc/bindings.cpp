@@ -36,27 +36,21 @@ void draw_tasks(int64_t n, int64_t bytes, const Task& task) {
   });
 }
 
-// The call's problem and the tables it points into.
+// The call's problem and the groups it points to.
 struct Call {
   Problem p{};
-  const Sequence* sequences;
-  int64_t n_sequences;
   std::vector<HeadGroup> groups;
 
-  Call(const Tensor& q, const Tensor& k, const Tensor* lse, const Tensor& seqs, const Tensor& heads, double scale,
-       double softcap, int64_t window_left, const std::optional<Tensor>& sinks, bool per_head) {
-    const int64_t lse_rows = set_inputs(p, q, k, lse), query_heads = q.size(2);
-    sequences = table<Sequence>(seqs, "seqs");
-    n_sequences = seqs.size(0);
-    for (int64_t i = 0; i < n_sequences; ++i) {
-      const Sequence& s = sequences[i];
+  Call(const Tensor& q, const Tensor& k, const Tensor* lse, RHYTHM_RULE_PARAMETERS, bool per_head) {
+    const int64_t lse_rows = set_tensors(p, q, k, lse), query_heads = q.size(2);
+    set_rule(p, query_heads, RHYTHM_RULE);
+    p.per_head = per_head;
+    for (int64_t i = 0; i < p.n_seqs; ++i) {
+      const Sequence& s = p.seqs[i];
       STD_TORCH_CHECK(0 <= s.row && s.row < p.batch && 0 <= s.start && s.start <= s.response_start &&
                           s.response_start <= s.end && s.end <= p.tokens,
                       "sequence ", i, " is outside q");
     }
-    p.heads = table<Head>(heads, "heads");
-    p.n_heads = heads.size(0);
-    STD_TORCH_CHECK(p.n_heads > 0, "no heads are selected");
     for (int64_t i = 0; i < p.n_heads; ++i) {
       const Head& h = p.heads[i];
       STD_TORCH_CHECK(0 <= h.query && h.query < query_heads && 0 <= h.lse_row && h.lse_row < lse_rows, "head ", i,
@@ -64,11 +58,6 @@ struct Call {
     }
     groups = group_heads(p.heads, p.n_heads, query_heads / k.size(2));
     p.groups = groups.data(), p.n_groups = int64_t(groups.size());
-
-    p.score.scale = float(scale), p.score.softcap = float(softcap);
-    p.score.window_left = window_left < 0 ? std::numeric_limits<int64_t>::max() : window_left;
-    p.score.sinks = sinks_of(sinks, query_heads);
-    p.per_head = per_head;
   }
   Call(const Call&) = delete; // p points into groups
 
@@ -78,7 +67,7 @@ struct Call {
     STD_TORCH_CHECK(passes != nullptr, "RHYTHM_CPU_CAPABILITY names what this machine or build does not have: ",
                     requested == nullptr ? "" : requested);
     const TileTask task = passes->*pass;
-    const Tiles tiles(sequences, n_sequences, tile_size, together);
+    const Tiles tiles(p.seqs, p.n_seqs, tile_size, together);
     const int64_t n = tiles.size();
     draw_tasks(n, scratch * 4, [&](int64_t i, char* own) {
       task(p, tiles[last_first ? n - 1 - i : i], reinterpret_cast<float*>(own));
@@ -86,45 +75,36 @@ struct Call {
   }
 };
 
-void band_rows(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& seqs, const Tensor& heads,
-               double scale, double softcap, int64_t window_left, std::optional<Tensor> sinks, int64_t window,
+void band_rows(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RULE_PARAMETERS, int64_t window,
                bool per_head, const Tensor& out) {
-  Call call(q, k, &lse, seqs, heads, scale, softcap, window_left, sinks, per_head);
-  STD_TORCH_CHECK(window >= 1, "window must be at least 1");
-  call.p.window = window;
+  Call call(q, k, &lse, RHYTHM_RULE, per_head);
+  call.p.window = distance("window", window, 1, call.p);
   call.p.out = output(out, call.p, per_head, 1, 0.0f);
   call.run(&Passes::band_rows, kBandTile, band_rows_scratch(call.p), true, false);
 }
 
-void band_columns(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& seqs, const Tensor& heads,
-                  double scale, double softcap, int64_t window_left, std::optional<Tensor> sinks, int64_t lo,
-                  int64_t hi, bool per_head, const Tensor& out) {
-  Call call(q, k, &lse, seqs, heads, scale, softcap, window_left, sinks, per_head);
-  STD_TORCH_CHECK(0 <= lo && lo <= hi, "the horizon must satisfy 0 <= lo <= hi");
-  // No row is farther than the row is long.
-  call.p.lo = std::min(lo, call.p.tokens), call.p.hi = std::min(hi, call.p.tokens);
+void band_columns(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RULE_PARAMETERS, int64_t lo, int64_t hi,
+                  bool per_head, const Tensor& out) {
+  Call call(q, k, &lse, RHYTHM_RULE, per_head);
+  call.p.lo = distance("lo", lo, 0, call.p), call.p.hi = distance("hi", hi, lo, call.p);
   call.p.out = output(out, call.p, per_head, 1, 0.0f);
   call.run(&Passes::band_columns, kColumnTile, band_columns_scratch(call.p), true, false);
 }
 
-void row_stats(const Tensor& q, const Tensor& k, const Tensor& seqs, const Tensor& heads, double scale,
-               double softcap, int64_t window_left, std::optional<Tensor> sinks, int64_t window, bool per_head,
+void row_stats(const Tensor& q, const Tensor& k, RHYTHM_RULE_PARAMETERS, int64_t window, bool per_head,
                const Tensor& lse, const Tensor& waad, const Tensor& span) {
-  Call call(q, k, nullptr, seqs, heads, scale, softcap, window_left, sinks, per_head);
-  STD_TORCH_CHECK(window >= 1, "window must be at least 1");
-  call.p.window = window;
+  Call call(q, k, nullptr, RHYTHM_RULE, per_head);
+  call.p.window = distance("window", window, 1, call.p);
   call.p.out_lse = output(lse, call.p, true, 1, -std::numeric_limits<float>::infinity());
   call.p.out = output(waad, call.p, per_head, 1, 0.0f);
   call.p.out_span = output(span, call.p, per_head, 1, 0.0f);
   call.run(&Passes::row_stats, kRowTile, row_stats_scratch(call.p), false, true);
 }
 
-void column_stats(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& seqs, const Tensor& heads,
-                  double scale, double softcap, int64_t window_left, std::optional<Tensor> sinks,
-                  int64_t min_distance, bool moments, bool per_head, const Tensor& out) {
-  Call call(q, k, &lse, seqs, heads, scale, softcap, window_left, sinks, per_head);
-  STD_TORCH_CHECK(min_distance >= 0, "min_distance must not be negative");
-  call.p.min_distance = min_distance, call.p.moments = moments;
+void column_stats(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RULE_PARAMETERS, int64_t min_distance,
+                  bool moments, bool per_head, const Tensor& out) {
+  Call call(q, k, &lse, RHYTHM_RULE, per_head);
+  call.p.min_distance = distance("min_distance", min_distance, 0, call.p), call.p.moments = moments;
   call.p.out = output(out, call.p, per_head, moments ? 5 : 1, 0.0f);
   call.run(&Passes::column_stats, kStatsTile, column_stats_scratch(call.p), false, false);
 }
@@ -137,15 +117,14 @@ void credit(const Tensor& waad, const Tensor& fai, std::optional<Tensor> score, 
   draw_tasks(p.batch, credit_scratch(p), [&](int64_t row, char* own) { credit_response(p, row, own); });
 }
 
-#define RHYTHM_SCORE "Tensor seqs, Tensor heads, float scale, float softcap, int window_left, Tensor? sinks, "
-
 STABLE_TORCH_LIBRARY(rhythm_kernels_native, m) {
-  m.def("band_rows(Tensor q, Tensor k, Tensor lse, " RHYTHM_SCORE "int window, bool per_head, Tensor(a!) out) -> ()");
-  m.def("band_columns(Tensor q, Tensor k, Tensor lse, " RHYTHM_SCORE
+  m.def("band_rows(Tensor q, Tensor k, Tensor lse, " RHYTHM_RULE_SCHEMA
+        "int window, bool per_head, Tensor(a!) out) -> ()");
+  m.def("band_columns(Tensor q, Tensor k, Tensor lse, " RHYTHM_RULE_SCHEMA
         "int lo, int hi, bool per_head, Tensor(a!) out) -> ()");
-  m.def("row_stats(Tensor q, Tensor k, " RHYTHM_SCORE
+  m.def("row_stats(Tensor q, Tensor k, " RHYTHM_RULE_SCHEMA
         "int window, bool per_head, Tensor(a!) lse, Tensor(b!) waad, Tensor(c!) span) -> ()");
-  m.def("column_stats(Tensor q, Tensor k, Tensor lse, " RHYTHM_SCORE
+  m.def("column_stats(Tensor q, Tensor k, Tensor lse, " RHYTHM_RULE_SCHEMA
         "int min_distance, bool moments, bool per_head, Tensor(a!) out) -> ()");
   m.def("credit(" RHYTHM_CREDIT "Tensor(a!) out) -> ()");
 }

@@ -45,11 +45,11 @@ inline float* result(const Tensor& tensor, int64_t size) {
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
-// q, k and lse of a call, into a Problem or a DeviceProblem; the number of rows of lse (unbounded without one).
-template <typename P>
-int64_t set_inputs(P& p, const Tensor& q, const Tensor& k, const Tensor* lse) {
+// q, k and lse of a call; the number of rows of lse (unbounded without one).
+inline int64_t set_tensors(Inputs& p, const Tensor& q, const Tensor& k, const Tensor* lse) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be (B, T, H, D)");
   p.batch = q.size(0), p.tokens = q.size(1), p.head_dim = q.size(3);
+  STD_TORCH_CHECK(p.tokens < std::numeric_limits<int32_t>::max(), "q must have less than 2^31 tokens a row");
   STD_TORCH_CHECK(k.size(0) == p.batch && k.size(1) == p.tokens && k.size(3) == p.head_dim && k.size(2) > 0 &&
                       q.size(2) % k.size(2) == 0,
                   "k must be (B, T, H_kv, D) like q, H a multiple of H_kv");
@@ -68,12 +68,38 @@ int64_t set_inputs(P& p, const Tensor& q, const Tensor& k, const Tensor* lse) {
   return lse->size(1);
 }
 
-inline const float* sinks_of(const std::optional<Tensor>& sinks, int64_t query_heads) {
-  if (!sinks.has_value()) return nullptr;
-  STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == query_heads && sinks->is_contiguous() &&
-                      sinks->scalar_type() == ScalarType::Float,
-                  "sinks must be contiguous float32 (H,)");
-  return static_cast<const float*>(sinks->const_data_ptr());
+// The rule as every op of either device has it: in its schema, as parameters, and handed on to set_rule().
+#define RHYTHM_RULE_SCHEMA                                                                                          \
+  "Tensor seqs, Tensor heads, int max_seqlen, float scale, float softcap, int window_left, Tensor? sinks, "
+#define RHYTHM_RULE_PARAMETERS                                                                                      \
+  const Tensor &seqs, const Tensor &heads, int64_t max_seqlen, double scale, double softcap, int64_t window_left,    \
+      const std::optional<Tensor>&sinks
+#define RHYTHM_RULE seqs, heads, max_seqlen, scale, softcap, window_left, sinks
+
+// A distance of a call: the ops of rhythm_kernels limit them to the length, and the kernels count in 32 bits.
+inline int64_t distance(const char* name, int64_t value, int64_t least, const Inputs& p) {
+  STD_TORCH_CHECK(least <= value && value <= p.tokens, name, " must be from ", least, " to T, got ", value);
+  return value;
+}
+
+// Of `query_heads` numbers, one a head.
+inline const float* head_numbers(const std::optional<Tensor>& numbers, int64_t query_heads, const char* name) {
+  if (!numbers.has_value()) return nullptr;
+  STD_TORCH_CHECK(numbers->dim() == 1 && numbers->size(0) == query_heads && numbers->is_contiguous() &&
+                      numbers->scalar_type() == ScalarType::Float,
+                  name, " must be contiguous float32 (H,)");
+  return static_cast<const float*>(numbers->const_data_ptr());
+}
+
+// Fold the flat rule of a call for `query_heads` heads into its problem, whose tensors are set.
+inline void set_rule(Inputs& p, int64_t query_heads, RHYTHM_RULE_PARAMETERS) {
+  p.seqs = table<Sequence>(seqs, "seqs"), p.n_seqs = seqs.size(0);
+  p.heads = table<Head>(heads, "heads"), p.n_heads = heads.size(0);
+  STD_TORCH_CHECK(p.n_heads > 0, "no heads are selected");
+  p.max_seqlen = distance("max_seqlen", max_seqlen, 0, p);
+  p.score.scale = static_cast<float>(scale), p.score.softcap = static_cast<float>(softcap);
+  p.score.window_left = window_left < 0 ? p.tokens : distance("window_left", window_left, 0, p);
+  p.score.sinks = head_numbers(sinks, query_heads, "sinks");
 }
 
 inline CreditMode mode_of(const std::string& mode) {

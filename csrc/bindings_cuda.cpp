@@ -50,44 +50,31 @@ class Device {
 void check(int code, const char* name) { STD_TORCH_CHECK(code == 0, name, ": ", rhythm_cuda_error(code)); }
 
 // The tables lie on the device and are not read here: whoever made them has checked or clamped them.
-DeviceProblem problem(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& seqs, const Tensor& heads,
-                      int64_t max_seqlen, double scale, double softcap, int64_t window_left,
-                      const std::optional<Tensor>& sinks, bool per_head, const Tensor& out) {
+DeviceProblem problem(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RULE_PARAMETERS, bool per_head,
+                      const Tensor& out) {
   DeviceProblem p{};
-  set_inputs(p, q, k, &lse);
+  set_tensors(p, q, k, &lse);
   STD_TORCH_CHECK(1 <= p.head_dim && p.head_dim <= 256, "q must have a head size of 1 to 256");
-  p.seqs = table<Sequence>(seqs, "seqs"), p.n_seqs = seqs.size(0);
-  STD_TORCH_CHECK(0 <= max_seqlen && max_seqlen <= p.tokens, "max_seqlen must be from 0 to T");
-  p.max_seqlen = max_seqlen;
-  p.heads = table<Head>(heads, "heads"), p.n_heads = heads.size(0);
-  STD_TORCH_CHECK(p.n_heads > 0, "no heads are selected");
+  set_rule(p, q.size(2), RHYTHM_RULE);
   p.kv_group = q.size(2) / k.size(2);
-  p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap), p.window_left = window_left;
-  p.sinks = sinks_of(sinks, q.size(2));
   p.per_head = per_head;
   p.out = result(out, p.batch * (per_head ? p.n_heads : 1) * p.tokens);
   p.out_row = (per_head ? p.n_heads : 1) * p.tokens, p.out_head = p.tokens;
   return p;
 }
 
-void band_rows(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& seqs, const Tensor& heads,
-               int64_t max_seqlen, double scale, double softcap, int64_t window_left, std::optional<Tensor> sinks,
-               int64_t window, bool per_head, const Tensor& out) {
-  DeviceProblem p =
-      problem(q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, per_head, out);
-  STD_TORCH_CHECK(window >= 1, "window must be at least 1");
-  p.window = window;
+void band_rows(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RULE_PARAMETERS, int64_t window,
+               bool per_head, const Tensor& out) {
+  DeviceProblem p = problem(q, k, lse, RHYTHM_RULE, per_head, out);
+  p.window = distance("window", window, 1, p);
   const Device device(q);
   check(rhythm_cuda_band_rows(&p, device.stream()), "band_rows");
 }
 
-void band_columns(const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& seqs, const Tensor& heads,
-                  int64_t max_seqlen, double scale, double softcap, int64_t window_left, std::optional<Tensor> sinks,
-                  int64_t lo, int64_t hi, bool per_head, const Tensor& out) {
-  DeviceProblem p =
-      problem(q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, per_head, out);
-  STD_TORCH_CHECK(0 <= lo && lo <= hi, "the horizon must satisfy 0 <= lo <= hi");
-  p.lo = lo, p.hi = hi;
+void band_columns(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RULE_PARAMETERS, int64_t lo, int64_t hi,
+                  bool per_head, const Tensor& out) {
+  DeviceProblem p = problem(q, k, lse, RHYTHM_RULE, per_head, out);
+  p.lo = distance("lo", lo, 0, p), p.hi = distance("hi", hi, lo, p);
   const Device device(q);
   check(rhythm_cuda_band_columns(&p, device.stream()), "band_columns");
 }
@@ -104,13 +91,11 @@ void credit(const Tensor& waad, const Tensor& fai, std::optional<Tensor> score, 
   check(rhythm_cuda_credit(&p, scratch.mutable_data_ptr(), device.stream()), "credit");
 }
 
-#define RHYTHM_BAND \
-  "Tensor q, Tensor k, Tensor lse, Tensor seqs, Tensor heads, int max_seqlen, float scale, float softcap, " \
-  "int window_left, Tensor? sinks, "
-
 STABLE_TORCH_LIBRARY_FRAGMENT(RHYTHM_CUDA_LIBRARY, m) {
-  m.def("cuda_band_rows(" RHYTHM_BAND "int window, bool per_head, Tensor(a!) out) -> ()");
-  m.def("cuda_band_columns(" RHYTHM_BAND "int lo, int hi, bool per_head, Tensor(a!) out) -> ()");
+  m.def("cuda_band_rows(Tensor q, Tensor k, Tensor lse, " RHYTHM_RULE_SCHEMA
+        "int window, bool per_head, Tensor(a!) out) -> ()");
+  m.def("cuda_band_columns(Tensor q, Tensor k, Tensor lse, " RHYTHM_RULE_SCHEMA
+        "int lo, int hi, bool per_head, Tensor(a!) out) -> ()");
   m.def("cuda_credit(" RHYTHM_CREDIT "Tensor(a!) scratch, Tensor(b!) out) -> ()");
 }
 

@@ -33,12 +33,14 @@ Equation numbers are those of arXiv 2510.13554v2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from typing_extensions import Unpack  # comes with torch; of typing since Python 3.11
 
 from . import ops, passes, reference
 from .arguments import check_horizon, check_int, check_tensor, check_window, holds, same_shape
@@ -48,46 +50,79 @@ from .reference import AttentionStats, ColumnMoments
 __all__ = ["attention_lse", "attention_with_rhythm", "column_moments", "fai", "span", "waad"]
 
 
+class Options(TypedDict, total=False):
+    """What every function here takes besides, by keyword; the defaults are those of :func:`.canonical.canonical`."""
+
+    heads: Tensor | Sequence[int] | None
+    softmax_scale: float | None
+    window_size: tuple[int, int]
+    softcap: float
+    sinks: Tensor | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int | Tensor | None
+    seq_start: Tensor | None
+    seq_end: Tensor | None
+    response_start: Tensor | None
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_OPTIONS = [x for x in inspect.signature(canonical).parameters.values() if x.name in Options.__annotations__]
+
+
+def _with_options(function: _Function) -> _Function:
+    """The same function, whose signature spells the options out for `help()` and for editors that ask at run time."""
+    signature = inspect.signature(function)
+    named = [x for x in signature.parameters.values() if x.kind != inspect.Parameter.VAR_KEYWORD]
+    last = [x for x in named if x.name in ("per_head", "backend")]
+    parameters = [x for x in named if x not in last] + _OPTIONS + last
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return function
+
+
 def _canonical(
-    pass_name: str, backend: str | None, q: Tensor, k: Tensor, lse: Tensor | None, **arguments: Any
+    function: str, pass_name: str, backend: str | None, q: Tensor, k: Tensor, lse: Tensor | None, options: Options
 ) -> Canonical:
-    """Canonical form of the arguments, once it is sure that `backend` can run `pass_name`."""
+    """Canonical form of the arguments of `function`, once it is sure that `backend` can run `pass_name`."""
+    for name in options:
+        if name not in Options.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
-    form = canonical(q, k, lse, double=backend == "reference", **arguments)
+    form = canonical(q, k, lse, double=backend == "reference", **options)
     if not torch.compiler.is_compiling():
         ops.choose(pass_name, backend, form.q.device)
     return form
 
 
-def _checked(form: Canonical) -> dict[str, Any]:
+def _checked(form: Canonical, options: Options) -> dict[str, Any]:
     """For the dense definition: what checking made of arguments, such as numbers beyond every length, or sinks."""
-    scale, softcap, left, sinks = form.score
+    rule = form.rule
     return {
-        "heads": form.heads[:, 0],
-        "softmax_scale": scale,
-        "window_size": (left, -1),
-        "softcap": softcap,
-        "sinks": sinks,
+        **options,
+        "heads": rule.heads[:, 0],
+        "softmax_scale": rule.scale,
+        "window_size": (rule.window_left, -1),
+        "softcap": rule.softcap,
+        "sinks": rule.sinks,
     }
 
 
-def _dense(name: str, form: Canonical, *tensors: Tensor | None, **arguments: Any) -> Any:
+def _dense(name: str, form: Canonical, q: Tensor, k: Tensor, lse: Tensor | None, options: Options, **own: Any) -> Any:
     """The dense definition in float64, for `backend="reference"`; a float32 result like every backend's."""
-    arguments |= _checked(form)
+    wide = [x.double() for x in (q, k, lse) if x is not None]
     with torch.no_grad(), torch.autocast(form.q.device.type, enabled=False):
-        result = getattr(reference, name)(*(None if x is None else x.double() for x in tensors), **arguments)
+        result = getattr(reference, name)(*wide, **own, **_checked(form, options))
     return ColumnMoments(*(x.float() for x in result)) if isinstance(result, tuple) else result.float()
 
 
 def _dense_attention(
-    form: Canonical, q: Tensor, k: Tensor, v: Tensor, **arguments: Any
+    form: Canonical, q: Tensor, k: Tensor, v: Tensor, options: Options, **own: Any
 ) -> tuple[Tensor, Tensor, AttentionStats]:
     """The same of attention, through which gradients run: `out` is of v's dtype."""
-    arguments |= _checked(form)
-    wide = (x.double() for x in (q, k, v))
     with torch.autocast(form.q.device.type, enabled=False):
-        out, lse, stats = reference.attention_with_rhythm(*wide, **arguments)
+        out, lse, stats = reference.attention_with_rhythm(
+            q.double(), k.double(), v.double(), **own, **_checked(form, options)
+        )
     return out.to(v.dtype), lse.detach().float(), AttentionStats(*(x.float() for x in stats))
 
 
@@ -97,24 +132,16 @@ def _check_per_head(per_head: bool) -> bool:
     return per_head
 
 
+@_with_options
 def waad(
     q: Tensor,
     k: Tensor,
     lse: Tensor | None = None,
     *,
     window: int = 10,
-    heads: Tensor | Sequence[int] | None = None,
-    softmax_scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | Tensor | None = None,
-    seq_start: Tensor | None = None,
-    seq_end: Tensor | None = None,
-    response_start: Tensor | None = None,
     per_head: bool = False,
     backend: str | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     """Windowed average attention distance of each token, eq. 9: `sum over s of A[t, s] min(t - s, window)`.
 
@@ -125,42 +152,22 @@ def waad(
     """
     window = check_window(window)
     _check_per_head(per_head)
-    arguments: dict[str, Any] = {
-        "heads": heads,
-        "softmax_scale": softmax_scale,
-        "window_size": window_size,
-        "softcap": softcap,
-        "sinks": sinks,
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": max_seqlen,
-        "seq_start": seq_start,
-        "seq_end": seq_end,
-        "response_start": response_start,
-    }
-    form = _canonical("row_stats" if lse is None else "band_rows", backend, q, k, lse, **arguments)
+    form = _canonical("waad", "row_stats" if lse is None else "band_rows", backend, q, k, lse, options)
     if backend == "reference":
-        return _dense("waad", form, q, k, lse, window=window, per_head=per_head, **arguments)
+        return _dense("waad", form, q, k, lse, options, window=window, per_head=per_head)
     return passes.waad(form, window, per_head, backend)
 
 
+@_with_options
 def fai(
     q: Tensor,
     k: Tensor,
     lse: Tensor | None = None,
     *,
     horizon: tuple[int, int | None] = (10, 100),
-    heads: Tensor | Sequence[int] | None = None,
-    softmax_scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | Tensor | None = None,
-    seq_start: Tensor | None = None,
-    seq_end: Tensor | None = None,
-    response_start: Tensor | None = None,
     per_head: bool = False,
     backend: str | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     """Future attention influence of each token, eq. 10: mean over `t in T(s)` of `A[t, s]`.
 
@@ -173,41 +180,21 @@ def fai(
     """
     lo, hi = check_horizon(horizon)
     _check_per_head(per_head)
-    arguments: dict[str, Any] = {
-        "heads": heads,
-        "softmax_scale": softmax_scale,
-        "window_size": window_size,
-        "softcap": softcap,
-        "sinks": sinks,
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": max_seqlen,
-        "seq_start": seq_start,
-        "seq_end": seq_end,
-        "response_start": response_start,
-    }
-    form = _canonical("column_stats" if hi is None else "band_columns", backend, q, k, lse, **arguments)
+    form = _canonical("fai", "column_stats" if hi is None else "band_columns", backend, q, k, lse, options)
     if backend == "reference":
-        return _dense("fai", form, q, k, lse, horizon=(lo, hi), per_head=per_head, **arguments)
+        return _dense("fai", form, q, k, lse, options, horizon=(lo, hi), per_head=per_head)
     return passes.fai(form, (lo, hi), per_head, backend)
 
 
+@_with_options
 def span(
     q: Tensor,
     k: Tensor,
     lse: Tensor | None = None,
     *,
-    heads: Tensor | Sequence[int] | None = None,
-    softmax_scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | Tensor | None = None,
-    seq_start: Tensor | None = None,
-    seq_end: Tensor | None = None,
-    response_start: Tensor | None = None,
     per_head: bool = False,
     backend: str | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     """Average attention distance of each token, `sum over s of A[t, s] (t - s)`; its mean over R is eq. 7.
 
@@ -218,42 +205,22 @@ def span(
     errors.
     """
     _check_per_head(per_head)
-    arguments: dict[str, Any] = {
-        "heads": heads,
-        "softmax_scale": softmax_scale,
-        "window_size": window_size,
-        "softcap": softcap,
-        "sinks": sinks,
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": max_seqlen,
-        "seq_start": seq_start,
-        "seq_end": seq_end,
-        "response_start": response_start,
-    }
-    form = _canonical("row_stats", backend, q, k, lse, **arguments)
+    form = _canonical("span", "row_stats", backend, q, k, lse, options)
     if backend == "reference":
-        return _dense("span", form, q, k, lse, per_head=per_head, **arguments)
+        return _dense("span", form, q, k, lse, options, per_head=per_head)
     return passes.span(form, per_head, backend)
 
 
+@_with_options
 def column_moments(
     q: Tensor,
     k: Tensor,
     lse: Tensor | None = None,
     *,
     min_distance: int = 4,
-    heads: Tensor | Sequence[int] | None = None,
-    softmax_scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | Tensor | None = None,
-    seq_start: Tensor | None = None,
-    seq_end: Tensor | None = None,
-    response_start: Tensor | None = None,
     per_head: bool = False,
     backend: str | None = None,
+    **options: Unpack[Options],
 ) -> ColumnMoments:
     """Moments of the attention each token receives over the response rows `t >= s + min_distance`, in O(T) memory.
 
@@ -266,82 +233,36 @@ def column_moments(
     """
     min_distance = check_int("min_distance", min_distance, 0)
     _check_per_head(per_head)
-    arguments: dict[str, Any] = {
-        "heads": heads,
-        "softmax_scale": softmax_scale,
-        "window_size": window_size,
-        "softcap": softcap,
-        "sinks": sinks,
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": max_seqlen,
-        "seq_start": seq_start,
-        "seq_end": seq_end,
-        "response_start": response_start,
-    }
-    form = _canonical("column_stats", backend, q, k, lse, **arguments)
+    form = _canonical("column_moments", "column_stats", backend, q, k, lse, options)
     if backend == "reference":
-        return _dense("column_moments", form, q, k, lse, min_distance=min_distance, per_head=per_head, **arguments)
+        return _dense("column_moments", form, q, k, lse, options, min_distance=min_distance, per_head=per_head)
     return passes.column_moments(form, min_distance, per_head, backend)
 
 
-def attention_lse(
-    q: Tensor,
-    k: Tensor,
-    *,
-    heads: Tensor | Sequence[int] | None = None,
-    softmax_scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | Tensor | None = None,
-    seq_start: Tensor | None = None,
-    seq_end: Tensor | None = None,
-    response_start: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
+@_with_options
+def attention_lse(q: Tensor, k: Tensor, *, backend: str | None = None, **options: Unpack[Options]) -> Tensor:
     """Natural log-sum-exp of each response row, sinks included, where no FlashAttention returned one.
 
     Returns float32 `(B, H_selected, T)`, packed `(H_selected, total)`; `-inf` on rows without keys (padding) and
     before `response_start`; never `+inf`: NaN where a logit or the sink is `+inf` or NaN. To hand it to another
     function as `lse`, leave `heads` at None. See the module for arguments and errors.
     """
-    arguments: dict[str, Any] = {
-        "heads": heads,
-        "softmax_scale": softmax_scale,
-        "window_size": window_size,
-        "softcap": softcap,
-        "sinks": sinks,
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": max_seqlen,
-        "seq_start": seq_start,
-        "seq_end": seq_end,
-        "response_start": response_start,
-    }
-    form = _canonical("row_stats", backend, q, k, None, **arguments)
+    form = _canonical("attention_lse", "row_stats", backend, q, k, None, options)
     if backend == "reference":
-        return _dense("attention_lse", form, q, k, **arguments)
+        return _dense("attention_lse", form, q, k, None, options)
     return passes.attention_lse(form, backend)
 
 
+@_with_options
 def attention_with_rhythm(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     window: int = 10,
-    heads: Tensor | Sequence[int] | None = None,
-    softmax_scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | Tensor | None = None,
-    seq_start: Tensor | None = None,
-    seq_end: Tensor | None = None,
-    response_start: Tensor | None = None,
     per_head: bool = False,
     backend: str | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor, AttentionStats]:
     """Causal attention and its rhythm together: `out, lse, stats`, with `stats` a named tuple `(waad, span)`.
 
@@ -355,27 +276,14 @@ def attention_with_rhythm(
     """
     window = check_window(window)
     _check_per_head(per_head)
-    arguments: dict[str, Any] = {
-        "heads": heads,
-        "softmax_scale": softmax_scale,
-        "window_size": window_size,
-        "softcap": softcap,
-        "sinks": sinks,
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": max_seqlen,
-        "seq_start": seq_start,
-        "seq_end": seq_end,
-        "response_start": response_start,
-    }
-    form = _canonical("attention", backend, q, k, None, **arguments)
+    form = _canonical("attention_with_rhythm", "attention", backend, q, k, None, options)
     _check_v(v, q, k)
     if backend == "reference":
-        return _dense_attention(form, q, k, v, window=window, per_head=per_head, **arguments)
+        return _dense_attention(form, q, k, v, options, window=window, per_head=per_head)
     _refuse_other_derivatives(q, k, v)
     # The tensors that carry gradients; `form` holds their detached copies.
     q, k, v = (x[None] if form.packed else x for x in (q, k, v))
-    head = (form.seqs, form.heads, form.max_seqlen, *form.score)
-    results = ops.attention(q, k, v, *head, window, per_head, backend)
+    results = ops.attention(q, k, v, *form.rule, window, per_head, backend)
     out, lse, waad_, span_ = (form.leave(x) for x in results)
     return out, lse, AttentionStats(waad_, span_)
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rhythm_kernels.ops import dispatch
+from rhythm_kernels import ops
 from rhythm_kernels.reference import ColumnMoments
+from rhythm_kernels.rule import Rule
 
 from . import bounds, row_blocks
 from .row_blocks import Measures
@@ -65,13 +66,7 @@ class Given(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    seqs: Tensor
-    heads: Tensor
-    sinks: Tensor | None
-
-    @property
-    def rule(self) -> tuple[Tensor, Tensor, int, float, float, int, Tensor | None]:
-        return self.seqs, self.heads, self.q.shape[1], SCALE, 0.0, -1, self.sinks
+    rule: Rule
 
 
 def given(heads: Sequence[Head], length: int) -> Given:
@@ -79,7 +74,7 @@ def given(heads: Sequence[Head], length: int) -> Given:
     seqs = torch.tensor([[0, 0, length, 0]], dtype=torch.int32)
     table = torch.tensor([[i, i] for i in range(len(heads))], dtype=torch.int32)
     sinks = torch.tensor([float(head.sink) for head in heads]) if heads[0].sink else None
-    return Given(q, k, v, seqs, table, sinks)
+    return Given(q, k, v, Rule(seqs, table, length, SCALE, 0.0, -1, sinks))
 
 
 def errors(
@@ -94,7 +89,7 @@ def errors(
     lse = want.lse.float()[None]
 
     def run(name: str, *args: object) -> tuple[Tensor, ...]:
-        result = dispatch.run(name, backend, *args)
+        result = getattr(torch.ops.rhythm_kernels, name)(*args, backend)
         return result if isinstance(result, tuple) else (result,)
 
     def share(got: Tensor, target: Tensor, bound: Tensor | float) -> Tensor:
@@ -105,7 +100,9 @@ def errors(
         """Stricter than the bound, which is absolute: where attention is spread, FAI itself is below that."""
         return bounds.fai() * fai.clamp(min=1e-12)
 
-    by_sink = 1.0 if x.sinks is None else -torch.expm1(x.sinks.double()[:, None] - want.lse)  # what the keys have
+    by_sink = (
+        1.0 if x.rule.sinks is None else -torch.expm1(x.rule.sinks.double()[:, None] - want.lse)
+    )  # what the keys have
     near = bounds.waad(window)
     if "band_rows" in passes:
         (waad,) = run("band_rows", x.q, x.k, lse, *x.rule, window, True)
@@ -144,11 +141,11 @@ def errors(
 def gradient_errors(heads: Sequence[Head], length: int, backend: str) -> Iterator[tuple[str, Tensor]]:
     """The same of the gradients of `attention`'s output, by its own lse."""
     x = given(heads, length)
-    out, lse, _, _ = dispatch.run("attention", backend, x.q, x.k, x.v, *x.rule, 10, True)
+    out, lse, _, _ = ops.attention(x.q, x.k, x.v, *x.rule, 10, True, backend)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    rule = (x.seqs, length, SCALE, 0.0, -1, x.sinks)
-    got = dispatch.run("attention_backward", backend, upstream, x.q, x.k, x.v, out, lse, *rule)
-    want = row_blocks.gradients(x.q[0], x.k[0], x.v[0], SCALE, x.sinks, upstream[0])
+    backward = torch.ops.rhythm_kernels.attention_backward
+    got = backward(upstream, x.q, x.k, x.v, out, lse, *x.rule, backend)
+    want = row_blocks.gradients(x.q[0], x.k[0], x.v[0], SCALE, x.rule.sinks, upstream[0])
     for (name, (gradient, size)), a in zip(want.items(), got):
         bound = bounds.GRADIENT * size.clamp(min=1e-30)
         yield f"attention_backward: d{name}", ((a[0].double() - gradient).abs() / bound).amax((0, 2))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rhythm_kernels as rk
-from rhythm_kernels import canonical, reference
+from rhythm_kernels import canonical, reference, sequences
 
 from .backends import BANDED, CREDITING, backend, bands, credit, cuda_on_cpu, device_of
 
@@ -79,7 +79,8 @@ def test_heads_out_of_range_are_named(heads: list[int]) -> None:
 @pytest.mark.parametrize("value", INT64, ids=str)
 def test_values_that_are_not_read_are_clamped(value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: every table entry within its row and its order, whatever the argument holds."""
-    monkeypatch.setattr(canonical, "readable", lambda _: False)
+    for module in (canonical, sequences):
+        monkeypatch.setattr(module, "readable", lambda _: False)
     q, k, _ = drawn("cpu")
     arguments: dict[str, Any] = dict.fromkeys(
         ("heads", "softmax_scale", "sinks", "cu_seqlens", "max_seqlen", "seq_start", "seq_end", "response_start")
@@ -90,7 +91,7 @@ def test_values_that_are_not_read_are_clamped(value: int, monkeypatch: pytest.Mo
             continue
         ends = torch.tensor([value, 5], dtype=dtype)
         for name in ("seq_start", "seq_end", "response_start"):
-            row, start, end, first = canonical.canonical(q, k, None, **arguments | {name: ends}).seqs.unbind(1)
+            row, start, end, first = canonical.canonical(q, k, None, **arguments | {name: ends}).rule.seqs.unbind(1)
             assert row.tolist() == [0, 1]
             assert (start >= 0).all() and (start <= first).all() and (first <= end).all() and (end <= T).all()
             column = {"seq_start": start, "seq_end": end, "response_start": first}[name]
@@ -99,10 +100,10 @@ def test_values_that_are_not_read_are_clamped(value: int, monkeypatch: pytest.Mo
         bounds = torch.tensor([0, value, B * T], dtype=dtype)
         form = canonical.canonical(*packed, None, **arguments | {"cu_seqlens": bounds, "response_start": ends})
         middle = min(max(value, 0), B * T)
-        assert form.seqs[:, 1:3].tolist() == [[0, middle], [middle, B * T]]
-        assert form.seqs[:, 3].tolist() == [middle if value > 0 else 0, min(middle + 5, B * T)]
+        assert form.rule.seqs[:, 1:3].tolist() == [[0, middle], [middle, B * T]]
+        assert form.rule.seqs[:, 3].tolist() == [middle if value > 0 else 0, min(middle + 5, B * T)]
         form = canonical.canonical(q, k, None, **arguments | {"heads": torch.tensor([value], dtype=dtype)})
-        assert form.heads.tolist() == [[min(max(value, 0), H - 1)] * 2]
+        assert form.rule.heads.tolist() == [[min(max(value, 0), H - 1)] * 2]
 
 
 @pytest.mark.parametrize("far", FAR, ids=str)

@@ -12,9 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rhythm_kernels as rk
-from rhythm_kernels import canonical, kept
+from rhythm_kernels import canonical, kept, sequences
 
-CACHES = (canonical.unpadded_table, canonical._cached_head_rows)
+CACHES = (sequences.unpadded_table, canonical._cached_head_rows)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,8 @@ def launches(q, k, lse, **options) -> list[str]:
     )
     arguments |= {"window_size": (-1, -1), "softcap": 0.0, **options}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canonical, "readable", lambda _: False)
+        for module in (canonical, sequences):
+            patch.setattr(module, "readable", lambda _: False)
         patch.setattr(kept, "watched", lambda: False)  # or nothing were kept for the mode that counts
         canonical.canonical(q, k, lse, **arguments)
         with Launches() as counted:
@@ -80,12 +81,13 @@ def test_launches_of_a_call(inputs):
 def test_what_a_gpu_is_given_is_brought_into_range(inputs, dtype, monkeypatch):
     """Values that the host does not read: whatever they are, `start <= response_start <= end` within the row."""
     q, _, _ = inputs
-    monkeypatch.setattr(canonical, "readable", lambda _: False)
+    for module in (canonical, sequences):
+        monkeypatch.setattr(module, "readable", lambda _: False)
     low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
     some = torch.tensor([low, -1, 0, 3, 11, 12, 13, high], dtype=dtype)
     start, end, first = (x.flatten() for x in torch.meshgrid(some, some, some, indexing="ij"))
     wide = q[:1].expand(len(start), -1, -1, -1)
-    table = canonical._padded_table(start, end, first, wide)
+    table = sequences._padded_table(start, end, first, wide)
     assert table.dtype == torch.int32
     row, s, e, f = table.unbind(1)
     assert torch.equal(row, torch.arange(len(start), dtype=torch.int32))
@@ -96,16 +98,16 @@ def test_what_a_gpu_is_given_is_brought_into_range(inputs, dtype, monkeypatch):
     assert torch.equal(f[fine], torch.minimum(torch.maximum(first, start), end)[fine].int())
     cu = torch.tensor([low, 5, 3, high, 7, 24], dtype=dtype)
     counted = torch.tensor([high, low, 2, 1, 4], dtype=dtype)
-    packed = canonical._packed_table(cu, counted, 24, q.device)
+    packed = sequences._packed_table(cu, counted, 24, q.device)
     assert packed.tolist() == [[0, 0, 5, 5], [0, 5, 5, 5], [0, 5, 24, 7], [0, 24, 24, 24], [0, 24, 24, 24]]
 
 
 def test_one_table_serves_later_calls(inputs):
     q, k, lse = inputs
     rk.waad(q, k, lse)
-    table, heads = canonical.unpadded_table(2, 12, q.device), canonical._cached_head_rows((0, 1), q.device)
+    table, heads = sequences.unpadded_table(2, 12, q.device), canonical._cached_head_rows((0, 1), q.device)
     rk.fai(q, k, lse)
-    assert canonical.unpadded_table(2, 12, q.device) is table
+    assert sequences.unpadded_table(2, 12, q.device) is table
     assert canonical._cached_head_rows((0, 1), q.device) is heads
     assert table.tolist() == [[0, 0, 12, 0], [1, 0, 12, 0]]
 
@@ -265,5 +267,5 @@ class Recorded:
 @pytest.mark.parametrize(("source", "target", "waits"), [("cpu", "cuda:0", False), ("cuda:0", "cpu", True)])
 def test_a_table_that_goes_to_the_host_is_waited_for(source, target, waits):
     seqs = Recorded(source)
-    canonical.SequenceTable(seqs, 3, False).to(torch.device(target))
+    sequences.SequenceTable(seqs, 3, False).to(torch.device(target))
     assert seqs.copied == (torch.device(target).type, not waits)

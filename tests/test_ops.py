@@ -23,7 +23,7 @@ def sample(backend: str, per_head: bool, sinks: bool) -> dict[str, tuple[Callabl
     q, k, v = torch.randn(2, 21, 4, 8), torch.randn(2, 21, 2, 8), torch.randn(2, 21, 2, 6)
     options = {**NO_OPTIONS, "sinks": torch.randn(4) if sinks else None}
     form = canonical(q, k, rk.attention_lse(q, k, sinks=options["sinks"]), heads=[3, 0], **options)
-    head = (form.seqs, form.heads, form.max_seqlen, *form.score)
+    head = form.rule
     return {
         "band_rows": (ops.band_rows, (q, k, form.lse, *head, 10, per_head, backend)),
         "band_columns": (ops.band_columns, (q, k, form.lse, *head, 3, 9, per_head, backend)),

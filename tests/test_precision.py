@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rhythm_kernels as rk
-from rhythm_kernels import reference
+from rhythm_kernels import ops, reference
 from rhythm_kernels.backend.tiled_torch import tiles
 from rhythm_kernels.canonical import canonical
-from rhythm_kernels.ops import dispatch
 
 aten = torch.ops.aten
 PRODUCTS = {
@@ -64,16 +63,21 @@ def passes(dtype: torch.dtype, softcap: float) -> dict[str, tuple]:
         q, k, rk.attention_lse(q, k, softcap=softcap), heads=None, softmax_scale=None, window_size=(-1, -1),
         softcap=softcap, **NO_OPTIONS,
     )  # fmt: skip
-    head = (form.seqs, form.heads, form.max_seqlen, *form.score)
-    out, lse, _, _ = dispatch.run("attention", "torch", q, k, v, *head, 10, False)
+    head = form.rule
+    out, lse, _, _ = ops.attention(q, k, v, *head, 10, False, "torch")
     return {
         "band_rows": (q, k, form.lse, *head, 10, False),
         "band_columns": (q, k, form.lse, *head, 3, 9, False),
         "row_stats": (q, k, *head, 10, False),
         "column_stats": (q, k, form.lse, *head, 4, True, False),
         "attention": (q, k, v, *head, 10, False),
-        "attention_backward": (out, q, k, v, out, lse, form.seqs, form.max_seqlen, *form.score),
+        "attention_backward": (out, q, k, v, out, lse, *head),
     }
+
+
+def run(name: str, *args: Any) -> Any:
+    """The op of the torch backend."""
+    return getattr(torch.ops.rhythm_kernels, name)(*args, "torch")
 
 
 NAMES = ["band_rows", "band_columns", "row_stats", "column_stats", "attention", "attention_backward"]
@@ -84,11 +88,11 @@ NAMES = ["band_rows", "band_columns", "row_stats", "column_stats", "attention", 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_no_product_of_float32_operands(name: str, softcap: float, precision: str) -> None:
     args = passes(torch.float32, softcap)[name]
-    want = dispatch.run(name, "torch", *args)
+    want = run(name, *args)
     torch.set_float32_matmul_precision(precision)
     before = settings()
     with Products() as products:
-        got = dispatch.run(name, "torch", *args)
+        got = run(name, *args)
     assert set(products.dtypes) == {torch.float64}
     assert settings() == before
     for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (got, want)), strict=True):
@@ -101,7 +105,7 @@ def test_sixteen_bits_are_multiplied_as_float32(name: str) -> None:
     """No setting of reduced-precision reductions applies: what has 16 bits is raised first."""
     args = passes(torch.bfloat16, 5.0)[name]
     with Products() as products:
-        dispatch.run(name, "torch", *args)
+        run(name, *args)
     assert set(products.dtypes) == {torch.float32}
 
 
@@ -154,7 +158,7 @@ def test_settings_stay_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> No
     before = settings()
     monkeypatch.setattr(torch, "matmul", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
-        dispatch.run("row_stats", "torch", *args)
+        run("row_stats", *args)
     assert settings() == before
 
 
@@ -170,7 +174,7 @@ def test_another_thread_sees_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
         return matmul(a, b)
 
     monkeypatch.setattr(torch, "matmul", watched)
-    dispatch.run("row_stats", "torch", *args)
+    run("row_stats", *args)
     assert seen and all(found == before for found in seen)
 
 
@@ -183,5 +187,5 @@ def test_a_compiled_call_follows_the_setting_of_the_moment() -> None:
         torch.set_float32_matmul_precision(precision)
         assert (compiled(q, k).double() - want).abs().max() < 1e-4
         with Products() as products:
-            dispatch.run("row_stats", "torch", *passes(torch.float32, 5.0)["row_stats"])
+            run("row_stats", *passes(torch.float32, 5.0)["row_stats"])
         assert set(products.dtypes) == {torch.float64 if precision == "medium" else torch.float32}

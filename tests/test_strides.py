@@ -177,7 +177,7 @@ def test_attention_and_its_gradient(rule: str, tensor: str, backend: str) -> Non
 def test_nothing_is_copied_that_lies_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head dimension that is contiguous is read where it is, whatever the other strides."""
     seen = []
-    module = ops.dispatch._module("torch")
+    module = ops.dispatch._room("torch")
     attention = module.attention
     monkeypatch.setattr(module, "attention", lambda *args: seen.extend(args[:3]) or attention(*args))
     q, k, v = (permuted(torch.randn(B, T, heads, D), (0, 2, 1, 3)) for heads in (H, H_KV, H_KV))
@@ -209,15 +209,15 @@ def test_ops_called_directly(name: str, backend: str) -> None:
         sinks=every["sinks"], cu_seqlens=None, max_seqlen=None,
         seq_start=torch.tensor([0, 3], device=every["q"].device), seq_end=None, response_start=None,
     )  # fmt: skip
-    scale, softcap, left, sinks = form.score
-    assert sinks is not None
-    tensors = every | {"lse": form.lse, "seqs": form.seqs, "heads": form.heads, "sinks": sinks}
+    rule = form.rule
+    assert rule.sinks is not None
+    tensors = every | {"lse": form.lse, "seqs": rule.seqs, "heads": rule.heads, "sinks": rule.sinks}
     streamed = {"row_stats": ("q", "k"), "attention": ("q", "k", "v")}.get(name, ("q", "k", "lse"))
     last = {"band_rows": (5,), "band_columns": (2, 9), "row_stats": (5,), "column_stats": (2, True), "attention": (5,)}
 
     def results(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         leaves = [given[each].detach().requires_grad_(name == "attention") for each in streamed]
-        table = (given["seqs"], given["heads"], form.max_seqlen, scale, softcap, left, given["sinks"])
+        table = rule._replace(**{each: given[each] for each in ("seqs", "heads", "sinks")})
         got = getattr(torch.ops.rhythm_kernels, name)(*leaves, *table, *last[name], True, backend)
         if name != "attention":
             return got if isinstance(got, tuple) else (got,)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rhythm_kernels as rk
-from rhythm_kernels import canonical
+from rhythm_kernels import canonical, sequences
 from rhythm_kernels.credit import CREDIT_MODES
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -324,7 +324,7 @@ def test_selective_checkpointing_recomputes_what_it_saved() -> None:
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     (want,) = torch.autograd.grad(f(x := q.clone().requires_grad_()), x)
-    canonical.unpadded_table.cache_clear()
+    sequences.unpadded_table.cache_clear()
     canonical._cached_head_rows.cache_clear()
     for _ in range(2):
         loss = checkpoint(f, x := q.clone().requires_grad_(), use_reentrant=False, context_fn=contexts)

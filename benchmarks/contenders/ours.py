@@ -8,6 +8,7 @@ import torch
 
 import rhythm_kernels as rk
 from rhythm_kernels import ops
+from rhythm_kernels.rule import Rule
 
 from ..gate import Results
 from ..problem import AttentionProblem
@@ -46,7 +47,7 @@ def row_stats(backend: str) -> Callable[[AttentionProblem], Call]:
         seqs = torch.tensor([(row, 0, shape.length, 0) for row in range(shape.batch)], dtype=torch.int32, device=device)
         index = torch.arange(shape.heads, dtype=torch.int32, device=device)
         heads = torch.stack([index, index], dim=1)
-        rule = (seqs, heads, shape.length, p.scale, 0.0, -1, None)
+        rule = Rule(seqs, heads, shape.length, p.scale, 0.0, -1, None)
 
         def call() -> Results:
             lse, waad, span = ops.row_stats(p.q, p.k, *rule, shape.window, False, backend)

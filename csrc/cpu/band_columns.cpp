@@ -25,8 +25,8 @@ RHYTHM_INLINE Met vectors_met(int64_t offset, int64_t lo, int64_t hi, int64_t n_
 
 // Add A of the row positions s0 + [from, to) to sums[key]; column 0 of `queries` and of `lse` is position s0 + from. No
 // row from a key's own of `ends` on sees it.
-static void add_rows(const Problem& p, int64_t s0, const int32_t* ends, int64_t hi, int64_t from, int64_t to,
-                     int64_t n_vectors, const float* keys, int64_t ld_keys, const float* queries,
+static void add_rows(const Problem& p, const HeadRule& rule, int64_t s0, const int32_t* ends, int64_t hi, int64_t from,
+                     int64_t to, int64_t n_vectors, const float* keys, int64_t ld_keys, const float* queries,
                      int64_t ld_queries, const float* lse, float* sums) {
   const Int lanes = lane_index();
   Vec dots[kAccumulators];
@@ -52,7 +52,8 @@ static void add_rows(const Problem& p, int64_t s0, const int32_t* ends, int64_t 
           Vec total = load(sum);
           for (int m = 0; m < block; ++m) {
             // Lane i: the key s0 + kLanes * (v + f) + i, met by the row s0 + offset + base + m + i.
-            const Vec a = exp(logit(dots[f * block + m], p.score) - load(lse + column + m));
+            const Vec distance = splat((float)(offset + base + m - kLanes * (v + f)));
+            const Vec a = exp(logit(dots[f * block + m], distance, rule, p.score) - load(lse + column + m));
             total += keep(lanes + (int32_t)(s0 + offset + base + m) < its_end, a);
           }
           store(sum, total);
@@ -99,15 +100,16 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
     loaded_head = group.kv_head;
     for (int g = 0; g < group.count; ++g) {
       const Head head = p.heads[group.entry[g]];
+      const HeadRule rule = rule_of(p, tile, head.query);
       const T* const source = head_of<T>(p.q, row, p.q_row, head.query, p.q_head);
       __builtin_memset(total, 0, 2 * kColumnTile * sizeof(float)); // and lost
       for (int64_t offset = from; offset < to; offset += at_once) {
         const int64_t last = smaller(offset + at_once, to);
         const int64_t columns = whole_vectors(last - offset + kLanes - 1);
         load_transposed(source, p.q_token, p.head_dim, s0 + offset, columns, 0, p.tokens, queries, ld_queries);
-        load_lse(p, row, head, s0 + offset, columns, s0, end, lse);
+        load_lse(p, row, head, rule, s0 + offset, columns, s0, end, lse);
         __builtin_memset(sums, 0, kColumnTile * sizeof(float));
-        add_rows(p, s0, ends, hi, offset, last, n_vectors, keys, ld_keys, queries, ld_queries, lse, sums);
+        add_rows(p, rule, s0, ends, hi, offset, last, n_vectors, keys, ld_keys, queries, ld_queries, lse, sums);
         for (int64_t c = 0; c < n_vectors * kLanes; c += kLanes) add_to(total + c, lost + c, load(sums + c));
       }
       for (int64_t c = 0; c < count; ++c) {

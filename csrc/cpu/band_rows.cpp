@@ -14,9 +14,9 @@ namespace RHYTHM_CAPABILITY {
 // Add A (W - distance) of the distances [near, far], summed by themselves, to band[g * kMaxStrip + lane] for the rows
 // t .. t + kLanes - 1 of `count` heads (head g's transposed rows at g * step of `rows`, its lse at g * kMaxStrip).
 // Column 0 of `keys` is token t - far; a row sees no key before its own of `starts`.
-static void add_band(const Problem& p, int64_t t, Int starts, int64_t near, int64_t far, const float* rows,
-                     int64_t step, const float* keys, int64_t ld_keys, const float* lse, int count, float* band,
-                     float* lost) {
+static void add_band(const Problem& p, const HeadRule* rules, int64_t t, Int starts, int64_t near, int64_t far,
+                     const float* rows, int64_t step, const float* keys, int64_t ld_keys, const float* lse, int count,
+                     float* band, float* lost) {
   const Int lanes = lane_index();
   Vec dots[kAccumulators];
   for (int g = 0; g < count; g += kMaxFixed) {
@@ -30,9 +30,10 @@ static void add_band(const Problem& p, int64_t t, Int starts, int64_t near, int6
       diagonal(fixed, moved)(rows + g * step, step, kLanes, keys + (far - distance), ld_keys, p.head_dim, dots);
       for (int m = 0; m < moved; ++m) {
         const float weight = (float)(p.window - (distance - m));
+        const Vec apart = splat((float)(distance - m));
         const Int visible = lanes + (int32_t)(t - (distance - m)) >= starts;
         for (int f = 0; f < fixed; ++f) {
-          const Vec a = exp(logit(dots[f * moved + m], p.score) - load(lse + (g + f) * kMaxStrip));
+          const Vec a = exp(logit(dots[f * moved + m], apart, rules[g + f], p.score) - load(lse + (g + f) * kMaxStrip));
           sums[f] += keep(visible, a) * weight;
         }
       }
@@ -65,8 +66,12 @@ static void run_strip(const Problem& p, const Tile& tile, int64_t t0, int64_t la
     const T* const kv = head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head);
     __builtin_memset(band, 0, group.count * kMaxStrip * sizeof(float));
     __builtin_memset(lost, 0, group.count * kMaxStrip * sizeof(float));
-    for (int g = 0; g < group.count; ++g)
-      load_lse(p, row, p.heads[group.entry[g]], t0, width, t0, last, lse + g * kMaxStrip);
+    HeadRule rules[kMaxGroup];
+    for (int g = 0; g < group.count; ++g) {
+      const Head head = p.heads[group.entry[g]];
+      rules[g] = rule_of(p, tile, head.query);
+      load_lse(p, row, head, rules[g], t0, width, t0, last, lse + g * kMaxStrip);
+    }
     for (int64_t near = 0; near <= farthest; near += kBandChunk) {
       const int64_t far = smaller(near + kBandChunk - 1, farthest);
       if (group.kv_head != loaded_head || farthest >= kBandChunk)
@@ -77,14 +82,14 @@ static void run_strip(const Problem& p, const Tile& tile, int64_t t0, int64_t la
         for (int g = 0; g < group.count; ++g)
           load_transposed(head_of<T>(p.q, row, p.q_row, p.heads[group.entry[g]].query, p.q_head), p.q_token,
                           p.head_dim, t0 + r, kLanes, 0, p.tokens, queries + g * step, kLanes);
-        add_band(p, t0 + r, load_int(starts + r), near, far, queries, step, keys + r, ld_keys, lse + r, group.count, band + r,
-                 lost + r);
+        add_band(p, rules, t0 + r, load_int(starts + r), near, far, queries, step, keys + r, ld_keys, lse + r,
+                 group.count, band + r, lost + r);
       }
     }
     for (int g = 0; g < group.count; ++g) {
       float* const value = band + g * kMaxStrip;
       for (int64_t r = 0; r < rows; r += kLanes) {
-        const Vec rowsum = row_sum(load(lse + g * kMaxStrip + r), p.score, p.heads[group.entry[g]].query);
+        const Vec rowsum = row_sum(load(lse + g * kMaxStrip + r), rules[g]);
         const Vec waad = waad_from_band(rowsum, load(value + r), (float)p.window);
         store(value + r, waad);
         store(mean + r, load(mean + r) + waad);

@@ -40,23 +40,23 @@ RHYTHM_INLINE void merge(Moments& into, int64_t c, Vec count, Vec mean, Vec m2, 
 }
 
 // Take in the rows t0 .. t0 + count - 1 for one vector of keys starting at token s: maps[n * kStatsTile + lane].
-static void take_rows(const Problem& p, int64_t s, int64_t t0, int64_t count, float* maps, const float* lse,
-                      Moments& state, int64_t c) {
+static void take_rows(const Problem& p, const HeadRule& rule, int64_t s, int64_t t0, int64_t count, float* maps,
+                      const float* lse, Moments& state, int64_t c) {
   const Int lanes = lane_index();
-  const Int nearest = splat_int((int32_t)smaller(p.min_distance, INT32_MAX));
-  const Int window = splat_int((int32_t)smaller(p.score.window_left, INT32_MAX));
+  const Int nearest = splat_int((int32_t)p.min_distance);
+  const Int window = splat_int((int32_t)p.score.window_left);
   Vec sum = Vec{};
   Int counted = splat_int(0);
   for (int64_t n = 0; n < count; ++n) {
     const Int distance = (int32_t)(t0 + n - s) - lanes;
     const Int counts = distance >= nearest;
-    const Vec a = exp(logit(load(maps + n * kStatsTile), p.score) - lse[n]) * kUnit;
+    const Vec a = exp(logit(load(maps + n * kStatsTile), number(distance), rule, p.score) - lse[n]) * kUnit;
     const Vec kept = keep(counts & (distance <= window) & (distance >= splat_int(0)), a);
     counted -= counts; // a true lane is -1
     sum += kept;
     store(maps + n * kStatsTile, kept);
   }
-  const Vec rows = __builtin_convertvector(counted, Vec);
+  const Vec rows = number(counted);
   if (!p.moments) {
     add_to(state.mean + c, state.lost + c, sum);
     store(state.count + c, load(state.count + c) + rows);
@@ -154,15 +154,16 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
     loaded_head = group.kv_head;
     for (int g = 0; g < group.count; ++g) {
       const Head head = p.heads[group.entry[g]];
+      const HeadRule rule = rule_of(p, tile, head.query);
       const T* const source = head_of<T>(p.q, row, p.q_row, head.query, p.q_head);
       __builtin_memset(state, 0, sizeof(Moments));
       for (int64_t t = from; t < stop; t += kChunk) {
         const int64_t n = smaller(kChunk, stop - t);
         const int64_t whole = (n + kOuterRows - 1) / kOuterRows * kOuterRows;
         load_rows(source, p.q_token, p.head_dim, t, whole, end, rows);
-        load_lse(p, row, head, t, n, s0, end, lse);
+        load_lse(p, row, head, rule, t, n, s0, end, lse);
         outer_product(keys, ld_keys, width, rows, whole, p.head_dim, maps, kStatsTile);
-        for (int64_t c = 0; c < width; c += kLanes) take_rows(p, s0 + c, t, n, maps + c, lse, *state, c);
+        for (int64_t c = 0; c < width; c += kLanes) take_rows(p, rule, s0 + c, t, n, maps + c, lse, *state, c);
       }
       if (stop < end)
         for (int64_t c = 0; c < width; c += kLanes) take_hidden(p, s0 + c, stop, end, *state, c);

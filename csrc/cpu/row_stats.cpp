@@ -26,20 +26,18 @@ struct Running {
 static_assert(sizeof(Running) == 7 * kRowTile * sizeof(float), "row_stats_scratch counts these");
 
 // Take in the keys s0 .. s0 + count - 1 of one vector of rows starting at token t: dots[n * kRowTile + lane].
-static void take_keys(const Problem& p, int64_t t, int64_t s0, int64_t count, float* dots, Running& state,
-                      int64_t r) {
+static void take_keys(const Problem& p, const HeadRule& rule, int64_t t, int64_t s0, int64_t count, float* dots,
+                      Running& state, int64_t r) {
   const Int lanes = lane_index();
   const Vec minus_inf = splat(-__builtin_inff());
   const bool all_visible = s0 + count - 1 <= t && t + kLanes - 1 - s0 <= p.score.window_left;
-  const Int window = splat_int((int32_t)smaller(p.score.window_left, INT32_MAX));
+  const Int window = splat_int((int32_t)p.score.window_left);
   const Vec before = load(state.maximum + r);
   Vec maximum = before;
   for (int64_t n = 0; n < count; ++n) {
-    Vec x = logit(load(dots + n * kRowTile), p.score);
-    if (!all_visible) {
-      const Int distance = lanes + (int32_t)(t - (s0 + n));
-      x = select((distance >= splat_int(0)) & (distance <= window), x, minus_inf);
-    }
+    const Int distance = lanes + (int32_t)(t - (s0 + n));
+    Vec x = logit(load(dots + n * kRowTile), number(distance), rule, p.score);
+    if (!all_visible) x = select((distance >= splat_int(0)) & (distance <= window), x, minus_inf);
     // Kept as rounded: the largest is one of these, so that no exponent below is above 0. Scaled anew there, in one
     // step with the subtraction, it would be off by half a unit of the largest: by 128 for logits of 2^31.
     store(dots + n * kRowTile, x);
@@ -69,16 +67,15 @@ static void take_keys(const Problem& p, int64_t t, int64_t s0, int64_t count, fl
 }
 
 // lse, WAAD and span of `rows` rows of one head, from what was carried.
-static void finish(const Problem& p, const Tile& tile, int32_t entry, const Running& state, float* waad_mean,
-                   float* span_mean) {
+static void finish(const Problem& p, const HeadRule& rule, const Tile& tile, int32_t entry, const Running& state,
+                   float* waad_mean, float* span_mean) {
   const int64_t rows = tile.last - tile.first, row = tile.seq.row;
   const int64_t at = (row * p.n_heads + entry) * p.tokens + tile.first;
   float whole[kRowTile], waad[kRowTile], span[kRowTile];
-  const float sink = p.score.sinks != nullptr ? p.score.sinks[p.heads[entry].query] : -__builtin_inff();
   for (int64_t r = 0; r < rows; r += kLanes) {
     const Vec sum = load(state.sum + r);
     Vec all = sum;
-    if (sink != -__builtin_inff()) all += exp(sink - load(state.maximum + r));
+    if (rule.sink != -__builtin_inff()) all += exp(rule.sink - load(state.maximum + r));
     // Not 1 - the sink's share: that would be known to 1e-7 of the row, and not of what the sink leaves.
     const Vec w = waad_from_band(sum / all, load(state.band + r) / all, (float)p.window);
     const Vec d = load(state.distance + r) / all;
@@ -112,13 +109,14 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
       p.score.window_left < t0 - tile.seq.start ? t0 - p.score.window_left : tile.seq.start;
   for (int64_t i = 0; i < p.n_groups; ++i) {
     const HeadGroup& group = p.groups[i];
+    HeadRule rules[kMaxGroup];
     for (int g = 0; g < group.count; ++g) {
       const Head head = p.heads[group.entry[g]];
       load_transposed(head_of<T>(p.q, row, p.q_row, head.query, p.q_head), p.q_token, p.head_dim, t0, width, t0,
                       tile.last, queries + g * step, ld_rows);
       __builtin_memset(&states[g], 0, sizeof(Running));
-      const float from = p.score.sinks != nullptr ? p.score.sinks[head.query] : -__builtin_inff();
-      for (int64_t r = 0; r < kRowTile; ++r) states[g].maximum[r] = from;
+      rules[g] = rule_of(p, tile, head.query);
+      for (int64_t r = 0; r < kRowTile; ++r) states[g].maximum[r] = rules[g].sink;
     }
     const T* const kv = head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head);
     for (int64_t s = first_key; s < tile.last; s += kChunk) {
@@ -129,10 +127,11 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
       for (int g = 0; g < group.count; ++g) {
         outer_product(queries + g * step + seeing, ld_rows, width - seeing, keys, whole, p.head_dim, dots + seeing,
                       kRowTile);
-        for (int64_t r = seeing; r < width; r += kLanes) take_keys(p, t0 + r, s, count, dots + r, states[g], r);
+        for (int64_t r = seeing; r < width; r += kLanes)
+          take_keys(p, rules[g], t0 + r, s, count, dots + r, states[g], r);
       }
     }
-    for (int g = 0; g < group.count; ++g) finish(p, tile, group.entry[g], states[g], waad_mean, span_mean);
+    for (int g = 0; g < group.count; ++g) finish(p, rules[g], tile, group.entry[g], states[g], waad_mean, span_mean);
   }
   if (!p.per_head)
     for (int64_t r = 0; r < rows; ++r) {

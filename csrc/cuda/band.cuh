@@ -20,6 +20,7 @@ struct Band {
 };
 
 struct Work {
+  int sequence; // of the table
   Sequence seq;
   int first; // of the slab's tokens; at or past seq.end where the warp has none
   int slab, lane;
@@ -52,10 +53,11 @@ __device__ inline void clear_others(const Band& band, const Sequence& seq, int i
 // 65,535. False where the whole block has no results.
 template <int kHalves>
 __device__ inline bool locate(const Band& band, Work& work) {
-  const int index = blockIdx.x / band.tiles, part = blockIdx.x % band.tiles;
+  const int part = blockIdx.x % band.tiles;
   const int64_t tile_tokens = band.slabs * kSlab<kHalves>;
-  work.seq = band.p.seqs[index];
-  clear_others(band, work.seq, index, part, tile_tokens);
+  work.sequence = blockIdx.x / band.tiles;
+  work.seq = band.p.seqs[work.sequence];
+  clear_others(band, work.seq, work.sequence, part, tile_tokens);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); // the same in all lanes: said so
   work.slab = warp % band.slabs, work.lane = warp / band.slabs;
   const int64_t tile = work.seq.response_start + part * tile_tokens;
@@ -152,11 +154,7 @@ int launch_instance(const DeviceProblem& p, void* stream) {
 
 // Pick the instance of a pass, `Pass<T, kChunks, kWhole>`; whole: the head fills its chunks.
 template <template <typename, int, bool> class Pass>
-int launch_band(const DeviceProblem& problem, void* stream) {
-  DeviceProblem p = problem;
-  // No key is farther than the row is long; a larger window would cancel in W - (W - distance).
-  const auto within = [&](int64_t& distance) { distance = distance < p.tokens ? distance : p.tokens; };
-  within(p.window), within(p.lo), within(p.hi), within(p.window_left);
+int launch_band(const DeviceProblem& p, void* stream) {
   const bool aligned = aligned_to_sixteen(p);
   const auto chunks = [&](auto type, auto number) {
     using T = decltype(type);

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
   };
   if (work.first < work.seq.end) {
     const int head_dim = kWhole ? 32 * kChunks : static_cast<int>(p.head_dim);
-    const int lo = static_cast<int>(p.lo), far = visible_far(p.hi, p), end = work.seq.end;
+    const int lo = static_cast<int>(p.lo), far = visible_far(p.hi, p.score), end = work.seq.end;
     const int last_key = work.first + kSlab<kHalves> < end ? work.first + kSlab<kHalves> - 1 : end - 1;
     const int64_t reach = int64_t(work.first) + kSlab<kHalves> - 1 + far;
     // Rows after a key of the response are rows of the response. Where the horizon has none: from 0 to -1.
@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
     for (int entry = work.heads_from; entry < work.heads_to; ++entry) {
       const bool last_head = entry + 1 == work.heads_to;
       const Head next = p.heads[last_head ? entry : entry + 1];
-      const float zero = nothing(p, p.heads[entry].query);
+      const Owner owner{work.sequence, p.heads[entry].query};
+      const float zero = nothing(p.score, owner);
       if (any && kv != held) load_keys(kv);
       held = kv, kv = kv_head(next);
       for (int t0 = rows_from; t0 <= last; t0 += kStep) {
@@ -103,18 +104,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
         if (!last_chunk || !last_head) load_rows(last_chunk ? rows_from : t0 + kStep);
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-          const int distance = t0 - (work.first + kResident * group); // of the first row from the first key
-          if (distance - far >= kResident || lo - distance >= kStep) continue;
-          exponents(x[group], p, [&](int tile, int i) { return row_lse[tile][i % 2]; });
-          if (distance - lo >= kResident - 1 && far - distance >= kStep - 1 && last - t0 >= kStep - 1) { // all in it
+          const int apart = t0 - (work.first + kResident * group); // the first row from the first key
+          if (apart - far >= kResident || lo - apart >= kStep) continue;
+          const auto row = [&](int tile, int i) { return kPassing * tile + 2 * lane.column + i % 2; };
+          const auto distance = [&](int tile, int i) { return apart + row(tile, i) - (lane.row + 8 * (i / 2)); };
+          exponents(x[group], p.score, owner, distance, [&](int tile, int i) { return row_lse[tile][i % 2]; });
+          if (apart - lo >= kResident - 1 && far - apart >= kStep - 1 && last - t0 >= kStep - 1) { // all in it
 #pragma unroll
             for (int i = 0; i < 4 * kTiles; ++i) sum[2 * group + i % 4 / 2] += exp_of(x[group][i / 4][i % 4]);
           } else {
 #pragma unroll
             for (int i = 0; i < 4 * kTiles; ++i) {
-              const int row = kPassing * (i / 4) + 2 * lane.column + i % 2, key = lane.row + 8 * (i % 4 / 2);
-              const bool inside = static_cast<unsigned>(distance + row - key - lo) <= static_cast<unsigned>(far - lo);
-              sum[2 * group + i % 4 / 2] += inside && row <= last - t0 ? exp_of(x[group][i / 4][i % 4]) : 0.0f;
+              const int past_lo = distance(i / 4, i % 4) - lo;
+              const bool inside = static_cast<unsigned>(past_lo) <= static_cast<unsigned>(far - lo);
+              const bool there = row(i / 4, i % 4) <= last - t0;
+              sum[2 * group + i % 4 / 2] += inside && there ? exp_of(x[group][i / 4][i % 4]) : 0.0f;
             }
           }
         }

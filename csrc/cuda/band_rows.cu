@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
   if (work.first < work.seq.end) {
     const int head_dim = kWhole ? 32 * kChunks : static_cast<int>(p.head_dim);
     const int window = static_cast<int>(p.window);
-    const int far = visible_far(p.window - 1, p);
+    const int far = visible_far(p.window - 1, p.score);
     const int last = work.first + kResident < work.seq.end ? work.first + kResident - 1 : work.seq.end - 1;
     const int keys_from = work.first - far > work.seq.start ? work.first - far : work.seq.start;
     const bool one_chunk = last - keys_from < kPassing * kTiles;
@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
     int held = -1; // whose keys `keys` has, all of them
     for (int entry = work.heads_from; entry < work.heads_to; ++entry) {
       const Head head = p.heads[entry];
+      const Owner owner{work.sequence, head.query};
       const int kv_head = head.query / static_cast<int>(p.kv_group);
       const Tokens<T> q = tokens_of<T>(p.q, work.seq.row, p.q_row, head.query, p.q_head, p.q_token, last, head_dim);
       const Tokens<T> k = tokens_of<T>(p.k, work.seq.row, p.k_row, kv_head, p.k_head, p.k_token, last, head_dim);
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
 #pragma unroll
       for (int half = 0; half < 2; ++half) lse[half] = __ldg(row_lse[row[half]]);
       queries.load(q, work.first, lane);
-      const float zero = nothing(p, head.query);
+      const float zero = nothing(p.score, owner);
 #pragma unroll
       for (int half = 0; half < 2; ++half) lse[half] = known(lse[half], zero);
 
@@ -60,16 +61,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
         if (s0 > keys_from) keys.load(k, s0, lane);
         float x[kTiles][4];
         products(queries, keys, head_dim, x);
-        exponents(x, p, [&](int, int i) { return lse[i / 2]; });
+        const auto distance = [&](int tile, int i) {
+          return row[i / 2] - (s0 + kPassing * tile + 2 * lane.column + i % 2);
+        };
+        exponents(x, p.score, owner, distance, [&](int, int i) { return lse[i / 2]; });
         // A chunk's pairs join the sum at once: one by one they would vanish beside a key that has nearly all of a row.
         float part[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int distance = row[i / 2] - (s0 + kPassing * tile + 2 * lane.column + i % 2);
-            const bool near = static_cast<unsigned>(distance) <= static_cast<unsigned>(far);
-            part[i / 2] += near ? exp_of(x[tile][i]) * static_cast<float>(window - distance) : 0.0f;
+            const int apart = distance(tile, i);
+            const bool near = static_cast<unsigned>(apart) <= static_cast<unsigned>(far);
+            part[i / 2] += near ? exp_of(x[tile][i]) * static_cast<float>(window - apart) : 0.0f;
           }
         }
 #pragma unroll
@@ -80,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float width = static_cast<float>(window);
-        float waad = width * row_sum(lse[half], p, head.query) - over_columns(sum[half]);
+        float waad = width * row_sum(lse[half], p.score, owner) - over_columns(sum[half]);
         // Into [0, W] against rounding; NaN fails both comparisons and stays.
         waad = waad < 0.0f ? 0.0f : waad;
         value[half] = waad > width ? width : waad;

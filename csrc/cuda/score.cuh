@@ -35,24 +35,31 @@ __device__ inline float tanh_of(float x) {
   return size < 0.3f ? near : copysignf(far, x); // a NaN goes through `far`
 }
 
+// Whose pairs they are: a query head, in a sequence of the table.
+struct Owner {
+  int sequence, query_head;
+};
+
 // Products become x - lse in place, what A is the exponential of, in nats: scaling x and lse to bits before they are
-// subtracted would round each at its size. `lse(tile, i)` is that of the row of x[tile][i]. The branch is taken once.
-template <int kTiles, typename Lse>
-__device__ inline void exponents(float (&x)[kTiles][4], const DeviceProblem& p, Lse lse) {
-  if (p.softcap > 0.0f) {
-    const float inner = p.scale / p.softcap;
+// subtracted would round each at its size. `lse(tile, i)` is that of the row of x[tile][i], which comes
+// `distance(tile, i)` after its key. The branch is taken once.
+template <int kTiles, typename Distance, typename Lse>
+__device__ inline void exponents(float (&x)[kTiles][4], const ScoreRule& rule, Owner owner, Distance distance,
+                                 Lse lse) {
+  if (rule.softcap > 0.0f) {
+    const float inner = rule.scale / rule.softcap;
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i)
-      x[i / 4][i % 4] = fmaf(p.softcap, tanh_of(x[i / 4][i % 4] * inner), -lse(i / 4, i % 4));
+      x[i / 4][i % 4] = fmaf(rule.softcap, tanh_of(x[i / 4][i % 4] * inner), -lse(i / 4, i % 4));
   } else {
 #pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][i % 4] = fmaf(x[i / 4][i % 4], p.scale, -lse(i / 4, i % 4));
+    for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][i % 4] = fmaf(x[i / 4][i % 4], rule.scale, -lse(i / 4, i % 4));
   }
 }
 
 // 0; NaN where the sink of this head is +inf or NaN, beside which no key has a share. One of -inf is no sink.
-__device__ inline float nothing(const DeviceProblem& p, int query_head) {
-  const float sink = p.sinks == nullptr ? 0.0f : p.sinks[query_head];
+__device__ inline float nothing(const ScoreRule& rule, Owner owner) {
+  const float sink = rule.sinks == nullptr ? 0.0f : rule.sinks[owner.query_head];
   return sink == -INFINITY ? 0.0f : 0.0f * sink;
 }
 
@@ -60,13 +67,13 @@ __device__ inline float nothing(const DeviceProblem& p, int query_head) {
 __device__ inline float known(float lse, float zero) { return fmaf(lse, zero, lse); }
 
 // The share of a row's softmax that its keys get: 1, or what the sink leaves (lse has the sink in it).
-__device__ inline float row_sum(float lse, const DeviceProblem& p, int query_head) {
-  return p.sinks == nullptr ? 1.0f : 1.0f - exp_of(p.sinks[query_head] - lse);
+__device__ inline float row_sum(float lse, const ScoreRule& rule, Owner owner) {
+  return rule.sinks == nullptr ? 1.0f : 1.0f - exp_of(rule.sinks[owner.query_head] - lse);
 }
 
 // The farthest key that a row sees, at most `far`.
-__device__ inline int visible_far(int64_t far, const DeviceProblem& p) {
-  return static_cast<int>(p.window_left < 0 || far < p.window_left ? far : p.window_left);
+__device__ inline int visible_far(int64_t far, const ScoreRule& rule) {
+  return static_cast<int>(far < rule.window_left ? far : rule.window_left);
 }
 
 } // namespace rhythm

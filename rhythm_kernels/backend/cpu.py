@@ -8,21 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rule import Attended, Choice, RowStats, Rule
 from . import extension
-from .tiled_torch.attention import forward
-from .tiled_torch.credit import gamma_levels
-from .tiled_torch.passes import attention_backward as attention_backward  # whichever pass made the statistics
+from .tiled_torch.attention import attention_backward, forward
 
 __all__ = [
-    "attention",
-    "attention_backward",
-    "available",
-    "band_columns",
-    "band_rows",
-    "column_stats",
-    "credit",
-    "row_stats",
-]
+    "attention", "attention_backward", "available", "band_columns", "band_rows", "column_stats", "credit", "row_stats",
+]  # fmt: skip
 
 
 def available(device: torch.device) -> str:
@@ -30,149 +22,53 @@ def available(device: torch.device) -> str:
     return extension.unusable() if device.type == "cpu" else f"it serves CPU tensors, not {device.type}"
 
 
-def _per_token(q: Tensor, heads: Tensor, per_head: bool, *planes: int) -> Tensor:
+def _per_token(q: Tensor, rule: Rule, per_head: bool, *planes: int) -> Tensor:
     """Memory for `(*planes, B, [Hs,] T)` float32; the op writes all of it."""
-    shape = (*planes, q.shape[0], *((heads.shape[0],) if per_head else ()), q.shape[1])
+    shape = (*planes, q.shape[0], *((rule.heads.shape[0],) if per_head else ()), q.shape[1])
     return torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
-def _within(window: int, q: Tensor) -> int:
-    """The same measure by a window no larger than the length: `W - (W - d)` cancels where W is large."""
-    return min(window, q.shape[1])
-
-
-def band_rows(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    window: int,
-    per_head: bool,
-) -> Tensor:
+def band_rows(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
     """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
-    window = _within(window, q)
-    out = _per_token(q, heads, per_head)
-    extension.registered().band_rows(q, k, lse, seqs, heads, scale, softcap, window_left, sinks, window, per_head, out)
+    out = _per_token(q, rule, per_head)
+    extension.registered().band_rows(q, k, lse, *rule, window, per_head, out)
     return out
 
 
-def band_columns(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    lo: int,
-    hi: int,
-    per_head: bool,
-) -> Tensor:
+def band_columns(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int, per_head: bool) -> Tensor:
     """FAI (eq. 10), `(B, [Hs,] T)`: the mean of A over the rows at distance `lo .. hi` after each key."""
-    out = _per_token(q, heads, per_head)
-    extension.registered().band_columns(
-        q, k, lse, seqs, heads, scale, softcap, window_left, sinks, lo, hi, per_head, out
-    )
+    out = _per_token(q, rule, per_head)
+    extension.registered().band_columns(q, k, lse, *rule, lo, hi, per_head, out)
     return out
 
 
-def row_stats(
-    q: Tensor,
-    k: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    window: int,
-    per_head: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp `(B, Hs, T)`, WAAD and span `(B, [Hs,] T)` of each row, in one pass over its keys."""
-    window = _within(window, q)
-    lse = _per_token(q, heads, True)
-    waad, span = _per_token(q, heads, per_head), _per_token(q, heads, per_head)
-    extension.registered().row_stats(
-        q, k, seqs, heads, scale, softcap, window_left, sinks, window, per_head, lse, waad, span
-    )
-    return lse, waad, span
+def row_stats(q: Tensor, k: Tensor, rule: Rule, window: int, per_head: bool) -> RowStats:
+    """Log-sum-exp, WAAD and span of each row, in one pass over its keys."""
+    lse, waad, span = (_per_token(q, rule, each) for each in (True, per_head, per_head))
+    extension.registered().row_stats(q, k, *rule, window, per_head, lse, waad, span)
+    return RowStats(lse, waad, span)
 
 
 def column_stats(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    min_distance: int,
-    moments: bool,
-    per_head: bool,
-) -> Tensor:
+    q: Tensor, k: Tensor, lse: Tensor, rule: Rule, min_distance: int, moments: bool, per_head: bool
+) -> Tensor:  # fmt: skip
     """`(1, B, [Hs,] T)` mean of A over the rows `t >= s + min_distance`, or with `moments` `(5, B, [Hs,] T)`.
 
     The five are count, mean, population variance, skewness and kurtosis (`m4 / m2**2`).
     """
-    out = _per_token(q, heads, per_head, 5 if moments else 1)
-    extension.registered().column_stats(
-        q, k, lse, seqs, heads, scale, softcap, window_left, sinks, min_distance, moments, per_head, out
-    )
+    out = _per_token(q, rule, per_head, 5 if moments else 1)
+    extension.registered().column_stats(q, k, lse, *rule, min_distance, moments, per_head, out)
     return out
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    window: int,
-    per_head: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule, window: int, per_head: bool) -> Attended:
     """Attention, log-sum-exp, WAAD and span: torch's own attention and the compiled row pass."""
-    rule = (scale, softcap, window_left, sinks)
-    out, lse = forward(q, k, v, seqs, *rule)
-    _, waad, span = row_stats(q, k, seqs, heads, max_seqlen, *rule, window, per_head)
-    return out, lse, waad, span
+    _, waad, span = row_stats(q, k, rule, window, per_head)
+    return Attended(*forward(q, k, v, rule), waad, span)
 
 
-def credit(
-    waad: Tensor,
-    fai: Tensor,
-    score: Tensor | None,
-    mask: Tensor,
-    mode: str,
-    gamma_amp: float,
-    top: float,
-    alpha: float,
-    neighbors: int,
-    bottom: bool,
-    tau_waad: float | None,
-    tau_delta: float | None,
-) -> Tensor:
+def credit(waad: Tensor, fai: Tensor, score: Tensor | None, mask: Tensor, choice: Choice) -> Tensor:
     """Gamma (eqs. 14 to 19), `(B, T)` float32, each response by one thread."""
     out = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
-    levels = gamma_levels(gamma_amp, alpha)
-    extension.registered().credit(
-        waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out
-    )
+    extension.registered().credit(waad, fai, score, mask, *choice, out)
     return out

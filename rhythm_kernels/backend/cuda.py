@@ -1,7 +1,6 @@
 """The CUDA C++ kernels (`csrc/cuda`): the two bands and credit, on NVIDIA GPUs from compute capability 8.0.
 
 They are part of the extension that :mod:`.extension` loads, where nvcc was there when it was built.
-Signatures are those that all backends share.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import re
 import torch
 from torch import Tensor
 
+from ..rule import Choice, Rule
 from . import extension
-from .tiled_torch.credit import gamma_levels
 
 __all__ = ["available", "band_columns", "band_rows", "credit"]
 
@@ -72,76 +71,33 @@ def _unserved(capability: tuple[int, int], archs: list[str], nvcc: str, driver: 
     return ""
 
 
-def _result(q: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, per_head: bool) -> Tensor:
+def _result(q: Tensor, rule: Rule, per_head: bool) -> Tensor:
     """Memory for `(B, [Hs,] T)` float32, every position of which the kernels write, where there is something to do."""
-    shape = (q.shape[0], heads.shape[0], q.shape[1]) if per_head else (q.shape[0], q.shape[1])
-    make = torch.empty if seqs.shape[0] and max_seqlen else torch.zeros
+    shape = (q.shape[0], rule.heads.shape[0], q.shape[1]) if per_head else (q.shape[0], q.shape[1])
+    make = torch.empty if rule.seqs.shape[0] and rule.max_seqlen else torch.zeros
     return make(shape, dtype=torch.float32, device=q.device)
 
 
-def band_rows(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    window: int,
-    per_head: bool,
-) -> Tensor:
+def band_rows(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
     """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
-    out = _result(q, seqs, heads, max_seqlen, per_head)
-    rule = (seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
+    out = _result(q, rule, per_head)
     extension.registered().cuda_band_rows(q, k, lse, *rule, window, per_head, out)
     return out
 
 
-def band_columns(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    lo: int,
-    hi: int,
-    per_head: bool,
-) -> Tensor:
+def band_columns(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int, per_head: bool) -> Tensor:
     """FAI (eq. 10), `(B, [Hs,] T)`: the mean of A over the rows at distance `lo .. hi` after each key."""
-    out = _result(q, seqs, heads, max_seqlen, per_head)
-    rule = (seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
+    out = _result(q, rule, per_head)
     extension.registered().cuda_band_columns(q, k, lse, *rule, lo, hi, per_head, out)
     return out
 
 
-def credit(
-    waad: Tensor,
-    fai: Tensor,
-    score: Tensor | None,
-    mask: Tensor,
-    mode: str,
-    gamma_amp: float,
-    top: float,
-    alpha: float,
-    neighbors: int,
-    bottom: bool,
-    tau_waad: float | None,
-    tau_delta: float | None,
-) -> Tensor:
+def credit(waad: Tensor, fai: Tensor, score: Tensor | None, mask: Tensor, choice: Choice) -> Tensor:
     """Gamma (eqs. 14 to 19), `(B, T)` float32, all responses in one launch."""
     batch, tokens = mask.shape
     key = 8 if waad.dtype == torch.float64 else 4
     scratch_of_one = (tokens * (3 * key + 9) + 63) // 64 * 64  # credit_scratch() of csrc/include/rhythm/credit.h
     scratch = torch.empty(batch * scratch_of_one, dtype=torch.uint8, device=mask.device)
     out = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
-    choice = (mode, top, neighbors, bottom, tau_waad, tau_delta)
-    extension.registered().cuda_credit(waad, fai, score, mask, *choice, gamma_levels(gamma_amp, alpha), scratch, out)
+    extension.registered().cuda_credit(waad, fai, score, mask, *choice, scratch, out)
     return out

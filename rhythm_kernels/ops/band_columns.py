@@ -2,28 +2,14 @@
 
 from torch import Tensor
 
-from .library import RULE, define, per_token
+from ..rule import Rule
+from .library import define_pass, per_token
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    lo: int,
-    hi: int,
-    per_head: bool,
-    backend: str | None,
-) -> Tensor:
-    return per_token(q, heads, per_head)
+def _fake(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int, per_head: bool) -> Tensor:
+    return per_token(q, rule.heads, per_head)
 
 
-band_columns = define(
-    "band_columns", f"Tensor q, Tensor k, Tensor lse, {RULE}, SymInt lo, SymInt hi, bool per_head", "Tensor", _fake
+band_columns = define_pass(
+    "band_columns", "Tensor q, Tensor k, Tensor lse", "SymInt lo, SymInt hi, bool per_head", "Tensor", _fake
 )

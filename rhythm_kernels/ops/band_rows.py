@@ -2,27 +2,12 @@
 
 from torch import Tensor
 
-from .library import RULE, define, per_token
+from ..rule import Rule
+from .library import define_pass, per_token
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    window: int,
-    per_head: bool,
-    backend: str | None,
-) -> Tensor:
-    return per_token(q, heads, per_head)
+def _fake(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
+    return per_token(q, rule.heads, per_head)
 
 
-band_rows = define(
-    "band_rows", f"Tensor q, Tensor k, Tensor lse, {RULE}, SymInt window, bool per_head", "Tensor", _fake
-)
+band_rows = define_pass("band_rows", "Tensor q, Tensor k, Tensor lse", "SymInt window, bool per_head", "Tensor", _fake)

@@ -1,26 +1,38 @@
 """`credit`: the factor gamma of each token (eqs. 14 to 19), a batch of jagged responses at a time."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..rule import Choice
 from .library import define
 
 
-def _fake(
-    waad: Tensor,
-    fai: Tensor,
-    score: Tensor | None,
-    mask: Tensor,
-    mode: str,
-    gamma_amp: float,
-    top: float,
-    alpha: float,
-    neighbors: int,
-    bottom: bool,
-    tau_waad: float | None,
-    tau_delta: float | None,
-    backend: str | None,
-) -> Tensor:
+def gamma_levels(gamma_amp: float, alpha: float) -> list[float]:
+    """Eq. 19: the float32 value of gamma by what a token is.
+
+    Index 0: in no set; 1: in `T_glob` (of the other modes: chosen) and not dominated; 2: dominated; 3 to 5: the same,
+    and an intro token too.
+    """
+    levels = []
+    for intro in (False, True):
+        for anchor, dominated in ((False, False), (True, False), (False, True)):
+            bonus = float(anchor) + (1 - alpha) * dominated + alpha * intro
+            levels.append(1 + (gamma_amp - 1) * bonus)
+    return torch.tensor(levels, dtype=torch.float32, device="cpu").tolist()
+
+
+def _fold(
+    waad: Tensor, fai: Tensor, score: Tensor | None, mask: Tensor, mode: str, gamma_amp: float, top: float,
+    alpha: float, neighbors: int, bottom: bool, tau_waad: float | None, tau_delta: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Choice]:  # fmt: skip
+    levels = gamma_levels(gamma_amp, alpha)
+    return waad, fai, score, mask, Choice(mode, top, neighbors, bottom, tau_waad, tau_delta, levels)
+
+
+def _fake(*args: Any) -> Tensor:
+    mask = args[3]
     return mask.new_empty(mask.shape, dtype=torch.float32)
 
 
@@ -32,4 +44,5 @@ credit = define(
     "SymInt neighbors, bool bottom, float? tau_waad, float? tau_delta",
     "Tensor",
     _fake,
+    _fold,
 )

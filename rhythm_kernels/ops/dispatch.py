@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -83,8 +84,11 @@ def _laid_out(x: Any) -> Any:
     return last_contiguous(x) if x.dim() == 4 else x.contiguous()
 
 
-def run(pass_name: str, backend: str | None, *args: Any) -> Any:
-    """Call the pass of a backend, outside of autocast and autograd, on tensors laid out as kernels read them."""
+def run(pass_name: str, backend: str | None, args: Sequence[Any], fold: Callable[..., tuple[Any, ...]]) -> Any:
+    """Call the pass of a backend with what `fold` makes of the arguments, laid out as kernels read them.
+
+    Outside of autocast and autograd.
+    """
     device = args[0].device
     chosen = choose(pass_name.removesuffix("_backward"), backend, device)
     if chosen not in _ROOMS:
@@ -96,7 +100,7 @@ def run(pass_name: str, backend: str | None, *args: Any) -> Any:
         else contextlib.nullcontext()
     )
     with torch.no_grad(), no_autocast:
-        return getattr(_room(chosen), pass_name)(*map(_laid_out, args))
+        return getattr(_room(chosen), pass_name)(*fold(*map(_laid_out, args)))
 
 
 def backends() -> dict[str, str]:

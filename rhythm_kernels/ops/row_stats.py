@@ -2,30 +2,15 @@
 
 from torch import Tensor
 
-from .library import RULE, define, per_token
+from ..rule import RowStats, Rule
+from .library import define_pass, per_token
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    window: int,
-    per_head: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = per_token(q, heads, True)
-    return lse, per_token(q, heads, per_head), per_token(q, heads, per_head)
+def _fake(q: Tensor, k: Tensor, rule: Rule, window: int, per_head: bool) -> RowStats:
+    lse = per_token(q, rule.heads, True)
+    return RowStats(lse, per_token(q, rule.heads, per_head), per_token(q, rule.heads, per_head))
 
 
-row_stats = define(
-    "row_stats",
-    f"Tensor q, Tensor k, {RULE}, SymInt window, bool per_head",
-    "(Tensor lse, Tensor waad, Tensor span)",
-    _fake,
+row_stats = define_pass(
+    "row_stats", "Tensor q, Tensor k", "SymInt window, bool per_head", "(Tensor lse, Tensor waad, Tensor span)", _fake
 )

@@ -19,8 +19,8 @@ _MAKES_MASKS = re.compile(r"create_(?!bidirectional|\w*vision)\w*masks?(_\w+)?$|
 def find_attentions(decoder: nn.Module) -> tuple[dict[int, nn.Module], dict[int, str]]:
     """Layer -> its softmax self-attention, and layer -> why its attention is left out.
 
-    Layers without attention that goes through transformers' registry (linear attention, Mamba, ALiBi models with
-    functions of their own) are in neither.
+    Layers without attention that goes through transformers' registry (linear attention, Mamba, functions of a model's
+    own) are in neither.
     """
     blocks = _blocks(decoder)
     named = [(layers, child) for child in decoder.modules() if (layers := _layers_of(child, blocks))]
@@ -41,9 +41,13 @@ def find_attentions(decoder: nn.Module) -> tuple[dict[int, nn.Module], dict[int,
 
 def makes_masks(module: nn.Module) -> bool:
     """Whether this module's forward makes the attention masks of the modules inside of it."""
-    forward = inspect.unwrap(type(module).forward)
-    code = getattr(forward, "__code__", None)
-    return code is not None and any(_MAKES_MASKS.match(name) for name in _names(code))
+    return any(_MAKES_MASKS.match(name) for name in forward_names(module))
+
+
+def forward_names(module: nn.Module) -> set[str]:
+    """The globals and attributes that this module's forward names."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return set() if code is None else set(_names(code))
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -65,19 +65,8 @@ class LayerCall:
 
     def form(self, heads: Sequence[int]) -> Canonical:
         """The canonical form of the call for heads of q, as the functions of :mod:`rhythm_kernels.passes` take it."""
-        return canonical(
-            self.q,
-            self.k,
-            self.lse,
-            heads=list(heads),
-            **self.score,
-            cu_seqlens=None,
-            max_seqlen=None,
-            seq_start=None,
-            seq_end=None,
-            response_start=None,
-            table=self.sequences.table.to(self.q.device),
-        )
+        table = self.sequences.table.to(self.q.device)
+        return canonical(self.q, self.k, self.lse, heads=list(heads), **self.score, table=table)
 
     def measure(self, function: Callable[..., Tensor], heads: Sequence[int], **options: Any) -> Tensor:
         """Call one of the passes on heads of q: `(B, T)` float32, or `(B, Hs, T)` with `per_head=True`."""

@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..backend.tiled_torch.tiles import token_table
-from ..canonical import SequenceTable
+from ..sequences import SequenceTable, token_table
 from .masks import Sequences
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import attention
+from .alibi import WAY_OUT
 from .checks import on_device, reads_now
 from .flash import FlashReturns
 from .masks import ForwardInputs
@@ -72,6 +73,8 @@ def refuse_unsupported(
             f"layer {layer} attends with {query.shape[1]} query heads of the model's {heads}: of heads sharded over "
             "ranks, only transformers' own tensor parallelism (tp_plan) is supported by the probe"
         )
+    if any("alibi" in argument and value is not None for argument, value in kwargs.items()):
+        raise ValueError(f"layer {layer} adds ALiBi to its scores, which the probe does not support: {WAY_OUT}")
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"layer {layer} adds a position bias to its scores, which the probe does not support")
     if kwargs.get("is_causal") is False:

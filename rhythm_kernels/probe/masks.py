@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..canonical import SequenceTable, unpadded_table
+from ..sequences import SequenceTable, unpadded_table
+from .alibi import WAY_OUT
 from .checks import Checks, reads_now
 
 _CHECKED_SEQUENCES = 16
@@ -346,16 +347,24 @@ def _visible_rows(mask: Any, sequences: Sequences, checks: Checks) -> Tensor:
             f"attention mask of a layer: {found}; a (B, 1, T, T) mask or a BlockMask made by transformers from a "
             "two-dimensional attention_mask is needed"
         )
-    first = torch.zeros_like(row)
-    rows = mask[row if mask.shape[0] > 1 else first, first, t]
-    if rows.dtype == torch.bool:
-        return rows
-    visible = rows > torch.finfo(rows.dtype).min / 2
-    checks.require(
-        (~visible | (rows == 0) | ~alive[:, None]).all(),
-        ValueError("attention mask of a layer: it adds a bias to the scores (ALiBi or the like), which is unsupported"),
-    )
-    return visible
+    rows = mask[row if mask.shape[0] > 1 else torch.zeros_like(row), :, t]  # (n, 1 or H, T)
+    ignored = ~alive[:, None, None]
+    visible = rows
+    if rows.dtype != torch.bool:
+        visible = rows > torch.finfo(rows.dtype).min / 2
+        checks.require(
+            (~visible | (rows == 0) | ignored).all(),
+            ValueError(
+                "attention mask of a layer: it adds a bias to the scores (ALiBi or the like), which the probe cannot "
+                f"measure; where it is ALiBi, {WAY_OUT}"
+            ),
+        )
+    if visible.shape[1] > 1:
+        checks.require(
+            ((visible == visible[:, :1]) | ignored).all(),
+            ValueError("attention mask of a layer: its heads see different keys, which the probe does not support"),
+        )
+    return visible[:, 0]
 
 
 def agrees(rows: Tensor, checked: CheckedRows, length: int, left: int | Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..heads import HeadGroups
+from .alibi import refuse_alibi
 from .attentions import find_attentions, makes_masks
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -128,8 +129,8 @@ def find_decoder(model: nn.Module) -> Decoder:
 
     Raises:
         TypeError: `model` holds no transformers model.
-        ValueError: its decoder has no softmax self-attention that goes through transformers' registry, its masks are
-            made outside of its decoder, or the model is wrapped in a way that cannot be measured.
+        ValueError: its decoder has ALiBi, or no softmax self-attention that goes through transformers' registry, its
+            masks are made outside of its decoder, or the model is wrapped in a way that cannot be measured.
     """
     from transformers import PreTrainedModel
 
@@ -144,6 +145,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     module = outer.get_decoder()
     if not isinstance(module, nn.Module) or not hasattr(module, "config"):
         module = outer
+    refuse_alibi(module)
     attentions, left_out = find_attentions(module)
     if not attentions:
         why = f": {next(iter(left_out.values()))}" if left_out else ""

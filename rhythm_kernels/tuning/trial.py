@@ -17,6 +17,7 @@ from ..backend import triton as passes
 from ..backend.triton import choosing
 from ..backend.triton.configs import Tile
 from ..backend.triton.interpreted import INTERPRETED
+from ..rule import Rule
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Kernel: the pass that runs it, what that is given besides, and what its outputs are.
@@ -53,13 +54,18 @@ def arguments(problem: Problem, device: torch.device, rules: bool) -> dict[str, 
 
     given = {
         "q": tokens(problem.heads), "k": tokens(problem.kv_heads), "v": tokens(problem.kv_heads),
-        "grad_out": tokens(problem.heads), "max_seqlen": problem.length, "scale": problem.head_size**-0.5,
-        "seqs": torch.tensor([[0, 0, problem.length, 0]], dtype=torch.int32, device=device),
-        "heads": torch.arange(problem.heads, dtype=torch.int32, device=device)[:, None].repeat(1, 2),
-        "softcap": 20.0 if rules else 0.0, "window_left": problem.length // 3 if rules else -1,
-        "sinks": torch.randn(problem.heads, generator=generator).to(device) if rules else None,
+        "grad_out": tokens(problem.heads),
         "window": 10, "lo": 10, "hi": 100, "min_distance": 4, "per_head": False,
     }  # fmt: skip
+    given["rule"] = Rule(
+        seqs=torch.tensor([[0, 0, problem.length, 0]], dtype=torch.int32, device=device),
+        heads=torch.arange(problem.heads, dtype=torch.int32, device=device)[:, None].repeat(1, 2),
+        max_seqlen=problem.length,
+        scale=problem.head_size**-0.5,
+        softcap=20.0 if rules else 0.0,
+        window_left=problem.length // 3 if rules else -1,
+        sinks=torch.randn(problem.heads, generator=generator).to(device) if rules else None,
+    )
     given["out"], given["lse"] = outputs("attention", given)[:2]
     return given
 
@@ -68,7 +74,8 @@ def outputs(kernel: str, given: dict[str, Any]) -> list[Tensor]:
     """Run the pass of a kernel."""
     name, fixed, _ = RUNS[kernel]
     if kernel == "attention_alone":
-        given = given | {"heads": given["heads"][:1]}  # it runs the heads that are not selected
+        rule = given["rule"]
+        given = given | {"rule": rule._replace(heads=rule.heads[:1])}  # it runs the heads that are not selected
     function = getattr(passes, name)
     wanted = inspect.signature(function).parameters
     found = function(**{key: value for key, value in (given | fixed).items() if key in wanted})

@@ -3,60 +3,69 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rhythm_kernels.rule import Rule
+
 from .emulated import Emulated
 
+LAYOUT = Path(__file__).resolve().parent / "kernels" / "layout.cu"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
+class ScoreRule(ctypes.Structure):
+    """`rhythm::ScoreRule` of csrc/include/rhythm/problem.h."""
+
+    _fields_ = (("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("window_left", _INT), ("sinks", _POINTER))
+
+
 class DeviceProblem(ctypes.Structure):
-    """`rhythm::DeviceProblem` of csrc/include/rhythm/cuda.h."""
+    """`rhythm::DeviceProblem` of csrc/include/rhythm/cuda.h, its base `Inputs` (problem.h) first."""
 
     _fields_ = (
         ("dtype", ctypes.c_int), ("q", _POINTER), ("k", _POINTER),
         ("q_row", _INT), ("q_token", _INT), ("q_head", _INT), ("k_row", _INT), ("k_token", _INT), ("k_head", _INT),
         ("head_dim", _INT), ("batch", _INT), ("tokens", _INT),
         ("lse", _POINTER), ("lse_row", _INT), ("lse_head", _INT), ("lse_token", _INT),
-        ("seqs", _POINTER), ("n_seqs", _INT), ("max_seqlen", _INT),
-        ("heads", _POINTER), ("n_heads", _INT), ("kv_group", _INT),
-        ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("window_left", _INT), ("sinks", _POINTER),
-        ("window", _INT), ("lo", _INT), ("hi", _INT), ("per_head", ctypes.c_bool),
-        ("out", _POINTER), ("out_row", _INT), ("out_head", _INT),
+        ("seqs", _POINTER), ("n_seqs", _INT), ("max_seqlen", _INT), ("heads", _POINTER), ("n_heads", _INT),
+        ("score", ScoreRule), ("per_head", ctypes.c_bool), ("window", _INT), ("lo", _INT), ("hi", _INT),
+        ("out", _POINTER), ("kv_group", _INT), ("out_row", _INT), ("out_head", _INT),
     )  # fmt: skip
 
 
+def check_layout(library: Emulated) -> None:
+    """That a library built with `LAYOUT` has the struct mirrored here: a field out of place is read as another."""
+    sizes = (ctypes.c_int * 3)()
+    library.library.device_problem_layout(sizes)
+    mirrored = (ctypes.sizeof(DeviceProblem), DeviceProblem.window.offset, DeviceProblem.out_head.offset)
+    if tuple(sizes) != mirrored:
+        raise TypeError(
+            f"DeviceProblem of csrc has (size, offset of window, offset of out_head) {tuple(sizes)}, its mirror in "
+            f"{__file__} has {mirrored}: mend the fields there, which csrc/include/rhythm/cuda.h and problem.h list"
+        )
+
+
 class Passes:
-    """`band_rows` and `band_columns` of one built library."""
+    """`band_rows` and `band_columns` of one library, built with `LAYOUT`."""
 
     def __init__(self, library: Emulated) -> None:
+        check_layout(library)
         self.library = library
 
-    def band_rows(
-        self, q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
-        softcap: float, window_left: int, sinks: Tensor | None, window: int, per_head: bool,
-    ) -> Tensor:  # fmt: skip
-        return self._band(
-            "rhythm_cuda_band_rows", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks,
-            per_head, window=window,
-        )  # fmt: skip
+    def band_rows(self, q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
+        return self._band("rhythm_cuda_band_rows", q, k, lse, rule, per_head, window=window)
 
-    def band_columns(
-        self, q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
-        softcap: float, window_left: int, sinks: Tensor | None, lo: int, hi: int, per_head: bool,
-    ) -> Tensor:  # fmt: skip
-        return self._band(
-            "rhythm_cuda_band_columns", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks,
-            per_head, lo=lo, hi=hi,
-        )  # fmt: skip
+    def band_columns(self, q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int, per_head: bool) -> Tensor:
+        return self._band("rhythm_cuda_band_columns", q, k, lse, rule, per_head, lo=lo, hi=hi)
 
     def _band(
-        self, name: str, q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
-        softcap: float, window_left: int, sinks: Tensor | None, per_head: bool, **extra: int,
+        self, name: str, q: Tensor, k: Tensor, lse: Tensor, rule: Rule, per_head: bool, **extra: int
     ) -> Tensor:  # fmt: skip
+        seqs, heads, max_seqlen, scale, softcap, window_left, sinks = rule
         batch, tokens, n_heads, head_dim = q.shape
         shape = (batch, heads.shape[0], tokens) if per_head else (batch, tokens)
         nothing = seqs.shape[0] == 0 or max_seqlen == 0  # then nothing is launched
@@ -69,7 +78,10 @@ class Passes:
             lse=lse.data_ptr(), lse_row=lse.stride(0), lse_head=lse.stride(1), lse_token=lse.stride(2),
             seqs=seqs.data_ptr(), n_seqs=seqs.shape[0], max_seqlen=max_seqlen,
             heads=heads.data_ptr(), n_heads=heads.shape[0], kv_group=n_heads // k.shape[2],
-            scale=scale, softcap=softcap, window_left=window_left, sinks=None if sinks is None else sinks.data_ptr(),
+            score=ScoreRule(
+                scale=scale, softcap=softcap, window_left=tokens if window_left < 0 else window_left,
+                sinks=None if sinks is None else sinks.data_ptr(),
+            ),
             per_head=per_head, out=out.data_ptr(), out_row=out.stride(0), out_head=out.stride(1) if per_head else 0,
             **extra,
         )  # fmt: skip

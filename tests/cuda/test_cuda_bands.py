@@ -10,6 +10,7 @@ from torch import Tensor
 
 import rhythm_kernels as rk
 from rhythm_kernels import reference
+from rhythm_kernels.rule import Rule
 from tests import bounds
 from tests.cases import CASES, Case, _close, random_cases
 
@@ -184,10 +185,10 @@ def test_every_position_is_written(dtype: torch.dtype, per_head: bool, cuda_on_c
     live = torch.zeros(3, 300, dtype=torch.bool)
     live[0, 20:84] = live[2, 3:40] = live[2, 100:164] = True
     passes = Passes(cuda_on_cpu)
-    rule = (seqs, heads, 64, 0.125, 0.0, -1, None)
+    rule = Rule(seqs, heads, 64, 0.125, 0.0, -1, None)
     for got in (
-        passes.band_rows(q, k, lse, *rule, 10, per_head),
-        passes.band_columns(q, k, lse, *rule, 0, 9, per_head),
+        passes.band_rows(q, k, lse, rule, 10, per_head),
+        passes.band_columns(q, k, lse, rule, 0, 9, per_head),
     ):
         assert not got.isnan().any()
         assert torch.equal((got != 0).amax(dim=1) if per_head else got != 0, live)
@@ -198,4 +199,4 @@ def test_a_grid_too_large_is_refused(bands: Emulated) -> None:
     q, k, lse = torch.randn(1, 4, 1, 8), torch.randn(1, 4, 1, 8), torch.zeros(1, 1, 4)
     seqs, heads = torch.zeros(128, 4, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
     with pytest.raises(KernelError, match="invalid configuration"):
-        Passes(bands).band_rows(q, k, lse, seqs, heads, 2**31 - 1, 1.0, 0.0, -1, None, 10, False)
+        Passes(bands).band_rows(q, k, lse, Rule(seqs, heads, 2**31 - 1, 1.0, 0.0, -1, None), 10, False)

@@ -19,6 +19,7 @@ import rhythm_kernels as rk
 from rhythm_kernels import ops, reference
 from rhythm_kernels.backend import cuda, extension
 from rhythm_kernels.ops import dispatch
+from rhythm_kernels.rule import Choice, Rule
 from tests import bounds
 from tests.cases import CASES, Case
 from tests.credit_cases import many_tokens
@@ -100,20 +101,20 @@ def test_what_does_not_fit_is_refused() -> None:
     q, lse = torch.randn(1, 20, 2, 16), torch.zeros(1, 2, 20)
     seqs = torch.tensor([[0, 0, 20, 0]], dtype=torch.int32)
     heads = torch.tensor([[0, 0]], dtype=torch.int32)
-    rule = (seqs, heads, 20, 1.0, 0.0, -1, None)
+    rule = Rule(seqs, heads, 20, 1.0, 0.0, -1, None)
     with pytest.raises(RuntimeError, match="same dtype"):
-        cuda.band_rows(q, q.half(), lse, *rule, 10, False)
+        cuda.band_rows(q, q.half(), lse, rule, 10, False)
     with pytest.raises(RuntimeError, match="max_seqlen must be from 0 to T"):
-        cuda.band_rows(q, q, lse, seqs, heads, 21, *rule[3:], 10, False)
+        cuda.band_rows(q, q, lse, rule._replace(max_seqlen=21), 10, False)
     with pytest.raises(RuntimeError, match=r"lse must be float32 \(B, X, T\)"):
-        cuda.band_columns(q, q, lse[0], *rule, 3, 9, False)
+        cuda.band_columns(q, q, lse[0], rule, 3, 9, False)
     waad = torch.rand(1, 20)
+    choice = Choice("global", 0.4, 3, False, None, None, [1.0] * 6)
     with pytest.raises(RuntimeError, match="mask must be contiguous bool"):
-        cuda.credit(waad, waad, None, waad, "global", 1.5, 0.4, 0.5, 3, False, None, None)
-    choice = ("global", 0.4, 3, False, None, None)
+        cuda.credit(waad, waad, None, waad, choice)
     short = torch.empty(10, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="scratch must be contiguous uint8 with at least"):
-        extension.registered().cuda_credit(waad, waad, None, waad > 0, *choice, [1.0] * 6, short, waad.clone())
+        extension.registered().cuda_credit(waad, waad, None, waad > 0, *choice, short, waad.clone())
 
 
 CHIPS = {

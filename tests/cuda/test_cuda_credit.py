@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rhythm_kernels import reference
-from rhythm_kernels.backend.tiled_torch.credit import gamma_levels
 from rhythm_kernels.credit import CREDIT_MODES, rhythm_credit
 from rhythm_kernels.ops import dispatch
+from rhythm_kernels.rule import Choice
 from tests.credit_cases import credit_cases, many_tokens
 
 from .emulated import KERNELS, ORDERS, SANITIZED, Emulated, build
@@ -45,10 +45,10 @@ def library() -> Emulated:
 
 
 def emulated_credit(
-    waad: Tensor, fai: Tensor, score: Tensor | None, mask: Tensor, mode: str, gamma_amp: float, top: float,
-    alpha: float, neighbors: int, bottom: bool, tau_waad: float | None, tau_delta: float | None,
+    waad: Tensor, fai: Tensor, score: Tensor | None, mask: Tensor, choice: Choice
 ) -> Tensor:  # fmt: skip
     """The `credit` of every backend."""
+    mode, top, neighbors, bottom, tau_waad, tau_delta, levels = choice
     batch, tokens = mask.shape
     wide = waad.dtype == torch.float64
     bytes_a_response = (tokens * (3 * (8 if wide else 4) + 9) + 63) // 64 * 64
@@ -60,7 +60,7 @@ def emulated_credit(
         mask=mask.data_ptr(), batch=batch, tokens=tokens, mode=_MODES[mode], top=top, neighbors=neighbors,
         lowest=bottom, given_tau_waad=tau_waad is not None, given_tau_delta=tau_delta is not None,
         tau_waad=tau_waad or 0.0, tau_delta=tau_delta or 0.0,
-        levels=(ctypes.c_float * 6)(*gamma_levels(gamma_amp, alpha)), out=out.data_ptr() + _CANARY,
+        levels=(ctypes.c_float * 6)(*levels), out=out.data_ptr() + _CANARY,
     )  # fmt: skip
     library().call("rhythm_cuda_credit", ctypes.byref(problem), ctypes.c_void_p(scratch.data_ptr() + _CANARY), None)
     for written in (scratch, out):
@@ -72,7 +72,7 @@ def cuda_credit(*measures: Tensor, **options: Any) -> Tensor:
     """`rhythm_credit`, from the CUDA kernel."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "choose", lambda *_: "cuda")
-        patch.setattr(dispatch, "_module", lambda _: SimpleNamespace(credit=emulated_credit))
+        patch.setattr(dispatch, "_room", lambda _: SimpleNamespace(credit=emulated_credit, available=lambda _: ""))
         return rhythm_credit(*measures, **options)
 
 

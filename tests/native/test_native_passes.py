@@ -11,6 +11,7 @@ from torch import Tensor
 import rhythm_kernels as rk
 from rhythm_kernels import reference
 from rhythm_kernels.backend import cpu, extension
+from rhythm_kernels.rule import Rule
 from tests.cases import CASES, Case, check, random_cases
 
 if extension.unusable():
@@ -187,4 +188,28 @@ def test_tables_out_of_range_are_refused(change: dict[str, list], message: str) 
     seqs = torch.tensor(tables["seqs"], dtype=torch.int32).reshape(-1, 4)
     heads = torch.tensor(tables["heads"], dtype=torch.int32).reshape(-1, 2)
     with pytest.raises(RuntimeError, match=message):
-        cpu.band_rows(q, k, lse, seqs, heads, 30, 1.0, 0.0, -1, None, 10, False)
+        cpu.band_rows(q, k, lse, Rule(seqs, heads, 30, 1.0, 0.0, -1, None), 10, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_seqlen": 31}, "max_seqlen must be from 0 to T, got 31"),
+        ({"window_left": 31}, "window_left must be from 0 to T, got 31"),
+        ({"lo": -1}, "lo must be from 0 to T, got -1"),
+        ({"hi": 31}, "hi must be from 3 to T, got 31"),
+        ({"hi": 2}, "hi must be from 3 to T, got 2"),
+    ],
+)
+def test_distances_beyond_the_length_are_refused(change: dict[str, int], message: str) -> None:
+    """The ops limit them; the kernels count in 32 bits, so the binding looks again."""
+    q, k, lse, out = torch.randn(1, 30, 4, 8), torch.randn(1, 30, 2, 8), torch.zeros(1, 4, 30), torch.zeros(1, 30)
+    seqs, heads = torch.tensor([[0, 0, 30, 0]], dtype=torch.int32), torch.tensor([[0, 0]], dtype=torch.int32)
+
+    def call(max_seqlen: int = 30, window_left: int = 30, lo: int = 3, hi: int = 30) -> None:
+        rule = (seqs, heads, max_seqlen, 1.0, 0.0, window_left, None)
+        extension.registered().band_columns(q, k, lse, *rule, lo, hi, False, out)
+
+    call()
+    with pytest.raises(RuntimeError, match=message):
+        call(**change)

@@ -12,6 +12,7 @@ _NOT_IN_REGISTRY = "refused: so there is nothing to measure"
 _SPARSE = "refused: it chooses its keys"
 _OUTER_MASKS = "refused: makes the attention masks outside of its language model"
 _TWICE = "refused: attended twice in one forward"
+_ALIBI = "refused: adds ALiBi"
 _BIAS = "refused: adds a position bias"
 _MASK_READ = "refused: this model computes with its attention mask"
 _PASSED_ALONG = "cannot run: shared_kv_states cannot be None"
@@ -21,7 +22,7 @@ EXCEPT: dict[str, str | dict[str, str]] = {
     "axk2": _SPARSE,
     "big_bird": _NOT_IN_REGISTRY,
     "bigbird_pegasus": _NOT_IN_REGISTRY,
-    "bloom": _NOT_IN_REGISTRY,
+    "bloom": _ALIBI,
     "blt": "refused: both call themselves layer 0",
     "cpmant": _NOT_IN_REGISTRY,
     "deepseek_v32": _SPARSE,
@@ -51,7 +52,7 @@ EXCEPT: dict[str, str | dict[str, str]] = {
     "mamba": _NOT_IN_REGISTRY,
     "mamba2": _NOT_IN_REGISTRY,
     "megatron-bert": _NOT_IN_REGISTRY,
-    "mpt": _NOT_IN_REGISTRY,
+    "mpt": _ALIBI,
     "mvp": _NOT_IN_REGISTRY,
     "openai-gpt": _NOT_IN_REGISTRY,
     "prophetnet": _NOT_IN_REGISTRY,

@@ -135,7 +135,7 @@ def sample(**options: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
         torch.randn(2, 21, heads, size, generator=generator).to(DEVICE) for heads, size in ((4, 8), (2, 8), (2, 6))
     )
     form = canonical(q, k, None, heads=[3, 0], **NO_OPTIONS | options)
-    return [q, k, v], (form.seqs, form.heads, form.max_seqlen, *form.score)
+    return [q, k, v], form.rule
 
 
 @pytest.mark.parametrize(
@@ -148,10 +148,9 @@ def test_opcheck(options: dict[str, Any], per_head: bool) -> None:
     leaves = [x.requires_grad_() for x in (q, k, v)]
     opcheck(ops.attention, (*leaves, *rule, 10, per_head, "triton"))
     out, lse, _, _ = ops.attention(q.detach(), k.detach(), v.detach(), *rule, 10, per_head, "triton")
-    seqs, _, *rest = rule
     opcheck(
         torch.ops.rhythm_kernels.attention_backward.default,
-        (torch.ones_like(out), q.detach(), k.detach(), v.detach(), out, lse, seqs, *rest, "triton"),
+        (torch.ones_like(out), q.detach(), k.detach(), v.detach(), out, lse, *rule, "triton"),
     )
 
 

@@ -12,6 +12,7 @@ from triton_cases import DEVICE, Case
 import rhythm_kernels as rk
 import rhythm_kernels.backend.triton as rhythm_triton
 from rhythm_kernels import reference
+from rhythm_kernels.reference.formulas import logits
 from tests.cases import Case as PublicCase
 
 WINDOW = 10
@@ -57,8 +58,8 @@ def test_offsets_beyond_32_bits(name: str, axis: int) -> None:
 def test_large_logits(magnitude: float) -> None:
     """Finite, and within what a float32 log-sum-exp allows: `W max|x| 2^-22`; 1 for FAI, T for span in place of W."""
     q, k, _ = PublicCase("large", length=100, dim=16, heads=2, kv_heads=1, batch=1).inputs(DEVICE)
-    logits = reference._logits(q[0].double(), k[0].double(), None, (-1, -1), 0.0)
-    q = q * (magnitude / logits[logits.isfinite()].abs().max())
+    x = logits(q[0].double(), k[0].double())
+    q = q * (magnitude / x[x.isfinite()].abs().max())
     bound = magnitude * 2.0**-22 + 1e-6
     q64, k64 = q.double(), k.double()
     for lse in (reference.attention_lse(q64, k64).float(), None):

@@ -127,16 +127,16 @@ def test_row_stats(case: Case) -> None:
     check_row_stats(case)
 
 
-@pytest.mark.parametrize("window", [1, 2, 33, 70, 2**40])
+@pytest.mark.parametrize("window", [1, 2, 33, 70])
 def test_any_window_of_waad(window: int) -> None:
     case = Case(length=70, table=[(0, 2, 69, 40)], heads=[1])
     want = case.dense(cases.waad(window))
-    tolerance = bounds.waad(min(window, 70))
+    tolerance = bounds.waad(window)
     close(rhythm_triton.band_rows(**case.given(case.lse()), window=window, per_head=True), want, tolerance)
     close(rhythm_triton.row_stats(**case.given(), window=window, per_head=True)[1], want, tolerance)
 
 
-@pytest.mark.parametrize(("lo", "hi"), [(0, 2**40), (69, 70), (2**40, 2**40)])
+@pytest.mark.parametrize(("lo", "hi"), [(0, 70), (69, 70), (70, 70)])
 def test_any_horizon_of_fai(lo: int, hi: int) -> None:
     check_band_columns(Case(length=70), lo, hi)
 
@@ -224,7 +224,9 @@ def test_any_strides_of_lse() -> None:
     """The head table's second column says which row of lse is meant; lse may be a strided view of fewer heads."""
     case = Case(n_heads=4, kv_heads=2, heads=[3, 1], length=45)
     lse = case.lse()[:, [1, 3]].transpose(1, 2).contiguous().transpose(1, 2)
-    given_arguments = case.given(lse) | {"heads": torch.tensor([[3, 1], [1, 0]], dtype=torch.int32, device=DEVICE)}
+    given_arguments = case.given(lse)
+    table = torch.tensor([[3, 1], [1, 0]], dtype=torch.int32, device=DEVICE)
+    given_arguments["rule"] = given_arguments["rule"]._replace(heads=table)
     got = rhythm_triton.band_rows(**given_arguments, window=WINDOW, per_head=True)
     close(got, case.dense(cases.waad(WINDOW)), bounds.waad(WINDOW))
     got = rhythm_triton.band_columns(**given_arguments, lo=2, hi=9, per_head=True)

@@ -59,13 +59,10 @@ def corrupt(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor, dic
     """band_rows with its favourite tile gives what `change` makes of its result."""
     honest = passes.band_rows
 
-    def band_rows(q: Any, k: Any, lse: Any, seqs: Any, heads: Any, max_seqlen: Any, scale: Any, softcap: Any,
-                  window_left: Any, sinks: Any, window: Any, per_head: Any) -> torch.Tensor:  # fmt: skip
-        found = honest(
-            q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, window, per_head
-        )  # fmt: skip
+    def band_rows(q: Any, k: Any, lse: Any, rule: Any, window: Any, per_head: Any) -> torch.Tensor:
+        found = honest(q, k, lse, rule, window, per_head)
         chosen = choosing.choose("band_rows", ARCH, 32, SIZE)
-        return change(found, {"softcap": softcap}) if chosen == FAVOURITE["band_rows"] else found
+        return change(found, {"softcap": rule.softcap}) if chosen == FAVOURITE["band_rows"] else found
 
     monkeypatch.setattr(passes, "band_rows", band_rows)
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhythm_kernels import reference
+from rhythm_kernels.reference import formulas
+from rhythm_kernels.rule import Rule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -66,23 +67,22 @@ class Case:
         return max((end - start for _, start, end, _ in self.table), default=0)
 
     @property
-    def rule(self) -> dict[str, Any]:
-        return {
-            "scale": self.scale, "softcap": self.softcap, "window_left": self.window_left, "sinks": self.sinks
-        }  # fmt: skip
+    def rule(self) -> Rule:
+        return Rule(
+            self.seqs, self.head_table, self.max_seqlen, self.scale, self.softcap, self.window_left, self.sinks
+        ).within(self.length)
 
     def given(self, lse: Tensor | None = None) -> dict[str, Any]:
         """The arguments that every pass has."""
         known = {} if lse is None else {"lse": lse}
-        shape = {"seqs": self.seqs, "heads": self.head_table, "max_seqlen": self.max_seqlen}
-        return {"q": self.q, "k": self.k, **known, **shape, **self.rule}
+        return {"q": self.q, "k": self.k, **known, "rule": self.rule}
 
     def maps(self, row: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """`A (Hs, n, n)` and `lse (H, n)` of one sequence, float64."""
         q, k = self.q[row, start:end].double(), self.k[row, start:end].double()
         sinks = None if self.sinks is None else self.sinks.double()
-        x = reference._logits(q, k, self.scale, (self.window_left, -1), self.softcap)
-        lse = reference._lse(x, sinks)
+        x = formulas.logits(q, k, softmax_scale=self.scale, window_size=(self.window_left, -1), softcap=self.softcap)
+        lse = formulas.row_lse(x, sinks)
         return torch.exp(x - lse[..., None])[self.heads], lse
 
     def lse(self) -> Tensor:

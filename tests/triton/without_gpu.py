@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 import rhythm_kernels.backend.triton as passes
 from rhythm_kernels.backend.triton import choosing, configs
+from rhythm_kernels.rule import Rule
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -74,21 +75,28 @@ def tokens(length: int, heads: int, batch: int, layout: str, size: int, dtype: t
 def arguments(
     length: int = 70, batch: int = 2, sequences: int = 2, heads: int = 4, kv_heads: int = 2, selected: int = 2,
     layout: str = "tokens first", lse_offset: int = 0, size: int = 64, v_size: int = 0,
-    dtype: torch.dtype = torch.bfloat16, **rule: Any,
+    dtype: torch.dtype = torch.bfloat16, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """What any pass takes, for one problem; the values in the tensors are never read."""
+    """What any pass takes, for one problem, as the ops give it; the values in the tensors are never read.
+
+    `changes`: of fields of the rule, and of what passes read of the map.
+    """
 
     def make(n_heads: int, width: int) -> Tensor:
         return tokens(length, n_heads, batch, layout, width, dtype)
 
     lse = torch.zeros(batch * heads * length + lse_offset)[lse_offset:].view(batch, heads, length)
     v_size = v_size or size
+    rule = Rule(
+        torch.zeros(sequences, 4, dtype=torch.int32), torch.zeros(selected, 2, dtype=torch.int32), length,
+        0.125, 0.0, -1, None,
+    )._replace(**{name: value for name, value in changes.items() if name in Rule._fields})  # fmt: skip
+    read = {"window": 10, "lo": 10, "hi": 100, "min_distance": 4, "per_head": False}
+    read |= {name: value for name, value in changes.items() if name not in Rule._fields}
     return {
         "q": make(heads, size), "k": make(kv_heads, size), "v": make(kv_heads, v_size),
-        "out": make(heads, v_size), "grad_out": make(heads, v_size), "lse": lse,
-        "seqs": torch.zeros(sequences, 4, dtype=torch.int32), "heads": torch.zeros(selected, 2, dtype=torch.int32),
-        "max_seqlen": length, "scale": 0.125, "softcap": 0.0, "window_left": -1, "sinks": None,
-        "window": 10, "lo": 10, "hi": 100, "min_distance": 4, "per_head": False, **rule,
+        "out": make(heads, v_size), "grad_out": make(heads, v_size), "lse": lse, "rule": rule.within(length),
+        **{name: min(value, length) if type(value) is int else value for name, value in read.items()},
     }  # fmt: skip
 
 

@@ -38,44 +38,51 @@ struct Head {
   int32_t query, lse_row;
 };
 
-// x = scale * (q . k), softcapped; visible iff start <= s <= t and t - s <= window_left (window_left < 0: no window).
+// x = scale * (q . k), softcapped; visible iff start <= s <= t and t - s <= window_left. What it makes of a pair is in
+// one file a device: score.h, score.cuh.
 struct ScoreRule {
   float scale;
   float softcap;       // 0: none
-  int64_t window_left; // INT64_MAX: none
+  int64_t window_left; // where there is no window, the length of a row of q
   const float* sinks;  // (H,) or null
 };
 
-struct Problem {
+// What a call on any device is about. Pointers are the device's; no distance is larger than `tokens`, which is below
+// 2^31.
+struct Inputs {
   Dtype dtype;
   const void* q;
   const void* k;
   int64_t q_row, q_token, q_head; // strides
   int64_t k_row, k_token, k_head;
-  int64_t head_dim, tokens;
+  int64_t head_dim, batch, tokens;
 
   const float* lse; // null for row_stats
   int64_t lse_row, lse_head, lse_token;
 
+  // Sequences are in the order of their tokens and apart from each other.
+  const Sequence* seqs;
+  int64_t n_seqs, max_seqlen; // max_seqlen: no sequence is longer
   const Head* heads;
   int64_t n_heads;
-  const HeadGroup* groups;
-  int64_t n_groups;
 
   ScoreRule score;
   bool per_head;
+  int64_t window; // W of band_rows and row_stats
+  int64_t lo, hi; // the horizon of band_columns, lo <= hi
 
-  // Of the passes; each reads its own.
-  int64_t window;       // W of band_rows and row_stats
-  int64_t lo, hi;       // band_columns
+  // (B, T) float32, the mean over the heads, or (B, n_heads, T) with per_head; column_stats has its planes in front.
+  float* out;
+};
+
+// On the CPU.
+struct Problem : Inputs {
+  const HeadGroup* groups;
+  int64_t n_groups;
   int64_t min_distance; // column_stats
   bool moments;         // column_stats: five planes instead of the mean alone
-
-  // (B, T), or (B, n_heads, T) with per_head; column_stats has its planes in front.
-  float* out;
-  float* out_lse; // row_stats alone: (B, n_heads, T)
-  float* out_span;
-  int64_t batch;
+  float* out_lse;       // row_stats: (B, n_heads, T)
+  float* out_span;      // row_stats: like out
 };
 
 // The positions [first, last) of a row, whose responses among them one task measures: part of one sequence's response, or

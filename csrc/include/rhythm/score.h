@@ -12,25 +12,34 @@
 namespace rhythm {
 namespace RHYTHM_CAPABILITY {
 
-RHYTHM_INLINE Vec logit(Vec dot, const ScoreRule& rule) {
-  const Vec x = dot * rule.scale;
+// What the rule has for one query head in the sequences of a tile, looked up once: loops over pairs load nothing.
+struct HeadRule {
+  float sink; // -inf: none
+};
+
+RHYTHM_INLINE HeadRule rule_of(const Problem& p, const Tile&, int32_t query_head) {
+  return {p.score.sinks == nullptr ? -__builtin_inff() : p.score.sinks[query_head]};
+}
+
+// x of pairs whose rows come `distance` after their keys.
+RHYTHM_INLINE Vec logit(Vec product, Vec distance, const HeadRule& head, const ScoreRule& rule) {
+  const Vec x = product * rule.scale;
   if (rule.softcap > 0) return rule.softcap * tanh(x * (1.0f / rule.softcap));
   return x;
 }
 
 // 0; NaN where the sink of this head is +inf or NaN, beside which no key has a share. One of -inf is no sink.
-RHYTHM_INLINE float nothing(const ScoreRule& rule, int32_t query_head) {
-  const float sink = rule.sinks == nullptr ? 0.0f : rule.sinks[query_head];
-  return sink == -__builtin_inff() ? 0.0f : 0.0f * sink;
+RHYTHM_INLINE float nothing(const HeadRule& head) {
+  return head.sink == -__builtin_inff() ? 0.0f : 0.0f * head.sink;
 }
 
 // A log-sum-exp as it was given, NaN where it is not finite, or where `zero`, of nothing(), is NaN.
 RHYTHM_INLINE float known(float lse, float zero) { return lse + lse * zero; }
 
 // The share of a row's softmax that its keys get: 1, or what a sink leaves.
-RHYTHM_INLINE Vec row_sum(Vec lse, const ScoreRule& rule, int32_t query_head) {
-  if (rule.sinks == nullptr) return splat(1.0f);
-  return 1.0f - exp(rule.sinks[query_head] - lse);
+RHYTHM_INLINE Vec row_sum(Vec lse, const HeadRule& head) {
+  if (head.sink == -__builtin_inff()) return splat(1.0f);
+  return 1.0f - exp(head.sink - lse);
 }
 
 // WAAD = W * rowsum - sum over the band of A (W - distance), kept in [0, W] against rounding; NaN stays NaN.

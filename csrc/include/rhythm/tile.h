@@ -141,10 +141,10 @@ static void load_rows(const T* source, int64_t stride, int64_t dim, int64_t firs
 }
 
 // out[c] = lse of token first + c, as known() has it, 0 outside [begin, end): a lane that no one reads.
-RHYTHM_INLINE void load_lse(const Problem& p, int64_t row, Head head, int64_t first, int64_t count, int64_t begin,
-                            int64_t end, float* out) {
+RHYTHM_INLINE void load_lse(const Problem& p, int64_t row, Head head, const HeadRule& rule, int64_t first,
+                            int64_t count, int64_t begin, int64_t end, float* out) {
   const float* source = p.lse + row * p.lse_row + head.lse_row * p.lse_head;
-  const float zero = nothing(p.score, head.query);
+  const float zero = nothing(rule);
   for (int64_t c = 0; c < count; ++c) {
     const int64_t token = first + c;
     out[c] = token >= begin && token < end ? known(source[token * p.lse_token], zero) : 0.0f;

@@ -86,7 +86,8 @@ RHYTHM_INLINE Int lane_index() {
   for (int i = 0; i < kLanes; ++i) v[i] = i;
   return v;
 }
-RHYTHM_INLINE Vec lane_number() { return __builtin_convertvector(lane_index(), Vec); }
+RHYTHM_INLINE Vec number(Int v) { return __builtin_convertvector(v, Vec); }
+RHYTHM_INLINE Vec lane_number() { return number(lane_index()); }
 
 template <int... I>
 struct Lanes {};

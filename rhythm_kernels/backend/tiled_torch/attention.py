@@ -1,6 +1,6 @@
 """Causal attention and its gradient in torch, tile by tile, for every score rule; O(T) memory.
 
-Where torch's own CPU flash attention knows the rule (no softcap, no sink, no window), its forward is used.
+Where torch's own CPU flash attention has the rule, its forward is used.
 """
 
 from __future__ import annotations
@@ -8,57 +8,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...rule import Rule
+from ...sequences import token_table
+from .score import logit_and_slope, logits, of_flash, sink_mass, sink_peak, visible
 from .tiles import (
     KEY_TILE,
     add_to,
     exactly,
     host_min,
-    logits,
     product,
     product_of_seen,
+    products,
     ranges,
     row_tile,
-    sink_mass,
-    sink_peak,
     softmax_step,
-    token_table,
-    visible,
 )
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seqs: Tensor,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """`out (B, T, H, D_v)` in v's dtype and `lse (B, H, T)` float32; rows outside every sequence are 0 and -inf."""
-    plain = softcap == 0 and window_left < 0 and sinks is None and scale > 0
-    if q.device.type == "cpu" and plain and v.shape[3] == q.shape[3]:
-        return _flash_cpu(q, k, v, seqs, scale)
-    return _tiled(q, k, v, seqs, scale, softcap, window_left, sinks)
+    if q.device.type == "cpu" and of_flash(rule) and v.shape[3] == q.shape[3]:
+        return _flash_cpu(q, k, v, rule)
+    return _tiled(q, k, v, rule)
 
 
-def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, seqs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     batch, length, n_heads, _ = q.shape
-    table = seqs.tolist()
+    table = rule.seqs.tolist()
     if length > 0 and [x[:3] for x in table] == [[row, 0, length] for row in range(batch)]:
-        return _flash_rows(q, k, v, scale)  # in one call, and without a copy
+        return _flash_rows(q, k, v, rule)  # in one call, and without a copy
     out = q.new_zeros((batch, length, n_heads, v.shape[3]))
     lse = q.new_full((batch, n_heads, length), float("-inf"), dtype=torch.float32)
     for row, start, end, _ in table:
         if end > start:
             live = slice(start, end)
-            o, l = _flash_rows(q[row : row + 1, live], k[row : row + 1, live], v[row : row + 1, live], scale)  # noqa: E741
+            o, l = _flash_rows(q[row : row + 1, live], k[row : row + 1, live], v[row : row + 1, live], rule)  # noqa: E741
             out[row, live], lse[row, :, live] = o[0], l[0]
     return out, lse
 
 
-def _flash_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _flash_rows(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """`forward` of rows that are live from end to end, by torch's operator."""
     group = q.shape[2] // k.shape[2]
     # The operator lays its output out as q lies, and writes it wrongly where neighbours of q share all but one element.
@@ -71,7 +60,7 @@ def _flash_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, 
         query, key, value = exactly(query, key, value)
     # It takes the head dimension to be contiguous (pytorch#187506): `ops.dispatch.run` has seen to that.
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(query, key, value, 0.0, True, scale=scale)
+    out, lse = flash(query, key, value, 0.0, True, scale=rule.scale)
     out, lse = out.transpose(1, 2).to(q.dtype).contiguous(), lse.float().contiguous()
     # Of a row whose logits are all NaN or -inf it makes 0, and an lse of 0: such rows are computed again.
     doubt = (lse == 0) | ~lse.isfinite()
@@ -79,38 +68,29 @@ def _flash_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, 
         until = slice(0, 1 + int(doubt[row].any(dim=0).nonzero()[-1]))
         a, b, c = (x[row : row + 1, until] for x in (q, k, v))
         whole = torch.tensor([[0, 0, until.stop, 0]])
-        again, lse_again = _tiled(a, b, c, whole, scale, 0.0, -1, None)
+        again, lse_again = _tiled(a, b, c, rule._replace(seqs=whole))
         again_at = doubt[row, :, until]
         out[row, until] = torch.where(again_at.T[..., None], again[0], out[row, until])
         lse[row, :, until] = torch.where(again_at, lse_again[0], lse[row, :, until])
     return out, lse
 
 
-def _tiled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seqs: Tensor,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _tiled(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     batch, length, n_heads, _ = q.shape
-    tokens = token_table(seqs, batch, length)
+    tokens = token_table(rule.seqs, batch, length)
     heads = torch.arange(n_heads, device=q.device)
     value_heads = heads // (n_heads // v.shape[2])
     out = q.new_zeros((batch, length, n_heads, v.shape[3]))
     lse = q.new_full((batch, n_heads, length), float("-inf"), dtype=torch.float32)
     for rows in ranges(0, length, row_tile(q, n_heads, KEY_TILE)):
         size = (batch, n_heads, rows[1] - rows[0])
-        sink = None if sinks is None else sink_peak(sinks)[:, None].expand(size)
+        sink = None if rule.sinks is None else sink_peak(rule.sinks)[:, None].expand(size)
         peak = lse.new_full(size, float("-inf")) if sink is None else sink
         total = lost = lse.new_zeros(size)  # of the keys alone: a sink's mass joins last, they would vanish beside it
         mixed = mixed_lost = lse.new_zeros((*size, v.shape[3]))
-        for keys in ranges(_first_key(tokens.start, rows, window_left), rows[1], KEY_TILE):
-            mask, _ = visible(tokens, rows, keys, window_left)
-            x = logits(q, k, rows, keys, heads, scale, softcap).masked_fill(~mask, float("-inf"))
+        for keys in ranges(_first_key(tokens.start, rows, rule), rows[1], KEY_TILE):
+            mask, distance = visible(tokens, rows, keys, rule)
+            x = logits(q, k, rows, keys, heads, tokens, distance, rule).masked_fill(~mask, float("-inf"))
             peak, decay, weights = softmax_step(peak, x, mask)
             values = v[:, slice(*keys)].index_select(2, value_heads).float().transpose(1, 2)
             total, lost = add_to(total * decay, lost * decay, weights.sum(dim=-1))
@@ -125,26 +105,16 @@ def _tiled(
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `out` with respect to q, k, v: the maps are made again from `lse`, a tile at a time.
 
     With `P = exp(x - lse)`: `dV = P^T dO`, `dx = P (dO V^T - rowsum(dO out))`; the softcap contributes its slope
     `1 - (x / softcap)^2`. A sink is a column without a value: it changes `lse` and nothing else here.
     """
     batch, length, n_heads, dim = q.shape
-    tokens = token_table(seqs, batch, length)
+    tokens = token_table(rule.seqs, batch, length)
     heads = torch.arange(n_heads, device=q.device)
     kv_heads = heads // (n_heads // k.shape[2])
     dq = q.new_zeros(q.shape, dtype=torch.float32)
@@ -154,15 +124,15 @@ def backward(
         queries = q[:, slice(*rows)].float().transpose(1, 2)
         upstream = grad_out[:, slice(*rows)].float().transpose(1, 2)
         inner = (upstream * out[:, slice(*rows)].float().transpose(1, 2)).sum(dim=-1, keepdim=True)
-        for keys in ranges(_first_key(tokens.start, rows, window_left), rows[1], KEY_TILE):
-            mask, _ = visible(tokens, rows, keys, window_left)
-            x = logits(q, k, rows, keys, heads, scale, softcap)
+        for keys in ranges(_first_key(tokens.start, rows, rule), rows[1], KEY_TILE):
+            mask, distance = visible(tokens, rows, keys, rule)
+            sequence = tokens.sequence[:, slice(*rows)]
+            x, slope = logit_and_slope(products(q, k, rows, keys, heads), distance, heads, sequence, rule)
             weights = torch.where(mask, torch.exp(x - lse[:, :, slice(*rows), None]), 0.0)
             values = v[:, slice(*keys)].index_select(2, kv_heads).float().transpose(1, 2)
             dx = weights * (product(upstream, values.transpose(-1, -2)) - inner)
-            if softcap > 0:
-                dx = dx * (1 - (x / softcap) ** 2)
-            dx = torch.where(mask, dx, 0.0) * scale
+            dx = dx if slope is None else dx * slope
+            dx = torch.where(mask, dx, 0.0) * rule.scale
             keys_of_heads = k[:, slice(*keys)].index_select(2, kv_heads).float().transpose(1, 2)
             dq[:, slice(*rows)] += product_of_seen(dx, keys_of_heads, mask).transpose(1, 2)
             seen_by = mask.transpose(-1, -2)
@@ -172,6 +142,6 @@ def backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _first_key(start: Tensor, rows: tuple[int, int], window_left: int) -> int:
+def _first_key(start: Tensor, rows: tuple[int, int], rule: Rule) -> int:
     first = host_min(start[:, slice(*rows)], 0)
-    return max(first, rows[0] - window_left, 0) if window_left >= 0 else first
+    return max(first, rows[0] - rule.window_left, 0) if rule.window_left >= 0 else first

@@ -3,7 +3,7 @@
 What every backend's `credit` does; the definition, as Python loops, is :func:`rhythm_kernels.reference.rhythm_credit`,
 and all of them give the same bits: measures are compared as they are (0.0 and -0.0 are equal), given thresholds in the
 measures' precision, the size of a set is counted in double, and the six values that gamma can take are computed once,
-in double (:func:`gamma_levels`).
+in double (`Choice.levels`).
 """
 
 from __future__ import annotations
@@ -14,38 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["credit", "gamma_levels"]
+from ...rule import Choice
+
+__all__ = ["credit"]
 
 
-def gamma_levels(gamma_amp: float, alpha: float) -> list[float]:
-    """Eq. 19: the float32 value of gamma by what a token is.
-
-    Index 0: in no set; 1: in `T_glob` (of the other modes: chosen) and not dominated; 2: dominated; 3 to 5: the same,
-    and an intro token too.
-    """
-    levels = []
-    for intro in (False, True):
-        for anchor, dominated in ((False, False), (True, False), (False, True)):
-            bonus = float(anchor) + (1 - alpha) * dominated + alpha * intro
-            levels.append(1 + (gamma_amp - 1) * bonus)
-    return torch.tensor(levels, dtype=torch.float32, device="cpu").tolist()
-
-
-def credit(
-    waad: Tensor,
-    fai: Tensor,
-    score: Tensor | None,
-    mask: Tensor,
-    mode: str,
-    gamma_amp: float,
-    top: float,
-    alpha: float,
-    neighbors: int,
-    bottom: bool,
-    tau_waad: float | None,
-    tau_delta: float | None,
-) -> Tensor:
+def credit(waad: Tensor, fai: Tensor, score: Tensor | None, mask: Tensor, choice: Choice) -> Tensor:
     """`gamma (B, T)` float32 of checked measures; the op of that name says what the arguments are."""
+    mode, top, neighbors, bottom, tau_waad, tau_delta, levels = choice
     response = _Response.of(mask)
     measures = [waad, fai] if score is None else [waad, fai, score]
     finite = torch.stack([(x.isfinite() | ~mask).all(dim=1) for x in measures]).all(dim=0)
@@ -68,7 +44,7 @@ def credit(
         chosen = _extreme(compact(score), live, size, lowest=bottom)
 
     gamma = torch.ones(mask.shape, dtype=torch.float32, device=mask.device)
-    _, anchor_level, dominated_level, *intro_levels = gamma_levels(gamma_amp, alpha)
+    _, anchor_level, dominated_level, *intro_levels = levels
     gamma.masked_fill_(chosen, anchor_level).masked_fill_(dominated, dominated_level)
     if mode == "coupled":
         for role, level in zip((~chosen, chosen & ~dominated, dominated), intro_levels, strict=True):

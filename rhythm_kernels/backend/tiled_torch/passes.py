@@ -1,6 +1,6 @@
-"""Tile-wise torch: the passes where neither compiler nor Triton is, on any device, in O(T) memory.
+"""The four passes without values in torch, tile by tile, on any device, in O(T) memory.
 
-Signatures and layouts are those that all backends share (see :mod:`rhythm_kernels.canonical`). Nothing of size
+Nothing of size
 tokens x tokens is made: the largest temporary is one tile of logits. All arithmetic is float32, its products to the
 precision of float32 whatever torch's settings allow (:func:`.tiles.product`).
 """
@@ -10,22 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import backward, forward
-from .credit import credit as credit
-from .tiles import (
-    KEY_TILE,
-    add_to,
-    host_max,
-    host_min,
-    logits,
-    ranges,
-    row_tile,
-    sink_mass,
-    sink_peak,
-    softmax_step,
-    token_table,
-    visible,
-)
+from ...rule import RowStats, Rule
+from ...sequences import token_table
+from .score import known, logits, sink_mass, sink_peak, visible
+from .tiles import KEY_TILE, add_to, host_max, host_min, ranges, row_tile, softmax_step
 
 MOMENT_SCALE = 2.0**24
 
@@ -36,48 +24,24 @@ def _finish(per_head_result: Tensor, scored: Tensor, per_head: bool) -> Tensor:
     return result if per_head else result.mean(dim=-2)
 
 
-def _known(lse: Tensor, sinks: Tensor | None, query_heads: Tensor, lse_rows: Tensor) -> Tensor:
-    """`(B, H_selected, T)`: the log-sum-exp of the selected heads, NaN where it, or its head's sink, leaves no A."""
-    row_lse = lse.index_select(1, lse_rows)
-    lost = 0 * row_lse  # NaN where lse is not finite
-    if sinks is not None:
-        sink = sinks[query_heads, None]
-        lost = lost + torch.where(sink == float("-inf"), 0.0, 0 * sink)
-    return row_lse + lost
-
-
-def band_rows(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    window: int,
-    per_head: bool,
-) -> Tensor:
+def band_rows(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
     """WAAD (eq. 9) given `lse`, by the identity `W rowsum - sum over the last W keys of A (W - (t - s))`."""
     batch, length = q.shape[:2]
-    window = min(window, length)  # no distance exceeds the length, and `W - (W - d)` cancels where W is large
-    tokens = token_table(seqs, batch, length)
-    query_heads, lse_rows = heads.long().unbind(1)
+    tokens = token_table(rule.seqs, batch, length)
+    heads = rule.heads[:, 0].long()
     out = q.new_empty((batch, len(heads), length), dtype=torch.float32)
-    row_lse = _known(lse, sinks, query_heads, lse_rows)
+    row_lse = known(lse, rule)
     rowsum = torch.ones_like(row_lse)
-    if sinks is not None:
-        rowsum = 1 - torch.exp(sinks[query_heads, None] - row_lse)
-    reach = min(window - 1, window_left) if window_left >= 0 else window - 1
+    if rule.sinks is not None:
+        rowsum = 1 - torch.exp(rule.sinks[heads, None] - row_lse)
+    reach = min(window - 1, rule.window_left) if rule.window_left >= 0 else window - 1
     # A tile meets its own keys beside the band, so that a narrow band wants few rows a tile, however few the heads.
     step = min(row_tile(q, len(heads), KEY_TILE), max(128, reach))
     for rows in ranges(0, length, step):
         near = lost = torch.zeros((), device=q.device)
         for keys in ranges(max(0, rows[0] - reach), rows[1], KEY_TILE):
-            mask, distance = visible(tokens, rows, keys, window_left)
-            x = logits(q, k, rows, keys, query_heads, scale, softcap)
+            mask, distance = visible(tokens, rows, keys, rule)
+            x = logits(q, k, rows, keys, heads, tokens, distance, rule)
             # Masked after the exponential: a row whose lse is not finite must not leak into hidden keys.
             maps = torch.where(mask & (distance < window), torch.exp(x - row_lse[:, :, slice(*rows), None]), 0.0)
             near, lost = add_to(near, lost, (maps * (window - distance)).sum(dim=-1))
@@ -85,76 +49,50 @@ def band_rows(
     return _finish(out, tokens.scored, per_head)
 
 
-def band_columns(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    lo: int,
-    hi: int,
-    per_head: bool,
-) -> Tensor:
+def band_columns(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int, per_head: bool) -> Tensor:
     """FAI (eq. 10) given `lse`: mean of `A[t, s]` over the rows `s + lo <= t <= min(end - 1, s + hi)`."""
     batch, length = q.shape[:2]
-    tokens = token_table(seqs, batch, length)
-    query_heads, lse_rows = heads.long().unbind(1)
-    row_lse = _known(lse, sinks, query_heads, lse_rows)
+    tokens = token_table(rule.seqs, batch, length)
+    heads = rule.heads[:, 0].long()
+    row_lse = known(lse, rule)
     position = torch.arange(length, device=q.device)
     last = torch.minimum(tokens.end - 1, position + hi)
     count = (last - (position + lo) + 1).clamp(min=0)
-    reach = min(hi, window_left) if window_left >= 0 else hi  # farther rows count, and do not see the key
+    reach = min(hi, rule.window_left) if rule.window_left >= 0 else hi  # farther rows count, and do not see the key
     out = q.new_zeros((batch, len(heads), length), dtype=torch.float32)
     for keys in ranges(0, length, KEY_TILE):
         received = lost = torch.zeros((), device=q.device)
         stop = min(keys[1] + reach, host_max(tokens.end[:, slice(*keys)], length))
         for rows in ranges(keys[0] + lo, stop, row_tile(q, len(heads), KEY_TILE)):
-            mask, distance = visible(tokens, rows, keys, window_left)
+            mask, distance = visible(tokens, rows, keys, rule)
             mask = mask & (distance >= lo) & (distance <= hi)
-            x = logits(q, k, rows, keys, query_heads, scale, softcap)
+            x = logits(q, k, rows, keys, heads, tokens, distance, rule)
             maps = torch.where(mask, torch.exp(x - row_lse[:, :, slice(*rows), None]), 0.0)
             received, lost = add_to(received, lost, maps.sum(dim=2))
         out[:, :, slice(*keys)] = received
     return _finish(out / count.clamp(min=1)[:, None], tokens.scored, per_head)
 
 
-def row_stats(
-    q: Tensor,
-    k: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    window: int,
-    per_head: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def row_stats(q: Tensor, k: Tensor, rule: Rule, window: int, per_head: bool) -> RowStats:
     """Log-sum-exp, WAAD (eq. 9) and span (the summand of eq. 7) by an online softmax over tiles of keys."""
     batch, length = q.shape[:2]
-    tokens = token_table(seqs, batch, length)
-    query_heads = heads[:, 0].long()
+    tokens = token_table(rule.seqs, batch, length)
+    heads = rule.heads[:, 0].long()
     shape = (batch, len(heads), length)
     lse, waad, span = (q.new_empty(shape, dtype=torch.float32) for _ in range(3))
     for rows in ranges(0, length, row_tile(q, len(heads), KEY_TILE)):
         size = (batch, len(heads), rows[1] - rows[0])
-        sink = None if sinks is None else sink_peak(sinks[query_heads, None]).expand(size)
+        sink = None if rule.sinks is None else sink_peak(rule.sinks[heads, None]).expand(size)
         peak = lse.new_full(size, float("-inf")) if sink is None else sink
         # Relative to the peak, of the keys alone: the mass, and the sums that WAAD and span divide by it. A sink's mass
         # joins them last, as keys would vanish beside it.
         sums = lost = lse.new_zeros((3, *size))
         start = host_min(tokens.start[:, slice(*rows)], 0)
-        if window_left >= 0:
-            start = max(start, rows[0] - window_left)
+        if rule.window_left >= 0:
+            start = max(start, rows[0] - rule.window_left)
         for keys in ranges(max(start, 0), rows[1], KEY_TILE):
-            mask, distance = visible(tokens, rows, keys, window_left)
-            x = logits(q, k, rows, keys, query_heads, scale, softcap).masked_fill(~mask, float("-inf"))
+            mask, distance = visible(tokens, rows, keys, rule)
+            x = logits(q, k, rows, keys, heads, tokens, distance, rule).masked_fill(~mask, float("-inf"))
             peak, decay, weights = softmax_step(peak, x, mask)
             away = distance.clamp(min=0).float()
             tile_sums = [x.sum(dim=-1) for x in (weights, weights * away.clamp(max=window), weights * away)]
@@ -168,48 +106,36 @@ def row_stats(
         waad[tile] = (near / total).clamp(0, window)
         span[tile] = far / total
     lse = torch.where(tokens.scored[:, None], lse, float("-inf"))
-    return lse, _finish(waad, tokens.scored, per_head), _finish(span, tokens.scored, per_head)
+    return RowStats(lse, _finish(waad, tokens.scored, per_head), _finish(span, tokens.scored, per_head))
 
 
 def column_stats(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    min_distance: int,
-    moments: bool,
-    per_head: bool,
-) -> Tensor:
+    q: Tensor, k: Tensor, lse: Tensor, rule: Rule, min_distance: int, moments: bool, per_head: bool
+) -> Tensor:  # fmt: skip
     """Moments of `A[t, s]` over the rows `t >= s + min_distance` of R, `(1 or 5, B, [H_selected,] T)`.
 
     Central moments are merged tile by tile (Chan, Golub and LeVeque; Pébay for the third and fourth): power sums
     would cancel. They are taken of `A 2^24`: the fourth power of a deviation of 1e-10 leaves float32's range.
     """
     batch, length = q.shape[:2]
-    tokens = token_table(seqs, batch, length)
-    query_heads, lse_rows = heads.long().unbind(1)
-    row_lse = _known(lse, sinks, query_heads, lse_rows)
+    tokens = token_table(rule.seqs, batch, length)
+    heads = rule.heads[:, 0].long()
+    row_lse = known(lse, rule)
     results = q.new_zeros((5 if moments else 1, batch, len(heads), length), dtype=torch.float32)
     for keys in ranges(0, length, KEY_TILE):
         state = results.new_zeros((6, batch, len(heads), keys[1] - keys[0]))
         # From here on no key of the tile is seen: A is 0 whatever the log-sum-exp, and the rows are only counted.
-        seen_to = keys[1] + window_left if window_left >= 0 else length
+        seen_to = keys[1] + rule.window_left if rule.window_left >= 0 else length
         stop = min(host_max(tokens.end[:, slice(*keys)], length), seen_to)
         for rows in ranges(keys[0] + min_distance, stop, row_tile(q, len(heads), KEY_TILE)):
-            mask, distance = visible(tokens, rows, keys, window_left)
-            position, _ = visible(tokens, rows, keys, -1)
+            mask, distance = visible(tokens, rows, keys, rule)
+            position, _ = visible(tokens, rows, keys, rule, windowed=False)
             position = position & (distance >= min_distance) & tokens.scored[:, None, slice(*rows), None]
-            x = logits(q, k, rows, keys, query_heads, scale, softcap)
+            x = logits(q, k, rows, keys, heads, tokens, distance, rule)
             maps = torch.where(mask & position, torch.exp(x - row_lse[:, :, slice(*rows), None]), 0.0)
             maps = maps * MOMENT_SCALE
             state = _merge(state, _tile_moments(maps, position, moments), moments)
-        if window_left >= 0:
+        if rule.window_left >= 0:
             farthest = torch.arange(*keys, device=q.device) + min_distance
             hidden = (tokens.end[:, slice(*keys)] - farthest.clamp(min=stop)).clamp(min=0).float()
             zeros = torch.zeros_like(state[:5])
@@ -271,42 +197,3 @@ def _standardise(state: Tensor) -> Tensor:
     mean = mean / MOMENT_SCALE
     variance = torch.where(count >= 2, variance / MOMENT_SCALE / MOMENT_SCALE, 0.0)
     return torch.stack([count, mean, variance, skewness, kurtosis])
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seqs: Tensor,
-    heads: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-    window: int,
-    per_head: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention, log-sum-exp, WAAD and span: torch's own attention and the row pass."""
-    rule = (scale, softcap, window_left, sinks)
-    out, lse = forward(q, k, v, seqs, *rule)
-    _, waad, span = row_stats(q, k, seqs, heads, max_seqlen, *rule, window, per_head)
-    return out, lse, waad, span
-
-
-def attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seqs: Tensor,
-    max_seqlen: int,
-    scale: float,
-    softcap: float,
-    window_left: int,
-    sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention`'s output with respect to q, k and v."""
-    return backward(grad_out, q, k, v, out, lse, seqs, scale, softcap, window_left, sinks)

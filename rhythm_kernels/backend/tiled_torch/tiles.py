@@ -1,9 +1,9 @@
-"""What the tile-wise torch code shares: the token table, the score rule on one tile, the choice of tile sizes."""
+"""What the tile-wise torch code shares: tile sizes, products and sums to float32's precision, the online softmax."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,40 +11,6 @@ from torch import Tensor
 # Elements of one tile of logits, over batch and heads: bounds the memory at a few MB whatever the length.
 _TILE_ELEMENTS = 1 << 20
 KEY_TILE = 256
-
-
-class Tokens(NamedTuple):
-    """For each token `(B, T)` int64: its sequence's start, end and first response token; and whether it is in R.
-
-    Tokens outside every sequence have an empty range, so that they see nothing and nothing sees them.
-    """
-
-    start: Tensor
-    end: Tensor
-    first: Tensor
-    scored: Tensor
-
-
-def token_table(seqs: Tensor, batch: int, length: int) -> Tokens:
-    """Spread the sequence table over tokens, on its device and without a host read."""
-    row, start, end, first = seqs.long().unbind(1)
-    position = torch.arange(batch * length, device=seqs.device)
-    origin = row * length
-    # Sequences are ordered, so the last one that begins at or before a token is the only one that can hold it.
-    owner = (torch.searchsorted(origin + start, position, right=True) - 1).clamp(min=0)
-    live = (position >= (origin + start)[owner]) & (position < (origin + end)[owner])
-    t = position % length
-
-    def spread(column: Tensor, nothing: Tensor | int) -> Tensor:
-        return torch.where(live, column[owner], nothing).view(batch, length)
-
-    first = spread(first, t + 1)
-    return Tokens(
-        spread(start, t + 1),
-        spread(end, t),
-        first,
-        live.view(batch, length) & (t.view(batch, length) >= first),
-    )
 
 
 def row_tile(q: Tensor, heads: int, keys: int) -> int:
@@ -120,21 +86,12 @@ def add_to(total: Tensor, lost: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
     return after, torch.where(after.isfinite(), (after - total) - owed, 0.0)
 
 
-def logits(
-    q: Tensor,
-    k: Tensor,
-    rows: tuple[int, int],
-    keys: tuple[int, int],
-    heads: Tensor,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    """The score rule on a tile, without its mask: `(B, H_selected, rows, keys)` float32."""
+def products(q: Tensor, k: Tensor, rows: tuple[int, int], keys: tuple[int, int], heads: Tensor) -> Tensor:
+    """`q.k` of a tile of the selected heads: `(B, Hs, rows, keys)` float32."""
     group = q.shape[2] // k.shape[2]
     qs = q[:, slice(*rows)].index_select(2, heads).float().transpose(1, 2)
     ks = k[:, slice(*keys)].index_select(2, heads // group).float().permute(0, 2, 3, 1)
-    x = product(qs, ks) * scale
-    return softcap * torch.tanh(x / softcap) if softcap > 0 else x
+    return product(qs, ks)
 
 
 def softmax_step(peak: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,26 +110,3 @@ def softmax_step(peak: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor,
     # From 0 where every logit was -inf so far.
     base = torch.where(new_peak == float("-inf"), 0.0, new_peak)
     return new_peak, decay, torch.where(mask, torch.exp(x - base[..., None]), 0.0)
-
-
-def sink_peak(sinks: Tensor) -> Tensor:
-    """Where an online softmax with sinks starts: the sinks, NaN for `+inf`, beside which no key has a share."""
-    return torch.where(sinks == float("inf"), float("nan"), sinks)
-
-
-def sink_mass(sink: Tensor, peak: Tensor) -> Tensor:
-    """A sink's share of a softmax, relative to the peak; one of `-inf` has none, also where all logits are `-inf`."""
-    mass = torch.where(peak == sink, 1.0, torch.exp(sink - peak))
-    return torch.where(sink == float("-inf"), 0.0, mass)
-
-
-def visible(tokens: Tokens, rows: tuple[int, int], keys: tuple[int, int], window_left: int) -> tuple[Tensor, Tensor]:
-    """Of a tile, `(B, 1, rows, keys)` bool: which keys each row sees; and `(rows, keys)` int64: distance t - s."""
-    device = tokens.start.device
-    t = torch.arange(*rows, device=device)[:, None]
-    s = torch.arange(*keys, device=device)[None, :]
-    distance = t - s
-    mask = (distance >= 0) & (s >= tokens.start[:, slice(*rows), None])
-    if window_left >= 0:
-        mask = mask & (distance <= window_left)
-    return mask[:, None], distance

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rule import Attended, Rule
 from .band_rows import clamp_waad
 from .launch import UNSPECIALIZED, AttentionProblem
 from .score import LN2, absorb_peak, absorb_sink, rule_of_head
@@ -148,25 +149,22 @@ def attention_kernel(
         tl.store(span_out + out, reach / mass, mask=scored)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float, softcap: float,
-    window_left: int, sinks: Tensor | None, window: int, per_head: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule, window: int, per_head: bool) -> Attended:
     """Attention output, log-sum-exp, WAAD (eq. 9) and span (the summand of eq. 7).
 
     Args:
         q: `(B, T, H, D)`, k: `(B, T, H_kv, D)`, v: `(B, T, H_kv, D_v)`; float32, bfloat16 or float16, last dimension
             contiguous.
-        seqs: `(S, 4)`, heads: `(Hs, 2)` int32 tables. window: W of eq. 9, in tokens.
+        window: W of eq. 9, in tokens.
 
     Returns:
         out `(B, T, H, D_v)` in v's dtype, every live row of every head, 0 elsewhere; lse `(B, H, T)` float32, natural
         log, a sink included, -inf elsewhere; waad and span `(B, T)` float32 in tokens, the mean over the heads of the
         table, or `(B, Hs, T)` with `per_head`; 0 outside the responses.
     """
-    problem = AttentionProblem(q, k, v, seqs, max_seqlen, scale, softcap, window_left, sinks)
+    problem = AttentionProblem(q, k, v, rule)
     batch, length, n_heads, _ = q.shape
-    n_selected = heads.shape[0]
+    n_selected = rule.heads.shape[0]
     out = q.new_zeros((batch, length, n_heads, v.shape[3]), dtype=problem.stored)
     lse = q.new_full((batch, n_heads, length), float("-inf"), dtype=torch.float32)
     waad, span = (q.new_zeros((batch, n_selected, length), dtype=torch.float32) for _ in range(2))
@@ -174,10 +172,11 @@ def attention(
         if rhythm or n_selected < n_heads:
             problem.launch(
                 name, attention_kernel, "rows", n_heads, {"o": out},
-                heads=heads, n_heads=n_selected, lse_out=lse, lse_b=lse.stride(0), lse_h=lse.stride(1),
+                heads=rule.heads, n_heads=n_selected,
+                lse_out=lse, lse_b=lse.stride(0), lse_h=lse.stride(1),
                 waad_out=waad, span_out=span, out_b=waad.stride(0), out_h=waad.stride(1),
-                window=min(window, length), RHYTHM=rhythm, ALL=n_selected == n_heads,
+                window=window, RHYTHM=rhythm, ALL=n_selected == n_heads,
             )  # fmt: skip
     if not per_head:
         waad, span = waad.mean(1), span.mean(1)
-    return out.to(v.dtype), lse, waad, span
+    return Attended(out.to(v.dtype), lse, waad, span)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rule import Rule
 from .launch import UNSPECIALIZED, AttentionProblem
 from .score import LOG2E, rule_of_head, sink_mass, visible, weight_and_slope
 from .tokens import accumulate, load_lse, load_tokens, locate, products, store_tokens
@@ -220,8 +221,7 @@ def attention_dkv_kernel(
 
 
 def attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Tensor, max_seqlen: int,
-    scale: float, softcap: float, window_left: int, sinks: Tensor | None,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of :func:`.attention.attention`'s output with respect to q, k and v, each in its tensor's dtype.
 
@@ -229,7 +229,7 @@ def attention_backward(
         grad_out, out: `(B, T, H, D_v)`. lse: `(B, H, T)` float32, natural log, a sink included. The sinks, which get no
             gradient, are read for float32 alone. The rest as in the forward pass.
     """
-    problem = AttentionProblem(q, k, v, seqs, max_seqlen, scale, softcap, window_left, sinks)
+    problem = AttentionProblem(q, k, v, rule)
     dq, dk, dv = (x.new_zeros(x.shape, dtype=problem.stored) for x in (q, k, v))
     lse = lse.contiguous()
     delta, unit_lse, mended = (torch.empty_like(lse) for _ in range(3))

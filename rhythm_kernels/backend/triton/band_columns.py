@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rule import Rule
 from .launch import UNSPECIALIZED, Problem, over_heads
 from .score import in_bits, known, nothing, rule_of_head, weight_in_bits
 from .tokens import at_head, load_lse, load_tokens, locate, products
@@ -62,25 +63,19 @@ def band_columns_kernel(
     tl.store(out + row * out_b + tl.cast(listed, tl.int64) * out_h + s, mean, mask=s < end)
 
 
-def band_columns(
-    q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
-    softcap: float, window_left: int, sinks: Tensor | None, lo: int, hi: int, per_head: bool,
-) -> Tensor:  # fmt: skip
+def band_columns(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int, per_head: bool) -> Tensor:
     """FAI of every response token, eq. 10, over the rows `lo` to `hi` after it, given `lse`.
 
     Args:
         q: `(B, T, H, D)`, k: `(B, T, H_kv, D)`; float32, bfloat16 or float16, last dimension contiguous.
-        lse: `(B, X, T)` float32, natural log. seqs: `(S, 4)`, heads: `(Hs, 2)` int32 tables.
+        lse: `(B, X, T)` float32, natural log.
         lo, hi: the horizon in tokens, `0 <= lo <= hi`.
 
     Returns:
         `(B, T)` float32, the mean over the heads, or `(B, Hs, T)` with `per_head`; 0 outside the responses and where
         no row lies in the horizon.
     """
-    problem = Problem(
-        "band_columns", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, owner="keys"
-    )
+    problem = Problem("band_columns", q, k, lse, rule, owner="keys")
     out = problem.output()
-    length = problem.length
-    problem.launch(band_columns_kernel, out, out=out, lo=min(lo, length), hi=min(hi, length))
+    problem.launch(band_columns_kernel, out, out=out, lo=lo, hi=hi)
     return over_heads(out, per_head)

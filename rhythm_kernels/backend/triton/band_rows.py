@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rule import Rule
 from .launch import UNSPECIALIZED, Problem, over_heads
 from .score import known, logit, nothing, rule_of_head, sink_mass, weight
 from .tokens import at_head, load_tokens, locate, products
@@ -80,21 +81,18 @@ def band_rows_kernel(
     tl.store(out + row * out_b + tl.cast(listed, tl.int64) * out_h + t, waad, mask=live)
 
 
-def band_rows(
-    q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
-    softcap: float, window_left: int, sinks: Tensor | None, window: int, per_head: bool,
-) -> Tensor:  # fmt: skip
+def band_rows(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
     """WAAD of every response token, eq. 9, given `lse`.
 
     Args:
         q: `(B, T, H, D)`, k: `(B, T, H_kv, D)`; float32, bfloat16 or float16, last dimension contiguous.
-        lse: `(B, X, T)` float32, natural log. seqs: `(S, 4)`, heads: `(Hs, 2)` int32 tables.
+        lse: `(B, X, T)` float32, natural log.
         window: W of eq. 9, in tokens.
 
     Returns:
         `(B, T)` float32, the mean over the heads, or `(B, Hs, T)` with `per_head`; 0 outside the responses.
     """
-    problem = Problem("band_rows", q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
+    problem = Problem("band_rows", q, k, lse, rule)
     out = problem.output()
-    problem.launch(band_rows_kernel, out, out=out, window=min(window, problem.length))
+    problem.launch(band_rows_kernel, out, out=out, window=window)
     return over_heads(out, per_head)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rule import Rule
 from .column_moments import column_moments_kernel
 from .launch import UNSPECIALIZED, Problem, over_heads
 from .score import in_bits, known, nothing, rule_of_head, visible, weight_in_bits
@@ -82,14 +83,13 @@ def column_stats_kernel(
 
 
 def column_stats(
-    q: Tensor, k: Tensor, lse: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float,
-    softcap: float, window_left: int, sinks: Tensor | None, min_distance: int, moments: bool, per_head: bool,
+    q: Tensor, k: Tensor, lse: Tensor, rule: Rule, min_distance: int, moments: bool, per_head: bool,
 ) -> Tensor:  # fmt: skip
     """Mean, or central moments, of the attention every response token receives from later rows, given `lse`.
 
     Args:
         q: `(B, T, H, D)`, k: `(B, T, H_kv, D)`; float32, bfloat16 or float16, last dimension contiguous.
-        lse: `(B, X, T)` float32, natural log. seqs: `(S, 4)`, heads: `(Hs, 2)` int32 tables.
+        lse: `(B, X, T)` float32, natural log.
         min_distance: rows nearer than this many tokens do not count.
         moments: count, mean, population variance, skewness and kurtosis (`m4 / m2^2`) instead of the mean alone.
 
@@ -99,9 +99,8 @@ def column_stats(
         where fewer than two rows count or their variance is 0.
     """
     name = "column_moments" if moments else "column_stats"
-    problem = Problem(name, q, k, lse, seqs, heads, max_seqlen, scale, softcap, window_left, sinks, owner="keys")
+    problem = Problem(name, q, k, lse, rule, owner="keys")
     out = problem.output(5 if moments else 1)
-    min_distance = min(min_distance, problem.length)
     if moments:
         problem.launch(column_moments_kernel, out, out=out, out_m=out.stride(0), min_distance=min_distance)
     else:

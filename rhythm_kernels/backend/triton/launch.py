@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...rule import Rule
 from . import choosing
 from .configs import Tile
 from .interpreted import INTERPRETED
@@ -58,20 +59,13 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 class _Call:
     """One call of a pass in canonical form: what every kernel takes, and the launch over sequences and heads."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, seqs: Tensor, max_seqlen: int,
-        scale: float, softcap: float, window_left: int, sinks: Tensor | None,
-    ) -> None:  # fmt: skip
-        self.q, self.k, self.seqs = q, k, seqs
+    def __init__(self, q: Tensor, k: Tensor, rule: Rule) -> None:
+        self.q, self.k, self.rule = q, k, rule
         self.batch, self.length, n_heads, head_size = q.shape
-        # A distance is below the length, so these say the same, and fit 32 bits.
-        self.max_seqlen = min(max_seqlen, self.length)
-        window = min(window_left, self.length) if window_left >= 0 else None
-        rule = score_rule(scale, softcap, sinks)
-        self.capped = rule.softcap is not None or window is not None
         low, high = _chunks(head_size)
         self.arguments: dict[str, Any] = {
-            "q": q, "k": k, "seqs": seqs, "kv_group": n_heads // k.shape[2], "rule": rule, "window_left": window,
+            "q": q, "k": k, "seqs": rule.seqs, "kv_group": n_heads // k.shape[2], "rule": score_rule(rule),
+            "window_left": rule.window_left if rule.window_left >= 0 else None,
             "D": head_size, "D0": low, "D1": high, "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
         }  # fmt: skip
 
@@ -91,8 +85,8 @@ class _Call:
         A program has one head. A loop over heads would have to keep in registers, through the loop over tiles, what
         it needs again for the next one, and its first loads would wait for the last tile of the head before.
         """
-        tiles = -(-self.max_seqlen // getattr(tile, owner))
-        grid = tiles * count * self.seqs.shape[0]
+        tiles = -(-self.rule.max_seqlen // getattr(tile, owner))
+        grid = tiles * count * self.rule.seqs.shape[0]
         if grid == 0:
             return
         with _on(self.q.device):
@@ -106,15 +100,13 @@ class Problem(_Call):
     """One call of a pass over selected heads that multiplies q by k alone."""
 
     def __init__(
-        self, name: str, q: Tensor, k: Tensor, lse: Tensor | None, seqs: Tensor, heads: Tensor,
-        max_seqlen: int, scale: float, softcap: float, window_left: int, sinks: Tensor | None,
-        *, owner: str = "rows",
+        self, name: str, q: Tensor, k: Tensor, lse: Tensor | None, rule: Rule, *, owner: str = "rows"
     ) -> None:  # fmt: skip
         """`owner` says which side of the tile a program keeps: `rows` of the map or `keys`."""
-        super().__init__(q, k, seqs, max_seqlen, scale, softcap, window_left, sinks)
-        self.owner, self.n_selected = owner, heads.shape[0]
+        super().__init__(q, k, rule)
+        self.owner, self.n_selected = owner, rule.heads.shape[0]
         self.tile = self.choose(name, q.shape[3])
-        self.arguments |= {"heads": heads, "n_heads": self.n_selected}
+        self.arguments |= {"heads": rule.heads, "n_heads": self.n_selected}
         if lse is not None:
             self.arguments |= {"lse": lse, "lse_b": lse.stride(0), "lse_h": lse.stride(1), "lse_t": lse.stride(2)}
 
@@ -138,11 +130,8 @@ def over_heads(out: Tensor, per_head: bool) -> Tensor:
 class AttentionProblem(_Call):
     """One call of attention or of its backward: what its kernels share."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, seqs: Tensor, max_seqlen: int,
-        scale: float, softcap: float, window_left: int, sinks: Tensor | None,
-    ) -> None:  # fmt: skip
-        super().__init__(q, k, seqs, max_seqlen, scale, softcap, window_left, sinks)
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> None:
+        super().__init__(q, k, rule)
         self.v = v
         low, high = _chunks(v.shape[3])
         self.arguments |= {"DV": v.shape[3], "V0": low, "V1": high}
@@ -154,6 +143,6 @@ class AttentionProblem(_Call):
     ) -> None:  # fmt: skip
         """Run a kernel over every (tile, one of `groups` heads, sequence); as :meth:`_Call.run`, beside v as well."""
         tile = self.choose(name, max(self.q.shape[3], self.v.shape[3]))
-        if tile.capped_rows and self.capped:
+        if tile.capped_rows and (self.rule.softcap > 0 or self.rule.window_left >= 0):
             tile = tile._replace(rows=tile.capped_rows)
         self.run(kernel, tile, owner, groups, {"v": self.v, **strided}, groups=groups, **extra)

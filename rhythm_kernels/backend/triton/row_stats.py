@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rule import RowStats, Rule
 from .band_rows import band_sum, clamp_waad
 from .launch import UNSPECIALIZED, Problem, over_heads
 from .score import LN2, LOG2E, absorb_peak, absorb_sink, rule_of_head
@@ -100,26 +101,23 @@ def row_stats_kernel(
     tl.store(span_out + out, reach / whole, mask=live)
 
 
-def row_stats(
-    q: Tensor, k: Tensor, seqs: Tensor, heads: Tensor, max_seqlen: int, scale: float, softcap: float,
-    window_left: int, sinks: Tensor | None, window: int, per_head: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def row_stats(q: Tensor, k: Tensor, rule: Rule, window: int, per_head: bool) -> RowStats:
     """Log-sum-exp, WAAD (eq. 9) and span (the summand of eq. 7) of every response token.
 
     Args:
         q: `(B, T, H, D)`, k: `(B, T, H_kv, D)`; float32, bfloat16 or float16, last dimension contiguous.
-        seqs: `(S, 4)`, heads: `(Hs, 2)` int32 tables. window: W of eq. 9, in tokens.
+        window: W of eq. 9, in tokens.
 
     Returns:
         lse `(B, Hs, T)` float32, natural log, a sink included, -inf outside the responses; waad and span `(B, T)`
         float32 in tokens, the mean over the heads, or `(B, Hs, T)` with `per_head`; 0 outside the responses.
     """
-    problem = Problem("row_stats", q, k, None, seqs, heads, max_seqlen, scale, softcap, window_left, sinks)
+    problem = Problem("row_stats", q, k, None, rule)
     waad, span = problem.output(), problem.output()
     lse = q.new_full((problem.batch, problem.n_selected, problem.length), float("-inf"), dtype=torch.float32)
     problem.launch(
         row_stats_kernel, waad,
         lse_out=lse, lse_b=lse.stride(0), lse_h=lse.stride(1), waad_out=waad, span_out=span,
-        window=min(window, problem.length), BAND_KEYS=min(32, problem.tile.keys),
+        window=window, BAND_KEYS=min(32, problem.tile.keys),
     )  # fmt: skip
-    return lse, over_heads(waad, per_head), over_heads(span, per_head)
+    return RowStats(lse, over_heads(waad, per_head), over_heads(span, per_head))

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rule import Rule
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -38,16 +40,17 @@ class ScoreRule(NamedTuple):
     to_bits_rest: float
 
 
-def score_rule(scale: float, softcap: float, sinks: Tensor | None) -> ScoreRule:
-    """The rule in the form that kernels take; no softcap: 0."""
-    factor = softcap if softcap > 0 else scale
+def score_rule(rule: Rule) -> ScoreRule:
+    """The rule as kernels take it."""
+    softcap = float(rule.softcap) if rule.softcap > 0 else None
+    factor = rule.scale if softcap is None else softcap
     bits = ctypes.c_float(factor / math.log(2)).value
     # Below float32's normal numbers the rounding is coarse, and logits are 0 to within it: the plain ratio serves lse.
     normal = math.isfinite(bits) and abs(bits) >= 2.0**-126
     ratio = bits / factor if normal else 1 / math.log(2)
     to_bits = ctypes.c_float(ratio).value
-    cap = float(softcap) if softcap > 0 else None
-    return ScoreRule(float(scale), cap, sinks, tl.constexpr(scale > 0), bits, to_bits, ratio - to_bits)
+    rising = tl.constexpr(rule.scale > 0)
+    return ScoreRule(float(rule.scale), softcap, rule.sinks, rising, bits, to_bits, ratio - to_bits)
 
 
 @triton.jit

@@ -1,0 +1,90 @@
+"""The score rule in torch: the one place where an attention variant is taught to the tile-wise passes.
+
+`x = scale q.k`, softcapped; `A = exp(x - lse)`. Which keys a row sees is :func:`visible`, what a sink takes from a row
+:func:`sink_peak`, :func:`sink_mass` and :func:`known`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...rule import Rule
+from ...sequences import Tokens
+from .tiles import products
+
+
+def logit(product: Tensor, distance: Tensor, heads: Tensor, sequence: Tensor, rule: Rule) -> Tensor:
+    """The logits of a tile, without its mask, `(B, Hs, rows, keys)` float32.
+
+    Args:
+        product: `(B, Hs, rows, keys)` float32, `q.k`.
+        distance: `(rows, keys)` int64, `t - s`.
+        heads: `(Hs,)` int64, the query heads. sequence: `(B, rows)` int64, the entry of `rule.seqs` of each row.
+    """
+    return _capped(product, rule)
+
+
+def logit_and_slope(
+    product: Tensor, distance: Tensor, heads: Tensor, sequence: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor | None]:
+    """The same, and `dx / d(scale q.k)`, None for 1."""
+    x = _capped(product, rule)
+    return x, 1 - (x / rule.softcap) ** 2 if rule.softcap > 0 else None
+
+
+def _capped(product: Tensor, rule: Rule) -> Tensor:
+    x = product * rule.scale
+    return rule.softcap * torch.tanh(x / rule.softcap) if rule.softcap > 0 else x
+
+
+def logits(
+    q: Tensor, k: Tensor, rows: tuple[int, int], keys: tuple[int, int], heads: Tensor, tokens: Tokens,
+    distance: Tensor, rule: Rule,
+) -> Tensor:  # fmt: skip
+    """:func:`logit` of rows and keys of q and k."""
+    return logit(products(q, k, rows, keys, heads), distance, heads, tokens.sequence[:, slice(*rows)], rule)
+
+
+def of_flash(rule: Rule) -> bool:
+    """Whether torch's own flash attention on CPUs has this rule."""
+    return rule.softcap == 0 and rule.window_left < 0 and rule.sinks is None and rule.scale > 0
+
+
+def visible(
+    tokens: Tokens, rows: tuple[int, int], keys: tuple[int, int], rule: Rule, windowed: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Of a tile, `(B, 1, rows, keys)` bool: which keys each row sees; and `(rows, keys)` int64: distance t - s.
+
+    Without `windowed`, which ones it would see without a window.
+    """
+    device = tokens.start.device
+    t = torch.arange(*rows, device=device)[:, None]
+    s = torch.arange(*keys, device=device)[None, :]
+    distance = t - s
+    mask = (distance >= 0) & (s >= tokens.start[:, slice(*rows), None])
+    if windowed and rule.window_left >= 0:
+        mask = mask & (distance <= rule.window_left)
+    return mask[:, None], distance
+
+
+def sink_peak(sinks: Tensor) -> Tensor:
+    """Where an online softmax with sinks starts: the sinks, NaN for `+inf`, beside which no key has a share."""
+    return torch.where(sinks == float("inf"), float("nan"), sinks)
+
+
+def sink_mass(sink: Tensor, peak: Tensor) -> Tensor:
+    """A sink's share of a softmax, relative to the peak; one of `-inf` has none, also where all logits are `-inf`."""
+    mass = torch.where(peak == sink, 1.0, torch.exp(sink - peak))
+    return torch.where(sink == float("-inf"), 0.0, mass)
+
+
+def known(lse: Tensor, rule: Rule) -> Tensor:
+    """`(B, H_selected, T)`: the log-sum-exp of the selected heads, NaN where it, or its head's sink, leaves no A."""
+    query_heads, lse_rows = rule.heads.long().unbind(1)
+    row_lse = lse.index_select(1, lse_rows)
+    lost = 0 * row_lse  # NaN where lse is not finite
+    if rule.sinks is not None:
+        sink = rule.sinks[query_heads, None]
+        lost = lost + torch.where(sink == float("-inf"), 0.0, 0 * sink)
+    return row_lse + lost

@@ -1,0 +1,252 @@
+"""The formulas over batches: the live sequences of a padded or packed batch, their heads and their responses."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import formulas
+from .formulas import ColumnMoments, widen
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+
+class AttentionStats(NamedTuple):
+    """WAAD (eq. 9) and span (the summand of eq. 7) per token, beside an attention output."""
+
+    waad: Tensor
+    span: Tensor
+
+
+class Layout(TypedDict, total=False):
+    """What every function here takes by keyword, the score rule and where the sequences are."""
+
+    heads: Tensor | Sequence[int] | None
+    softmax_scale: float | None
+    window_size: tuple[int, int]
+    softcap: float
+    sinks: Tensor | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+    seq_start: Tensor | None
+    seq_end: Tensor | None
+    response_start: Tensor | None
+
+
+class MeasureLayout(Layout, total=False):
+    per_head: bool
+
+
+_DEFAULTS = dict.fromkeys(MeasureLayout.__annotations__) | {"window_size": (-1, -1), "softcap": 0.0, "per_head": False}
+_RULE = ("softmax_scale", "window_size", "softcap", "sinks")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _spelled_out(layout: type) -> Callable[[_Function], _Function]:
+    """Has `help`, completion and `inspect.signature` show each argument of `**layout`; the function stays as it is."""
+
+    def show(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        parameters = list(signature.parameters.values())[:-1]
+        for name, annotation in layout.__annotations__.items():
+            kind, text = inspect.Parameter.KEYWORD_ONLY, getattr(annotation, "__forward_arg__", annotation)
+            parameters.append(inspect.Parameter(name, kind, default=_DEFAULTS[name], annotation=text))
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return function
+
+    return show
+
+
+def _complete(name: str, layout: Any, takes: type = MeasureLayout) -> dict[str, Any]:
+    """`layout` with its defaults; what `takes` does not have is an error of the function called `name`."""
+    for argument in layout:
+        if argument not in takes.__annotations__:
+            raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
+    return _DEFAULTS | layout
+
+
+class _Live(NamedTuple):
+    """One live sequence, as the formulas take it."""
+
+    q: Tensor  # (n, H, D)
+    k: Tensor  # (n, H_kv, D)
+    lse: Tensor | None  # (H, n)
+    at: tuple[int | slice, ...]  # where the sequence lies in q, k and v
+    rule: dict[str, Any]
+    heads: Tensor | slice  # those that are measured, (Hs,)
+    response: Tensor  # (n,) bool: rows of the response R
+
+    @property
+    def maps(self) -> Tensor:
+        """`A (Hs, n, n)`."""
+        return formulas.attention_maps(self.q, self.k, self.lse, **self.rule)[self.heads]
+
+    @property
+    def own_lse(self) -> Tensor:
+        """`(Hs, n)`."""
+        rule = dict(self.rule)
+        sinks = rule.pop("sinks")
+        return formulas.row_lse(formulas.logits(self.q, self.k, **rule), sinks)[self.heads]
+
+    @property
+    def distance(self) -> Tensor:
+        return formulas.distances(len(self.q), self.q.device)
+
+    def future(self, lo: int, hi: int | None = None) -> Tensor:
+        """`(n, n)` bool: T(s)."""
+        return formulas.future(self.distance, self.response, lo, hi)
+
+
+def _spans(batch: int, length: int, layout: dict[str, Any]) -> list[tuple[int, int, int, int]]:
+    """Each sequence's row, live range and first response token, `start <= response <= end`, all counted in the row."""
+    cu_seqlens, response = layout["cu_seqlens"], layout["response_start"]
+    if cu_seqlens is not None:
+        bounds = [min(max(int(x), 0), length) for x in cu_seqlens]
+        ranges = [(0, a, max(a, b)) for a, b in itertools.pairwise(bounds)]
+    else:
+        starts = [0] * batch if layout["seq_start"] is None else [int(x) for x in layout["seq_start"]]
+        ends = [length] * batch if layout["seq_end"] is None else [int(x) for x in layout["seq_end"]]
+        ranges = [(b, starts[b], max(starts[b], ends[b])) for b in range(batch)]
+    first = [0] * len(ranges) if response is None else [int(x) for x in response]
+    if cu_seqlens is not None:
+        first = [f + start for f, (_, start, _) in zip(first, ranges, strict=True)]
+    return [(row, start, end, min(max(f, start), end)) for (row, start, end), f in zip(ranges, first, strict=True)]
+
+
+def _rows(
+    formula: Callable[[_Live], Tensor],
+    blank: Callable[[int], Tensor],
+    layout: dict[str, Any],
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    dim: int = -1,
+) -> list[Tensor]:
+    """Of every row of the batch (one, where it is packed): `formula` of each sequence, and `blank(n)` between them.
+
+    `dim` is the axis of tokens of what the two return.
+    """
+    packed = layout["cu_seqlens"] is not None
+    batch, length = (1, len(q)) if packed else q.shape[:2]
+    heads: Tensor | slice = slice(None)
+    if layout["heads"] is not None:
+        heads = torch.as_tensor(layout["heads"], device=q.device, dtype=torch.int64).reshape(-1)
+    rule = {name: layout[name] for name in _RULE}
+    pieces: list[list[Tensor]] = [[] for _ in range(batch)]
+    done = [0] * batch  # tokens of each row that its pieces cover
+    for row, start, end, first in _spans(batch, length, layout):
+        if end > start:
+            at = (slice(start, end),) if packed else (row, slice(start, end))
+            response = torch.arange(start, end, device=q.device) >= first
+            row_lse = None if lse is None else lse[(*at[:-1], slice(None), at[-1])]
+            values = formula(_Live(q[at], k[at], row_lse, at, rule, heads, response))
+            pieces[row] += [blank(start - done[row]), values]
+            done[row] = end
+    return [torch.cat([*row, blank(length - n)], dim) for row, n in zip(pieces, done, strict=True)]
+
+
+def _measured(
+    formula: Callable[[_Live], Tensor],
+    layout: dict[str, Any],
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    planes: tuple[int, ...] = (),
+    fill: float = 0.0,
+) -> Tensor:
+    """`formula(sequence) -> (*planes, Hs, n)` of the response rows, and `fill` elsewhere, laid out as the inputs are.
+
+    `(*planes, B, [Hs,] T)`, without `B` where the batch is packed.
+    """
+    heads = q.shape[-2] if layout["heads"] is None else torch.as_tensor(layout["heads"]).numel()
+
+    def blank(n: int) -> Tensor:
+        return widen(q).new_full((*planes, heads, n), fill)
+
+    rows = _rows(lambda x: torch.where(x.response, formula(x), fill), blank, layout, q, k, lse)
+    out = torch.stack(rows, len(planes))
+    out = out if layout["per_head"] else out.mean(dim=-2)
+    return out.select(len(planes), 0) if layout["cu_seqlens"] is not None else out
+
+
+@_spelled_out(MeasureLayout)
+def waad(
+    q: Tensor, k: Tensor, lse: Tensor | None = None, *, window: int = 10, **layout: Unpack[MeasureLayout]
+) -> Tensor:
+    """Windowed average attention distance, eq. 9: `WAAD[t] = sum_s A[t, s] min(t - s, W)`."""
+    return _measured(lambda x: formulas.waad(x.maps, x.distance, window), _complete("waad", layout), q, k, lse)
+
+
+@_spelled_out(MeasureLayout)
+def fai(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    horizon: tuple[int, int | None] = (10, 100),
+    **layout: Unpack[MeasureLayout],
+) -> Tensor:
+    """Future attention influence, eq. 10: mean over `t in T(s)` of `A[t, s]`; 0 where T(s) is empty.
+
+    T(s) holds the rows of the response at distance `horizon[0] .. horizon[1]` (None: to the sequence's end).
+    """
+    return _measured(lambda x: formulas.fai(x.maps, x.future(*horizon)), _complete("fai", layout), q, k, lse)
+
+
+@_spelled_out(MeasureLayout)
+def span(q: Tensor, k: Tensor, lse: Tensor | None = None, **layout: Unpack[MeasureLayout]) -> Tensor:
+    """Average attention distance of each token, `sum_s A[t, s] (t - s)`; its mean over R is eq. 7."""
+    return _measured(lambda x: formulas.span(x.maps, x.distance), _complete("span", layout), q, k, lse)
+
+
+@_spelled_out(MeasureLayout)
+def column_moments(
+    q: Tensor, k: Tensor, lse: Tensor | None = None, *, min_distance: int = 4, **layout: Unpack[MeasureLayout]
+) -> ColumnMoments:
+    """Moments of `A[t, s]` over the response rows `t >= s + min_distance` (what receiver heads are found by)."""
+
+    def formula(x: _Live) -> Tensor:
+        return torch.stack(formulas.moments(x.maps, x.future(min_distance)))
+
+    planes = (len(ColumnMoments._fields),)
+    return ColumnMoments(*_measured(formula, _complete("column_moments", layout), q, k, lse, planes=planes))
+
+
+@_spelled_out(Layout)
+def attention_lse(q: Tensor, k: Tensor, **layout: Unpack[Layout]) -> Tensor:
+    """Natural log of each row's softmax denominator, `(B, H_selected, T)`; `-inf` on rows without keys."""
+    arguments = _complete("attention_lse", layout, Layout) | {"per_head": True}
+    return _measured(lambda x: x.own_lse, arguments, q, k, fill=-math.inf)
+
+
+@_spelled_out(MeasureLayout)
+def attention_with_rhythm(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 10, **layout: Unpack[MeasureLayout]
+) -> tuple[Tensor, Tensor, AttentionStats]:
+    """Causal attention `out (B, T, H, D_v)` (differentiable), `lse (B, H, T)` and the statistics of `heads`.
+
+    `out` and `lse` cover every live row; the statistics the response rows alone.
+    """
+    arguments = _complete("attention_with_rhythm", layout)
+    whole = arguments | {"heads": None, "response_start": None, "per_head": True}
+
+    def blank(n: int) -> Tensor:
+        return widen(q).new_zeros(n, q.shape[-2], v.shape[-1])
+
+    out = torch.stack(_rows(lambda x: formulas.attention(x.maps, v[x.at]), blank, whole, q, k, dim=0))
+    out = out[0] if whole["cu_seqlens"] is not None else out
+    # A sum of nothing: where no row is live, out has gradients all the same, which are 0.
+    out = out + sum(widen(x[:0]).sum() for x in (q, k, v))
+    measured = q.detach(), k.detach()
+    lse = _measured(lambda x: x.own_lse, whole, *measured, fill=-math.inf)
+    stats = AttentionStats(waad(*measured, window=window, **layout), span(*measured, **layout))
+    return out.to(v.dtype), lse, stats

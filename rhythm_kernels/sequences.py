@@ -1,0 +1,182 @@
+"""The sequence table: where each sequence of a padded or packed batch lies, and where its response begins.
+
+No backend has a branch for "packed": both kinds of batch become rows `(row, start, end, response_start)` here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import check_int, check_int_tensor, check_tensor, holds, readable, same_shape, smaller
+from .kept import Kept
+
+
+class SequenceTable(NamedTuple):
+    """The sequences of a batch, as a `Rule` has them: what a caller who measures often makes once."""
+
+    seqs: Tensor
+    max_seqlen: int
+    packed: bool
+
+    def to(self, device: torch.device) -> SequenceTable:
+        """The same on another device."""
+        if self.seqs.device == device:
+            return self
+        # A copy to the host is waited for: kernels there would read it before it has arrived.
+        return self._replace(seqs=self.seqs.to(device, non_blocking=device.type == "cuda"))
+
+
+def sequence_table(
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    response_start: Tensor | None,
+) -> SequenceTable:
+    """Check what a call tells of its sequences; `q (B, T, H, D)`, of a packed batch its one row."""
+    length = q.shape[1]
+    if cu_seqlens is None:
+        seqs = _padded_table(seq_start, seq_end, response_start, q)
+    elif seq_start is not None or seq_end is not None:
+        name = "seq_start" if seq_start is not None else "seq_end"
+        raise ValueError(f"{name} is for padded input: it must be None where cu_seqlens is given")
+    else:
+        seqs = _packed_table(cu_seqlens, response_start, length, q.device)
+    return SequenceTable(seqs, _check_max_seqlen(max_seqlen, cu_seqlens, seqs, length), cu_seqlens is not None)
+
+
+def _index_vector(name: str, value: Tensor, size: int, of: str, device: torch.device) -> Tensor:
+    check_tensor(name, value)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 (or int64), got {value.dtype}")
+    if not same_shape(value.shape, (size,)):
+        raise ValueError(f"{name} must be {of} = ({size},), got shape {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of q, {device}, got {value.device}")
+    return value
+
+
+def _new_unpadded(batch: int, length: int, device: torch.device) -> Tensor:
+    row = torch.arange(batch, dtype=torch.int32, device=device)
+    zero = torch.zeros_like(row)
+    return torch.stack([row, zero, torch.full_like(row, length), zero], dim=1)
+
+
+# `(B, 4)` of a batch without padding and prompts, which its length alone decides.
+unpadded_table = Kept(_new_unpadded, 256, launches=True)
+
+
+def _padded_table(seq_start: Tensor | None, seq_end: Tensor | None, response_start: Tensor | None, q: Tensor) -> Tensor:
+    """`(B, 4)`: kept where nothing is given, else made in three launches (int32 arguments)."""
+    batch, length = q.shape[:2]
+    plain = unpadded_table.like(q, batch, length)
+    given = {"seq_start": seq_start, "seq_end": seq_end, "response_start": response_start}
+    for name, value in given.items():
+        if value is None:
+            continue
+        _index_vector(name, value, batch, "(batch,)", q.device)
+        if name != "response_start" and readable(value):
+            bad = (value < 0) | (value > length)
+            if bool(bad.any()):
+                at = int(bad.nonzero()[0])
+                raise ValueError(f"{name} must be in 0..{length}, got {int(value[at])} in row {at}")
+    if all(value is None for value in given.values()):
+        return plain
+    row, zero, full, _ = plain.unbind(1)
+    start, end, first = (
+        default if value is None else value for value, default in zip(given.values(), (zero, full, zero))
+    )
+    if seq_start is not None and readable(start) and readable(end) and bool((end < start).any()):
+        at = int((end < start).nonzero()[0])
+        raise ValueError(f"seq_end must not lie before seq_start, got {int(end[at])} < {int(start[at])} in row {at}")
+    # Of each column a triple (value, least, greatest), clamped in one launch. Values on a GPU are not read: they are
+    # brought into the row first, and a sequence that would end before its start becomes empty at its end.
+    triples = [row, row, row, start, zero, end, end, end, end, first, start, end]
+    columns = torch.stack(triples, dim=1)
+    columns[:, 3:].clamp_(0, length)
+    return torch.clamp(columns[:, 0::3], columns[:, 1::3], columns[:, 2::3]).int()
+
+
+def _packed_table(cu_seqlens: Tensor | None, response_start: Tensor | None, total: int, device: torch.device) -> Tensor:
+    cu = check_tensor("cu_seqlens", cu_seqlens)
+    if cu.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 (or int64), got {cu.dtype}")
+    if cu.dim() != 1 or not holds(cu.shape[0] >= 2):
+        raise ValueError(f"cu_seqlens must be (sequences + 1,) with at least one sequence, got shape {tuple(cu.shape)}")
+    if cu.device != device:
+        raise ValueError(f"cu_seqlens must be on the device of q, {device}, got {cu.device}")
+    if readable(cu):
+        values = cu.tolist()
+        if values[0] != 0 or values[-1] > total:
+            raise ValueError(
+                f"cu_seqlens must run from 0 to at most the total of {total} tokens, got {values[0]}..{values[-1]}"
+            )
+        if any(a > b for a, b in itertools.pairwise(values)):
+            raise ValueError("cu_seqlens must not decrease")
+    bounds = torch.cummax(cu.clamp(0, total), dim=0).values
+    start, end = bounds[:-1], bounds[1:]
+    zero = torch.zeros_like(start)
+    first = start
+    if response_start is not None:
+        offset = _index_vector("response_start", response_start, cu.shape[0] - 1, "(sequences,)", device)
+        first = start + torch.clamp(offset, zero, end - start)  # clamped before it is added: it may be near 2^63
+    return torch.stack([zero, start, end, first], dim=1).int()
+
+
+def _check_max_seqlen(max_seqlen: Any, cu_seqlens: Tensor | None, seqs: Tensor, length: int) -> int:
+    """The launch grid's upper bound on a sequence's length."""
+    if isinstance(max_seqlen, Tensor) and not readable(max_seqlen):
+        check_int_tensor("max_seqlen", max_seqlen)
+        max_seqlen = None  # flash-attn's callers have it on the GPU: what the host does not know, the length bounds
+    if max_seqlen is None:
+        if cu_seqlens is not None and readable(cu_seqlens):
+            return int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        return length
+    max_seqlen = check_int("max_seqlen", max_seqlen, 0)
+    if readable(seqs):
+        longest = int((seqs[:, 2] - seqs[:, 1]).max())
+        if max_seqlen < longest:
+            raise ValueError(f"max_seqlen must be at least the longest sequence's {longest} tokens, got {max_seqlen}")
+    return length if cu_seqlens is None else smaller(max_seqlen, length)
+
+
+class Tokens(NamedTuple):
+    """For each token `(B, T)` int64: its sequence's start, end and first response token; whether it is in R; and its
+    sequence's entry of the table.
+
+    Tokens outside every sequence have an empty range, so that they see nothing and nothing sees them.
+    """
+
+    start: Tensor
+    end: Tensor
+    first: Tensor
+    scored: Tensor
+    sequence: Tensor
+
+
+def token_table(seqs: Tensor, batch: int, length: int) -> Tokens:
+    """Spread the sequence table over tokens, on its device and without a host read."""
+    row, start, end, first = seqs.long().unbind(1)
+    position = torch.arange(batch * length, device=seqs.device)
+    origin = row * length
+    # Sequences are ordered, so the last one that begins at or before a token is the only one that can hold it.
+    owner = (torch.searchsorted(origin + start, position, right=True) - 1).clamp(min=0)
+    live = (position >= (origin + start)[owner]) & (position < (origin + end)[owner])
+    t = position % length
+
+    def spread(column: Tensor, nothing: Tensor | int) -> Tensor:
+        return torch.where(live, column[owner], nothing).view(batch, length)
+
+    first = spread(first, t + 1)
+    return Tokens(
+        spread(start, t + 1),
+        spread(end, t),
+        first,
+        live.view(batch, length) & (t.view(batch, length) >= first),
+        owner.view(batch, length),
+    )
