@@ -33,10 +33,6 @@ class Rule(NamedTuple):
     sinks: Tensor | None
     alibi_slopes: Tensor | None = None
 
-    def within(self, length: int) -> Rule:
-        """The same for rows of `length` tokens, where no distance is longer: what kernels then count fits 32 bits."""
-        return self._replace(max_seqlen=min(self.max_seqlen, length), window_left=min(self.window_left, length))
-
     def split(self) -> tuple[list[Tensor], list[Any]]:
         """Its tensors, which autograd must save, and the rest, with an ellipsis where a tensor was."""
         tensors = [x for x in self if isinstance(x, Tensor)]

@@ -25,21 +25,21 @@ def available(device: torch.device) -> str:
 def band_rows(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
     """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
     out = per_token(q, rule, per_head)
-    extension.registered().band_rows(q, k, lse, *rule, window, per_head, out)
+    extension.registered().band_rows.default(q, k, lse, *rule, window, per_head, out)
     return out
 
 
 def band_columns(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int, per_head: bool) -> Tensor:
     """FAI (eq. 10), `(B, [Hs,] T)`: the mean of A over the rows at distance `lo .. hi` after each key."""
     out = per_token(q, rule, per_head)
-    extension.registered().band_columns(q, k, lse, *rule, lo, hi, per_head, out)
+    extension.registered().band_columns.default(q, k, lse, *rule, lo, hi, per_head, out)
     return out
 
 
 def row_stats(q: Tensor, k: Tensor, rule: Rule, window: int, per_head: bool) -> RowStats:
     """Log-sum-exp, WAAD and span of each row, in one pass over its keys."""
     lse, waad, span = (per_token(q, rule, each) for each in (True, per_head, per_head))
-    extension.registered().row_stats(q, k, *rule, window, per_head, lse, waad, span)
+    extension.registered().row_stats.default(q, k, *rule, window, per_head, lse, waad, span)
     return RowStats(lse, waad, span)
 
 
@@ -51,7 +51,7 @@ def column_stats(
     The five are count, mean, population variance, skewness and kurtosis (`m4 / m2**2`).
     """
     out = per_token(q, rule, per_head, 5 if moments else 1)
-    extension.registered().column_stats(q, k, lse, *rule, min_distance, moments, per_head, out)
+    extension.registered().column_stats.default(q, k, lse, *rule, min_distance, moments, per_head, out)
     return out
 
 
@@ -64,5 +64,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule, window: int, per_head
 def credit(waad: Tensor, fai: Tensor, score: Tensor | None, mask: Tensor, choice: Choice) -> Tensor:
     """Gamma (eqs. 14 to 19), `(B, T)` float32, each response by one thread."""
     out = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
-    extension.registered().credit(waad, fai, score, mask, *choice, out)
+    extension.registered().credit.default(waad, fai, score, mask, *choice, out)
     return out

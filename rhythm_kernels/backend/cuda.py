@@ -80,14 +80,14 @@ def _result(q: Tensor, rule: Rule, per_head: bool) -> Tensor:
 def band_rows(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
     """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
     out = _result(q, rule, per_head)
-    extension.registered().cuda_band_rows(q, k, lse, *rule, window, per_head, out)
+    extension.registered().cuda_band_rows.default(q, k, lse, *rule, window, per_head, out)
     return out
 
 
 def band_columns(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int, per_head: bool) -> Tensor:
     """FAI (eq. 10), `(B, [Hs,] T)`: the mean of A over the rows at distance `lo .. hi` after each key."""
     out = _result(q, rule, per_head)
-    extension.registered().cuda_band_columns(q, k, lse, *rule, lo, hi, per_head, out)
+    extension.registered().cuda_band_columns.default(q, k, lse, *rule, lo, hi, per_head, out)
     return out
 
 
@@ -98,5 +98,5 @@ def credit(waad: Tensor, fai: Tensor, score: Tensor | None, mask: Tensor, choice
     scratch_of_one = (tokens * (3 * key + 9) + 63) // 64 * 64  # credit_scratch() of csrc/include/rhythm/credit.h
     scratch = torch.empty(batch * scratch_of_one, dtype=torch.uint8, device=mask.device)
     out = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
-    extension.registered().cuda_credit(waad, fai, score, mask, *choice, scratch, out)
+    extension.registered().cuda_credit.default(waad, fai, score, mask, *choice, scratch, out)
     return out

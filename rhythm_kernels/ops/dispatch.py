@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
@@ -72,16 +71,17 @@ def choose(pass_name: str, backend: str | None, device: torch.device) -> str:
     return backend
 
 
-def _laid_out(x: Any) -> Any:
-    """An argument as every backend may read it: heads `(B, T, H, D)` with a contiguous last dimension and any other
+def _laid_out(x: Tensor) -> Tensor:
+    """A tensor as every backend may read it: heads `(B, T, H, D)` with a contiguous last dimension and any other
     strides; tables, sinks and measures in one piece. A log-sum-exp, of three dimensions, has any strides.
 
     Tensors that carry gradients, and those that come straight through `torch.ops`, have met no other check. Nothing is
     copied that lies so already.
     """
-    if not isinstance(x, Tensor) or x.dim() == 3:
+    rank = x.dim()
+    if rank == 3:
         return x
-    return last_contiguous(x) if x.dim() == 4 else x.contiguous()
+    return last_contiguous(x) if rank == 4 else x.contiguous()
 
 
 def run(pass_name: str, backend: str | None, args: Sequence[Any], fold: Callable[..., tuple[Any, ...]]) -> Any:
@@ -94,13 +94,12 @@ def run(pass_name: str, backend: str | None, args: Sequence[Any], fold: Callable
     if chosen not in _ROOMS:
         raise ValueError(f"backend={backend!r} has no operators: it is for the functions of rhythm_kernels")
     # To leave autocast costs more than to ask whether it is on, which it hardly ever is here.
-    no_autocast = (
-        torch.autocast(device.type, enabled=False)
-        if torch.is_autocast_enabled(device.type)
-        else contextlib.nullcontext()
-    )
-    with torch.no_grad(), no_autocast:
-        return getattr(_room(chosen), pass_name)(*fold(*map(_laid_out, args)))
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return run(pass_name, backend, args, fold)
+    with torch.no_grad():
+        laid_out = [_laid_out(x) if isinstance(x, Tensor) else x for x in args]
+        return getattr(_room(chosen), pass_name)(*fold(*laid_out))
 
 
 def backends() -> dict[str, str]:

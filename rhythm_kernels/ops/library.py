@@ -35,18 +35,24 @@ def define(
 def define_pass(name: str, tensors: str, distances: str, returns: str, fake: Callable[..., Any]) -> Any:
     """The op of a pass: its tensors, the rule, and what it reads of the map, integers of which are distances.
 
-    `fake` and the backends take `(*tensors, rule, ...)`; no distance of what backends get exceeds the length.
+    `fake` and the backends take `(*tensors, rule, ...)`. No distance is longer than the rows: what kernels count with
+    fits 32 bits, and `W - (W - distance)` of a large W does not cancel. So every integer of what backends get, those of
+    the rule too, is the length at most.
     """
+    arguments = ", ".join(filter(None, (tensors, rule.SCHEMA, distances)))
     first = tensors.count("Tensor ")
     rest = first + len(Rule._fields)
+    integers = [i for i, each in enumerate(arguments.split(", ")) if each.startswith("SymInt ")]
 
     def fold(*args: Any) -> tuple[Any, ...]:
+        near = list(args)
         length = args[0].shape[1]
-        near = (min(x, length) if type(x) is int else x for x in args[rest:])
-        return (*args[:first], Rule(*args[first:rest]).within(length), *near)
+        for i in integers:
+            if near[i] > length:
+                near[i] = length
+        return (*near[:first], Rule._make(near[first:rest]), *near[rest:])
 
     def traced(*args: Any) -> Any:
         return fake(*args[:first], Rule(*args[first:rest]), *args[rest:-1])
 
-    arguments = ", ".join(filter(None, (tensors, rule.SCHEMA, distances)))
     return define(name, arguments, returns, traced, fold)

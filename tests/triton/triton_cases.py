@@ -68,9 +68,8 @@ class Case:
 
     @property
     def rule(self) -> Rule:
-        return Rule(
-            self.seqs, self.head_table, self.max_seqlen, self.scale, self.softcap, self.window_left, self.sinks
-        ).within(self.length)
+        left = min(self.window_left, self.length)
+        return Rule(self.seqs, self.head_table, self.max_seqlen, self.scale, self.softcap, left, self.sinks)
 
     def given(self, lse: Tensor | None = None) -> dict[str, Any]:
         """The arguments that every pass has."""

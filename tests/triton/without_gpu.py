@@ -91,12 +91,16 @@ def arguments(
         torch.zeros(sequences, 4, dtype=torch.int32), torch.zeros(selected, 2, dtype=torch.int32), length,
         0.125, 0.0, -1, None,
     )._replace(**{name: value for name, value in changes.items() if name in Rule._fields})  # fmt: skip
+
+    def near(x: Any) -> Any:
+        return min(x, length) if type(x) is int else x
+
     read = {"window": 10, "lo": 10, "hi": 100, "min_distance": 4, "per_head": False}
     read |= {name: value for name, value in changes.items() if name not in Rule._fields}
     return {
         "q": make(heads, size), "k": make(kv_heads, size), "v": make(kv_heads, v_size),
-        "out": make(heads, v_size), "grad_out": make(heads, v_size), "lse": lse, "rule": rule.within(length),
-        **{name: min(value, length) if type(value) is int else value for name, value in read.items()},
+        "out": make(heads, v_size), "grad_out": make(heads, v_size), "lse": lse, "rule": Rule(*map(near, rule)),
+        **{name: near(value) for name, value in read.items()},
     }  # fmt: skip
 
 
