@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -34,6 +34,8 @@ class ScoreRule(NamedTuple):
     scale: float
     softcap: float | None
     sinks: Tensor | None  # (H,) float32
+    slopes: Tensor | None  # (1, H) or (S, H) float32
+    slopes_s: float  # from the slopes of one sequence to those of the next: 0 or H
     rising: tl.constexpr  # whether logits rise with products
     bits: float  # the last factor of a logit, softcap or scale, over ln 2, rounded to float32
     to_bits: float  # with to_bits_rest the exact ratio of `bits` to the factor, in two float32 parts
@@ -50,16 +52,30 @@ def score_rule(rule: Rule) -> ScoreRule:
     ratio = bits / factor if normal else 1 / math.log(2)
     to_bits = ctypes.c_float(ratio).value
     rising = tl.constexpr(rule.scale > 0)
-    return ScoreRule(float(rule.scale), softcap, rule.sinks, rising, bits, to_bits, ratio - to_bits)
+    slopes = rule.alibi_slopes
+    slopes_s = 0.0 if slopes is None or len(slopes) == 1 else float(slopes.stride(0))
+    return ScoreRule(
+        float(rule.scale), softcap, rule.sinks, slopes, slopes_s, rising, bits, to_bits, ratio - to_bits
+    )  # fmt: skip
+
+
+class HeadRule(NamedTuple):
+    """What the rule has of one query head of one sequence, each 0 where the rule is without it."""
+
+    sink: Any  # where the sink is
+    slope: Any  # of ALiBi
 
 
 @triton.jit
 def rule_of_head(rule, sequence, head):
-    """What the rule has of one query head in one entry of the sequence table: where its sink is."""
-    if rule.sinks is None:
-        return 0
-    else:
-        return rule.sinks + head
+    """The :class:`HeadRule` of one query head in one entry of the sequence table."""
+    sink = 0
+    if rule.sinks is not None:
+        sink = rule.sinks + head
+    slope = 0.0
+    if rule.slopes is not None:
+        slope = tl.load(rule.slopes + tl.cast(sequence, tl.int64) * tl.cast(rule.slopes_s, tl.int64) + head)
+    return HeadRule(sink, slope)
 
 
 @triton.jit
@@ -73,13 +89,27 @@ def tanh(x):
 
 
 @triton.jit
-def logit(product, distance, own, rule, UNIT: tl.constexpr):
-    """`x = scale q.k`, capped to `softcap tanh(x / softcap)`; `own` is of :func:`rule_of_head`."""
+def capped(product, rule, UNIT: tl.constexpr):
+    """`scale q.k`, capped to `softcap tanh(scale q.k / softcap)`."""
     scale = tl.cast(rule.scale, tl.float32)
     if rule.softcap is not None:
         softcap = tl.cast(rule.softcap, tl.float32)
         return (softcap * UNIT) * tanh(product * (scale / softcap))
     return product * (scale * UNIT)
+
+
+@triton.jit
+def biased(x, distance, own, rule, UNIT: tl.constexpr):
+    """What is :func:`capped` less ALiBi's `slope (t - s)`."""
+    if rule.slopes is not None:
+        return x - (own.slope * UNIT) * distance.to(tl.float32)
+    return x
+
+
+@triton.jit
+def logit(product, distance, own, rule, UNIT: tl.constexpr):
+    """`x = softcap(scale q.k) - slope (t - s)`; `own` is of :func:`rule_of_head`."""
+    return biased(capped(product, rule, UNIT), distance, own, rule, UNIT)
 
 
 @triton.jit
@@ -98,7 +128,7 @@ def absorb_peak(peak, product, distance, own, rule, window_left, SOME_HIDDEN: tl
     Returns the new maximum, `exp(x - maximum)` of the tile, 0 where hidden, and the factor by which sums that are
     relative to the maximum before fade.
     """
-    if SOME_HIDDEN or rule.softcap is not None or not rule.rising:
+    if SOME_HIDDEN or rule.softcap is not None or rule.slopes is not None or not rule.rising:
         x = logit(product, distance, own, rule, LOG2E)
         if SOME_HIDDEN:
             x = tl.where(visible(distance, window_left), x, float("-inf"))
@@ -130,18 +160,27 @@ def weight(x, lse, UNIT: tl.constexpr):
 @triton.jit
 def weight_and_slope(product, lse, distance, own, rule, UNIT: tl.constexpr):
     """`A` and the slope of the logit, `dx / d(scale q.k)`; `lse` in `1 / UNIT` nats, laid out as `product`."""
-    x = logit(product, distance, own, rule, UNIT)
+    x = capped(product, rule, UNIT)
+    a = weight(biased(x, distance, own, rule, UNIT), lse, UNIT)
     if rule.softcap is not None:
-        capped = x * (1.0 / (tl.cast(rule.softcap, tl.float32) * UNIT))
-        return weight(x, lse, UNIT), 1.0 - capped * capped
+        share = x * (1.0 / (tl.cast(rule.softcap, tl.float32) * UNIT))
+        return a, 1.0 - share * share
     else:
-        return weight(x, lse, UNIT), 1.0
+        return a, 1.0
+
+
+@triton.jit
+def to_bits(x, rule):
+    """Nats in the bits of :func:`weight_in_bits`: times a ratio that comes in two parts."""
+    return x * tl.cast(rule.to_bits, tl.float32) + x * tl.cast(rule.to_bits_rest, tl.float32)
 
 
 @triton.jit
 def in_bits(lse, rule):
-    """A log-sum-exp in the bits that :func:`weight_in_bits` wants: times a ratio that comes in two parts."""
-    return lse * tl.cast(rule.to_bits, tl.float32) + lse * tl.cast(rule.to_bits_rest, tl.float32)
+    """A log-sum-exp as :func:`weight_in_bits` wants it: in bits; with ALiBi, which joins it pair by pair, in nats."""
+    if rule.slopes is not None:
+        return lse
+    return to_bits(lse, rule)
 
 
 @triton.jit
@@ -153,6 +192,9 @@ def weight_in_bits(product, lse_bits, distance, own, rule):
     """
     if rule.softcap is not None:
         product = tanh(product * (tl.cast(rule.scale, tl.float32) / tl.cast(rule.softcap, tl.float32)))
+    if rule.slopes is not None:
+        # lse and the bias cancel for the keys that matter, and before anything is rounded at their size.
+        lse_bits = to_bits(own.slope * distance.to(tl.float32) + lse_bits, rule)
     return tl.exp2(product * tl.cast(rule.bits, tl.float32) - lse_bits)
 
 
@@ -162,7 +204,7 @@ def nothing(own, rule):
     if rule.sinks is None:
         return 0.0
     else:
-        sink = tl.load(own)
+        sink = tl.load(own.sink)
         return 0.0 * tl.where(sink == float("-inf"), 0.0, sink)
 
 
@@ -178,13 +220,13 @@ def sink_mass(own, rule, lse):
     if rule.sinks is None:
         return 0.0 * lse
     else:
-        return weight(tl.load(own), lse, 1.0)
+        return weight(tl.load(own.sink), lse, 1.0)
 
 
 @triton.jit
 def absorb_sink(peak, own):
     """The sink into the running maximum, in bits: the new one, the sink's mass and the factor by which sums fade."""
-    sink = tl.load(own) * LOG2E
+    sink = tl.load(own.sink) * LOG2E
     top = tl.maximum(peak, sink)
     base = tl.where(top == float("-inf"), 0.0, top)  # a sink of -inf beside logits of -inf
     return top, tl.exp2(sink - base), tl.exp2(peak - base)
