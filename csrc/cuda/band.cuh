@@ -8,6 +8,7 @@
 #include "launch.h"
 #include "products.cuh"
 #include "rhythm/cuda.h"
+#include "score.cuh"
 
 namespace rhythm {
 
@@ -152,18 +153,18 @@ int launch_instance(const DeviceProblem& p, void* stream) {
                 band);
 }
 
-// Pick the instance of a pass, `Pass<T, kChunks, kWhole>`; whole: the head fills its chunks.
-template <template <typename, int, bool> class Pass>
-int launch_band(const DeviceProblem& p, void* stream) {
+// Pick the instance of a pass, `Pass<Variant, T, kChunks, kWhole>`; whole: the head fills its chunks.
+template <template <typename, typename, int, bool> class Pass, typename Variant>
+int launch_variant(const DeviceProblem& p, void* stream) {
   const bool aligned = aligned_to_sixteen(p);
   const auto chunks = [&](auto type, auto number) {
     using T = decltype(type);
     constexpr int kChunks = decltype(number)::value;
-    if (p.head_dim == 32 * kChunks) return launch_instance<Pass<T, kChunks, true>>(p, stream);
-    return launch_instance<Pass<T, kChunks, false>>(p, stream);
+    if (p.head_dim == 32 * kChunks) return launch_instance<Pass<Variant, T, kChunks, true>>(p, stream);
+    return launch_instance<Pass<Variant, T, kChunks, false>>(p, stream);
   };
   const auto sixteen_bits = [&](auto type) {
-    if (!aligned) return launch_instance<Pass<decltype(type), kUnaligned, false>>(p, stream);
+    if (!aligned) return launch_instance<Pass<Variant, decltype(type), kUnaligned, false>>(p, stream);
     if (p.head_dim <= 64) return chunks(type, std::integral_constant<int, 2>());
     if (p.head_dim <= 128) return chunks(type, std::integral_constant<int, 4>());
     return chunks(type, std::integral_constant<int, 8>());
@@ -173,8 +174,13 @@ int launch_band(const DeviceProblem& p, void* stream) {
     case Dtype::kFloat16: return sixteen_bits(Float16{});
     default: break;
   }
-  if (aligned) return launch_instance<Pass<float, kAligned, false>>(p, stream);
-  return launch_instance<Pass<float, kUnaligned, false>>(p, stream);
+  if (aligned) return launch_instance<Pass<Variant, float, kAligned, false>>(p, stream);
+  return launch_instance<Pass<Variant, float, kUnaligned, false>>(p, stream);
+}
+
+template <template <typename, typename, int, bool> class Pass>
+int launch_band(const DeviceProblem& p, void* stream) {
+  return for_variant(p.score, [&](auto variant) { return launch_variant<Pass, decltype(variant)>(p, stream); });
 }
 
 } // namespace rhythm

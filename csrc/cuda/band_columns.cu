@@ -21,7 +21,6 @@
 // and find each other's in the L1 cache, where three heads at a time take 167 KB. Where few tokens make narrow blocks
 // (8K: two slabs, six heads at a time) they read 154, 2.4 times, from the L2 cache.
 #include "band.cuh"
-#include "score.cuh"
 
 namespace rhythm {
 namespace {
@@ -33,7 +32,7 @@ namespace {
 // A chunk's registers are free once it is multiplied, before its exponentials are taken: the loads of the next chunk go
 // out there, or those of the next head's first chunk and keys, and are under way while this warp takes the exponentials
 // and others multiply.
-template <typename T, int kChunks, bool kWhole, int kGroups, int kTiles, int kThreads, int kBlocks>
+template <typename Variant, typename T, int kChunks, bool kWhole, int kGroups, int kTiles, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const Band band) {
   constexpr int kHalves = 2 * kGroups, kStep = kPassing * kTiles;
   const DeviceProblem& p = band.p;
@@ -87,8 +86,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
     for (int entry = work.heads_from; entry < work.heads_to; ++entry) {
       const bool last_head = entry + 1 == work.heads_to;
       const Head next = p.heads[last_head ? entry : entry + 1];
-      const Owner owner{work.sequence, p.heads[entry].query};
-      const float zero = nothing(p.score, owner);
+      const HeadRule rule = rule_of<Variant>(p.score, work.sequence, p.heads[entry].query);
+      const float zero = nothing(rule);
       if (any && kv != held) load_keys(kv);
       held = kv, kv = kv_head(next);
       for (int t0 = rows_from; t0 <= last; t0 += kStep) {
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
           if (apart - far >= kResident || lo - apart >= kStep) continue;
           const auto row = [&](int tile, int i) { return kPassing * tile + 2 * lane.column + i % 2; };
           const auto distance = [&](int tile, int i) { return apart + row(tile, i) - (lane.row + 8 * (i / 2)); };
-          exponents(x[group], p.score, owner, distance, [&](int tile, int i) { return row_lse[tile][i % 2]; });
+          exponents<Variant>(x[group], rule, p.score, distance, [&](int tile, int i) { return row_lse[tile][i % 2]; });
           if (apart - lo >= kResident - 1 && far - apart >= kStep - 1 && last - t0 >= kStep - 1) { // all in it
 #pragma unroll
             for (int i = 0; i < 4 * kTiles; ++i) sum[2 * group + i % 4 / 2] += exp_of(x[group][i / 4][i % 4]);
@@ -136,15 +135,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
   store_mean(band, work, lane, sum);
 }
 
-template <typename T, int kChunks, bool kWhole>
+template <typename Variant, typename T, int kChunks, bool kWhole>
 struct BandColumns {
   static constexpr int kGroups = kChunks == 2 || kChunks == 4 ? 2 : 1;
   static constexpr int kHalves = 2 * kGroups;
-  static constexpr int kWarps = kChunks == 2 || (kChunks == 4 && kWhole) ? 12 : 8; // as many as have the registers
+  // As many as have the registers.
+  static constexpr bool kFits = kChunks == 2 || (kChunks == 4 && kWhole && std::is_same_v<Variant, Plain>);
+  static constexpr int kWarps = kFits ? 12 : 8;
   static constexpr int kTiles = 2;
   static constexpr int kBlocks = kChunks > 0 ? 1 : 2; // a multiprocessor: bounds the registers
   static auto kernel() {
-    return band_columns_kernel<T, kChunks, kWhole, kGroups, kTiles, 32 * kWarps, kBlocks>;
+    return band_columns_kernel<Variant, T, kChunks, kWhole, kGroups, kTiles, 32 * kWarps, kBlocks>;
   }
 };
 

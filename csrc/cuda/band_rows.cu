@@ -13,14 +13,13 @@
 // float32 moves twice the bytes (8 to 13 operations a byte) and stays on CUDA cores.
 // The halo: a slab of 16 rows reads 25 keys, 1.6 times its own, from caches where slabs are neighbours.
 #include "band.cuh"
-#include "score.cuh"
 
 namespace rhythm {
 namespace {
 
 // Rows are resident, keys pass: a slab of 16 rows meets 16 + W - 1 keys. Query heads that follow each other in the
 // table and read the same kv head find its keys still in registers, where the band fits one chunk of 8 kTiles keys.
-template <typename T, int kChunks, bool kWhole, int kTiles, int kThreads, int kBlocks>
+template <typename Variant, typename T, int kChunks, bool kWhole, int kTiles, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band band) {
   const DeviceProblem& p = band.p;
   Work work;
@@ -41,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
     int held = -1; // whose keys `keys` has, all of them
     for (int entry = work.heads_from; entry < work.heads_to; ++entry) {
       const Head head = p.heads[entry];
-      const Owner owner{work.sequence, head.query};
+      const HeadRule rule = rule_of<Variant>(p.score, work.sequence, head.query);
       const int kv_head = head.query / static_cast<int>(p.kv_group);
       const Tokens<T> q = tokens_of<T>(p.q, work.seq.row, p.q_row, head.query, p.q_head, p.q_token, last, head_dim);
       const Tokens<T> k = tokens_of<T>(p.k, work.seq.row, p.k_row, kv_head, p.k_head, p.k_token, last, head_dim);
@@ -53,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
 #pragma unroll
       for (int half = 0; half < 2; ++half) lse[half] = __ldg(row_lse[row[half]]);
       queries.load(q, work.first, lane);
-      const float zero = nothing(p.score, owner);
+      const float zero = nothing(rule);
 #pragma unroll
       for (int half = 0; half < 2; ++half) lse[half] = known(lse[half], zero);
 
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
         const auto distance = [&](int tile, int i) {
           return row[i / 2] - (s0 + kPassing * tile + 2 * lane.column + i % 2);
         };
-        exponents(x, p.score, owner, distance, [&](int, int i) { return lse[i / 2]; });
+        exponents<Variant>(x, rule, p.score, distance, [&](int, int i) { return lse[i / 2]; });
         // A chunk's pairs join the sum at once: one by one they would vanish beside a key that has nearly all of a row.
         float part[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float width = static_cast<float>(window);
-        float waad = width * row_sum(lse[half], p.score, owner) - over_columns(sum[half]);
+        float waad = width * row_sum(lse[half], rule) - over_columns(sum[half]);
         // Into [0, W] against rounding; NaN fails both comparisons and stays.
         waad = waad < 0.0f ? 0.0f : waad;
         value[half] = waad > width ? width : waad;
@@ -96,14 +95,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
   if (!p.per_head) store_mean(band, work, lane, total);
 }
 
-template <typename T, int kChunks, bool kWhole>
+template <typename Variant, typename T, int kChunks, bool kWhole>
 struct BandRows {
   static constexpr int kHalves = 2;
   static constexpr int kWarps = 4;
   // Registers: a lane holds 16 kTiles bytes of keys for each chunk of the head.
   static constexpr int kTiles = kChunks > 4 ? 2 : 4;
   static constexpr int kBlocks = kChunks > 4 ? 2 : kChunks == 2 ? 4 : 3; // a multiprocessor: bounds the registers
-  static auto kernel() { return band_rows_kernel<T, kChunks, kWhole, kTiles, 32 * kWarps, kBlocks>; }
+  static auto kernel() { return band_rows_kernel<Variant, T, kChunks, kWhole, kTiles, 32 * kWarps, kBlocks>; }
 };
 
 } // namespace

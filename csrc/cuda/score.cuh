@@ -1,10 +1,12 @@
 // The score rule of the CUDA kernels: the one place where an attention variant is taught to them.
 //
-//   x = scale (q . k);  x = softcap tanh(x / softcap) if softcap > 0;  A = exp(x - lse)
+//   x = scale (q . k);  x = softcap tanh(x / softcap) if softcap > 0;  x -= slope (t - s);  A = exp(x - lse)
 //
 // Visibility is a range of distances t - s, [0, window_left], and s >= start: the passes cut their loops to it and mask
 // what is left. Everything is float32; exponentials are taken base 2, which is what the chip has.
 #pragma once
+
+#include <type_traits>
 
 #include "launch.h"
 #include "rhythm/cuda.h"
@@ -35,16 +37,34 @@ __device__ inline float tanh_of(float x) {
   return size < 0.3f ? near : copysignf(far, x); // a NaN goes through `far`
 }
 
-// Whose pairs they are: a query head, in a sequence of the table.
-struct Owner {
-  int sequence, query_head;
+// What kernels are compiled for, each by itself: registers are scarce, and what a variant takes must not cost others.
+struct Plain {};
+struct Alibi {};
+
+// launch(the variant of a call).
+template <typename Launch>
+int for_variant(const ScoreRule& rule, const Launch& launch) {
+  return rule.slopes == nullptr ? launch(Plain()) : launch(Alibi());
+}
+
+// What the rule has for one query head in a sequence of the table, looked up once.
+struct HeadRule {
+  float sink;  // -inf: none
+  float slope; // Alibi
 };
+
+template <typename Variant>
+__device__ inline HeadRule rule_of(const ScoreRule& rule, int sequence, int query_head) {
+  HeadRule head{rule.sinks == nullptr ? -INFINITY : rule.sinks[query_head], 0.0f};
+  if constexpr (std::is_same_v<Variant, Alibi>) head.slope = rule.slopes[sequence * rule.slope_stride + query_head];
+  return head;
+}
 
 // Products become x - lse in place, what A is the exponential of, in nats: scaling x and lse to bits before they are
 // subtracted would round each at its size. `lse(tile, i)` is that of the row of x[tile][i], which comes
 // `distance(tile, i)` after its key. The branch is taken once.
-template <int kTiles, typename Distance, typename Lse>
-__device__ inline void exponents(float (&x)[kTiles][4], const ScoreRule& rule, Owner owner, Distance distance,
+template <typename Variant, int kTiles, typename Distance, typename Lse>
+__device__ inline void exponents(float (&x)[kTiles][4], const HeadRule& head, const ScoreRule& rule, Distance distance,
                                  Lse lse) {
   if (rule.softcap > 0.0f) {
     const float inner = rule.scale / rule.softcap;
@@ -55,20 +75,24 @@ __device__ inline void exponents(float (&x)[kTiles][4], const ScoreRule& rule, O
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][i % 4] = fmaf(x[i / 4][i % 4], rule.scale, -lse(i / 4, i % 4));
   }
+  if constexpr (std::is_same_v<Variant, Alibi>) {
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i)
+      x[i / 4][i % 4] = fmaf(-head.slope, static_cast<float>(distance(i / 4, i % 4)), x[i / 4][i % 4]);
+  }
 }
 
 // 0; NaN where the sink of this head is +inf or NaN, beside which no key has a share. One of -inf is no sink.
-__device__ inline float nothing(const ScoreRule& rule, Owner owner) {
-  const float sink = rule.sinks == nullptr ? 0.0f : rule.sinks[owner.query_head];
-  return sink == -INFINITY ? 0.0f : 0.0f * sink;
+__device__ inline float nothing(const HeadRule& head) {
+  return head.sink == -INFINITY ? 0.0f : 0.0f * head.sink;
 }
 
 // A log-sum-exp as it was given, NaN where it is not finite, or where `zero`, of nothing(), is NaN.
 __device__ inline float known(float lse, float zero) { return fmaf(lse, zero, lse); }
 
 // The share of a row's softmax that its keys get: 1, or what the sink leaves (lse has the sink in it).
-__device__ inline float row_sum(float lse, const ScoreRule& rule, Owner owner) {
-  return rule.sinks == nullptr ? 1.0f : 1.0f - exp_of(rule.sinks[owner.query_head] - lse);
+__device__ inline float row_sum(float lse, const HeadRule& head) {
+  return head.sink == -INFINITY ? 1.0f : 1.0f - exp_of(head.sink - lse);
 }
 
 // The farthest key that a row sees, at most `far`.
