@@ -2,7 +2,7 @@
 
 A script of its own, because a process that interprets kernels cannot compile them:
 ``python tests/triton/aot_compile.py --arch sm_90 --dtype bf16 --head-size 128 --kernel band_rows``.
-Each argument may be given several times; features are switched on by ``--feature softcap,window,sinks``.
+Each argument may be given several times; features are switched on by ``--feature softcap,window,sinks,alibi``.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def launched(
         rule["softcap"] = 30.0
     if "sinks" in features:
         rule["sinks"] = torch.zeros(4)
+    if "alibi" in features:
+        rule["alibi_slopes"] = torch.zeros(2, 4)
     for name in PASSES if not only else (RUNS[only][0] if only != "column_moments" else only,):
         yield from launches(arch, name, arguments(**rule))
 

@@ -18,7 +18,7 @@ from without_gpu import PASSES, arguments, launches
 
 RULES = {
     "no rule": {"window_left": -1, "softcap": 0.0},
-    "all rules": {"window_left": 20, "softcap": 30.0, "sinks": torch.zeros(16)},
+    "all rules": {"window_left": 20, "softcap": 30.0, "sinks": torch.zeros(16), "alibi_slopes": torch.zeros(1, 16)},
 }
 
 
@@ -45,6 +45,8 @@ def calls(rule: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     }  # fmt: skip
     if rule["window_left"] >= 0:
         changes |= {"window_left": (0, 1, 16, 2**40)}
+    if "alibi_slopes" in rule:
+        changes["alibi_slopes"] = (torch.zeros(2, 16), torch.zeros(3, 1))
     if rule["softcap"] > 0:
         changes |= {"softcap": (1.0, 1, 16.0)}
     for name, values in changes.items():

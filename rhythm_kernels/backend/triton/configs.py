@@ -19,8 +19,8 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     registers: int = 0  # the most a thread may have; 0: as ptxas likes, which is to spill a little for occupancy
-    # `rows` with a softcap, whose slope the backward pass holds as well, or a window, which makes it a third loop;
-    # 0: as without.
+    # `rows` with a softcap, whose slope the backward pass holds as well, a window, which makes it a third loop, or
+    # ALiBi, for which it holds distances; 0: as without.
     capped_rows: int = 0
 
 

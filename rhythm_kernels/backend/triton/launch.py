@@ -143,6 +143,7 @@ class AttentionProblem(_Call):
     ) -> None:  # fmt: skip
         """Run a kernel over every (tile, one of `groups` heads, sequence); as :meth:`_Call.run`, beside v as well."""
         tile = self.choose(name, max(self.q.shape[3], self.v.shape[3]))
-        if tile.capped_rows and (self.rule.softcap > 0 or self.rule.window_left >= 0):
+        more = self.rule.softcap > 0 or self.rule.window_left >= 0 or self.rule.alibi_slopes is not None
+        if tile.capped_rows and more:
             tile = tile._replace(rows=tile.capped_rows)
         self.run(kernel, tile, owner, groups, {"v": self.v, **strided}, groups=groups, **extra)

@@ -170,17 +170,14 @@ def weight_and_slope(product, lse, distance, own, rule, UNIT: tl.constexpr):
 
 
 @triton.jit
-def to_bits(x, rule):
-    """Nats in the bits of :func:`weight_in_bits`: times a ratio that comes in two parts."""
-    return x * tl.cast(rule.to_bits, tl.float32) + x * tl.cast(rule.to_bits_rest, tl.float32)
-
-
-@triton.jit
 def in_bits(lse, rule):
-    """A log-sum-exp as :func:`weight_in_bits` wants it: in bits; with ALiBi, which joins it pair by pair, in nats."""
+    """A log-sum-exp in the bits that :func:`weight_in_bits` wants: times a ratio that comes in two parts.
+
+    With ALiBi it stays in nats.
+    """
     if rule.slopes is not None:
         return lse
-    return to_bits(lse, rule)
+    return lse * tl.cast(rule.to_bits, tl.float32) + lse * tl.cast(rule.to_bits_rest, tl.float32)
 
 
 @triton.jit
@@ -190,11 +187,11 @@ def weight_in_bits(product, lse_bits, distance, own, rule):
     The last factor of x, softcap or scale, is rounded in bits. lse went to bits by exactly that number over the factor:
     the two roundings are then the same one, and scale the difference `x - lse` alone, not each at its size.
     """
-    if rule.softcap is not None:
-        product = tanh(product * (tl.cast(rule.scale, tl.float32) / tl.cast(rule.softcap, tl.float32)))
     if rule.slopes is not None:
         # lse and the bias cancel for the keys that matter, and before anything is rounded at their size.
-        lse_bits = to_bits(own.slope * distance.to(tl.float32) + lse_bits, rule)
+        return weight(capped(product, rule, 1.0), own.slope * distance.to(tl.float32) + lse_bits, 1.0)
+    if rule.softcap is not None:
+        product = tanh(product * (tl.cast(rule.scale, tl.float32) / tl.cast(rule.softcap, tl.float32)))
     return tl.exp2(product * tl.cast(rule.bits, tl.float32) - lse_bits)
 
 
