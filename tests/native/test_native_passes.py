@@ -207,7 +207,7 @@ def test_distances_beyond_the_length_are_refused(change: dict[str, int], message
     seqs, heads = torch.tensor([[0, 0, 30, 0]], dtype=torch.int32), torch.tensor([[0, 0]], dtype=torch.int32)
 
     def call(max_seqlen: int = 30, window_left: int = 30, lo: int = 3, hi: int = 30) -> None:
-        rule = (seqs, heads, max_seqlen, 1.0, 0.0, window_left, None)
+        rule = Rule(seqs, heads, max_seqlen, 1.0, 0.0, window_left, None)
         extension.registered().band_columns(q, k, lse, *rule, lo, hi, False, out)
 
     call()
