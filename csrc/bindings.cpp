@@ -67,7 +67,7 @@ struct Call {
     STD_TORCH_CHECK(passes != nullptr, "RHYTHM_CPU_CAPABILITY names what this machine or build does not have: ",
                     requested == nullptr ? "" : requested);
     const TileTask task = passes->*pass;
-    const Tiles tiles(p.seqs, p.n_seqs, tile_size, together);
+    const Tiles tiles(p.seqs, p.n_seqs, tile_size, together && p.score.slope_stride == 0);
     const int64_t n = tiles.size();
     draw_tasks(n, scratch * 4, [&](int64_t i, char* own) {
       task(p, tiles[last_first ? n - 1 - i : i], reinterpret_cast<float*>(own));

@@ -70,11 +70,12 @@ inline int64_t set_tensors(Inputs& p, const Tensor& q, const Tensor& k, const Te
 
 // The rule as every op of either device has it: in its schema, as parameters, and handed on to set_rule().
 #define RHYTHM_RULE_SCHEMA                                                                                          \
-  "Tensor seqs, Tensor heads, int max_seqlen, float scale, float softcap, int window_left, Tensor? sinks, "
+  "Tensor seqs, Tensor heads, int max_seqlen, float scale, float softcap, int window_left, Tensor? sinks, "          \
+  "Tensor? alibi_slopes, "
 #define RHYTHM_RULE_PARAMETERS                                                                                      \
   const Tensor &seqs, const Tensor &heads, int64_t max_seqlen, double scale, double softcap, int64_t window_left,    \
-      const std::optional<Tensor>&sinks
-#define RHYTHM_RULE seqs, heads, max_seqlen, scale, softcap, window_left, sinks
+      const std::optional<Tensor>&sinks, const std::optional<Tensor>&alibi_slopes
+#define RHYTHM_RULE seqs, heads, max_seqlen, scale, softcap, window_left, sinks, alibi_slopes
 
 // A distance of a call: the ops of rhythm_kernels limit them to the length, and the kernels count in 32 bits.
 inline int64_t distance(const char* name, int64_t value, int64_t least, const Inputs& p) {
@@ -82,12 +83,13 @@ inline int64_t distance(const char* name, int64_t value, int64_t least, const In
   return value;
 }
 
-// Of `query_heads` numbers, one a head.
-inline const float* head_numbers(const std::optional<Tensor>& numbers, int64_t query_heads, const char* name) {
+// Of `rows` rows of numbers, one for each of `query_heads`.
+inline const float* head_numbers(const std::optional<Tensor>& numbers, int64_t rows, int64_t query_heads,
+                                 const char* name) {
   if (!numbers.has_value()) return nullptr;
-  STD_TORCH_CHECK(numbers->dim() == 1 && numbers->size(0) == query_heads && numbers->is_contiguous() &&
+  STD_TORCH_CHECK(numbers->numel() == rows * query_heads && numbers->is_contiguous() &&
                       numbers->scalar_type() == ScalarType::Float,
-                  name, " must be contiguous float32 (H,)");
+                  name, " must be contiguous float32 with ", rows, " times H elements");
   return static_cast<const float*>(numbers->const_data_ptr());
 }
 
@@ -99,7 +101,10 @@ inline void set_rule(Inputs& p, int64_t query_heads, RHYTHM_RULE_PARAMETERS) {
   p.max_seqlen = distance("max_seqlen", max_seqlen, 0, p);
   p.score.scale = static_cast<float>(scale), p.score.softcap = static_cast<float>(softcap);
   p.score.window_left = window_left < 0 ? p.tokens : distance("window_left", window_left, 0, p);
-  p.score.sinks = head_numbers(sinks, query_heads, "sinks");
+  p.score.sinks = head_numbers(sinks, 1, query_heads, "sinks");
+  const bool each = alibi_slopes.has_value() && alibi_slopes->dim() == 2 && alibi_slopes->size(0) != 1;
+  p.score.slopes = head_numbers(alibi_slopes, each ? p.n_seqs : 1, query_heads, "alibi_slopes");
+  p.score.slope_stride = each ? query_heads : 0;
 }
 
 inline CreditMode mode_of(const std::string& mode) {

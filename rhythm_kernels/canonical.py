@@ -59,6 +59,7 @@ def canonical(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | Tensor | None = None,
     seq_start: Tensor | None = None,
@@ -89,6 +90,7 @@ def canonical(
         softcap=_check_softcap(softcap),
         window_left=_check_window_size(window_size),
         sinks=_check_sinks(sinks, n_heads, q.device),
+        alibi_slopes=_check_slopes(alibi_slopes, n_heads, table, q.device),
     )
     return Canonical(q, k, lse, rule, packed)
 
@@ -236,11 +238,29 @@ def _check_window_size(window_size: tuple[int, int]) -> int:
 def _check_sinks(sinks: Tensor | None, n_heads: int, device: torch.device) -> Tensor | None:
     if sinks is None:
         return None
-    check_tensor("sinks", sinks)
-    if not sinks.dtype.is_floating_point:
-        raise TypeError(f"sinks must be floating point, got {sinks.dtype}")
-    if not same_shape(sinks.shape, (n_heads,)):
+    if not same_shape(_check_numbers("sinks", sinks, device).shape, (n_heads,)):
         raise ValueError(f"sinks must be (heads,) = ({n_heads},), got shape {tuple(sinks.shape)}")
-    if sinks.device != device:
-        raise ValueError(f"sinks must be on the device of q, {device}, got {sinks.device}")
     return sinks.detach().float().contiguous()
+
+
+def _check_slopes(slopes: Tensor | None, n_heads: int, table: SequenceTable, device: torch.device) -> Tensor | None:
+    """`(1, H)` or `(S, H)`."""
+    if slopes is None:
+        return None
+    shape = _check_numbers("alibi_slopes", slopes, device).shape
+    each = (table.seqs.shape[0], n_heads)
+    if not same_shape(shape, (n_heads,)) and not same_shape(shape, each):
+        of = "sequences" if table.packed else "batch"
+        raise ValueError(
+            f"alibi_slopes must be (heads,) = ({n_heads},) or ({of}, heads) = {each}, got shape {tuple(shape)}"
+        )
+    return slopes.detach().float().contiguous().view(-1, n_heads)
+
+
+def _check_numbers(name: str, value: Tensor, device: torch.device) -> Tensor:
+    check_tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of q, {device}, got {value.device}")
+    return value

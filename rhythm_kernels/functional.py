@@ -14,6 +14,8 @@ Conventions of every function here (those of flash-attn):
   (-1: all); the measures are of causal attention, so `right` is -1 or 0. `softcap`: `x -> softcap tanh(x / softcap)`
   where positive. `sinks (H,)`: logits that join each row's denominator only, read as float32; one of `-inf` is no
   sink, one of `+inf` or NaN leaves the keys nothing: all of its head is NaN, `out` and `lse` too.
+- `alibi_slopes (H,)`, or a row a sequence: `(B, H)`, packed `(sequences, H)`; read as float32, without a gradient. Of
+  the logit, after its softcap, `slope (t - s)` is taken (ALiBi, arXiv 2108.12409), as in flash-attn.
 - Padded batches: `seq_start`, `seq_end` int32 `(B,)`, the live range of each row. Packed: `cu_seqlens` int32
   `(sequences + 1,)`, from 0 to the total or less: tokens behind the last sequence are padding. `max_seqlen` bounds the
   longest (read from `cu_seqlens` on the CPU, else the total: give it on a GPU, where every sequence has programs for
@@ -58,6 +60,7 @@ class Options(TypedDict, total=False):
     window_size: tuple[int, int]
     softcap: float
     sinks: Tensor | None
+    alibi_slopes: Tensor | None
     cu_seqlens: Tensor | None
     max_seqlen: int | Tensor | None
     seq_start: Tensor | None
@@ -104,6 +107,7 @@ def _checked(form: Canonical, options: Options) -> dict[str, Any]:
         "window_size": (rule.window_left, -1),
         "softcap": rule.softcap,
         "sinks": rule.sinks,
+        "alibi_slopes": rule.alibi_slopes if rule.alibi_slopes is None else rule.alibi_slopes.squeeze(0),
     }
 
 

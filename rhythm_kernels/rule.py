@@ -20,6 +20,7 @@ class Rule(NamedTuple):
     scale, softcap: the logit is `scale q.k`, or `softcap tanh(scale q.k / softcap)` where softcap is not 0.
     window_left: how many keys before itself a row sees; -1: all.
     sinks: `(H,)` float32 logits that join each row's denominator, or None.
+    alibi_slopes: `(S, H)` float32, or `(1, H)` for all sequences: `slope (t - s)` is taken from the logit; or None.
     """
 
     seqs: Tensor
@@ -29,6 +30,7 @@ class Rule(NamedTuple):
     softcap: float
     window_left: int
     sinks: Tensor | None
+    alibi_slopes: Tensor | None = None
 
     def within(self, length: int) -> Rule:
         """The same for rows of `length` tokens, where no distance is longer: what kernels then count fits 32 bits."""
@@ -47,7 +49,10 @@ class Rule(NamedTuple):
 
 
 # How operators take a rule.
-SCHEMA = "Tensor seqs, Tensor heads, SymInt max_seqlen, float scale, float softcap, SymInt window_left, Tensor? sinks"
+SCHEMA = (
+    "Tensor seqs, Tensor heads, SymInt max_seqlen, float scale, float softcap, SymInt window_left, Tensor? sinks, "
+    "Tensor? alibi_slopes"
+)
 
 
 class RowStats(NamedTuple):

@@ -34,6 +34,7 @@ class Case:
     horizon: tuple[int, int | None] = (10, 50)  # below the length, so that both of its ends are met
     min_distance: int = 4
     sinks: bool = False
+    slopes: str = ""  # ALiBi's: "of heads" as its paper has them, "of sequences": random, some negative, a row each
     fused: bool = False  # q, k are views of one fused projection, in (heads, tokens) order
     options: dict[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] | None = None  # packed: the sequences' lengths
@@ -58,6 +59,11 @@ class Case:
         options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
         if self.sinks:
             options["sinks"] = torch.randn(self.heads, generator=generator).to(device)
+        if self.slopes == "of heads":
+            options["alibi_slopes"] = 2.0 ** (-8.0 * torch.arange(1, self.heads + 1, device=device) / self.heads)
+        elif self.slopes:
+            rows = self.batch if self.lengths is None else len(self.lengths)
+            options["alibi_slopes"] = (0.2 * torch.randn(rows, self.heads, generator=generator)).to(device)
         if self.lengths is not None:
             options["cu_seqlens"] = torch.tensor([0, *self.lengths], device=device).cumsum(0).int()
             q, k = q[0], k[0]
@@ -101,6 +107,13 @@ CASES = [
     Case("softcap", options={"softcap": 1.5}, magnitude=2.0),
     Case("softcap far above the logits", options={"softcap": 1e5}, magnitude=2.0),
     Case("sinks", sinks=True),
+    Case("ALiBi", slopes="of heads", length=101, horizon=(10, None)),
+    Case("ALiBi of each row", slopes="of sequences", starts=(3, 20), response=(9, 44), options={"per_head": True}),
+    Case("ALiBi of each packed sequence", slopes="of sequences", lengths=(30, 0, 45, 2), response=(11, 0, 20, -3)),
+    Case("ALiBi of short sequences", slopes="of sequences", lengths=(8,) * 21, horizon=(0, 7)),
+    Case("ALiBi with everything", slopes="of sequences", sinks=True, lengths=(40, 3, 90), response=(7, 0, 30),
+         options={"softcap": 3.0, "heads": [3, 1], "window_size": (19, 0), "softmax_scale": 0.7}, horizon=(3, 25)),
+    Case("ALiBi in bfloat16", slopes="of heads", dtype=torch.bfloat16, dim=64, length=130),
     Case("everything", sinks=True, lengths=(40, 3, 30), response=(7, 0, 9), options={"softcap": 3.0, "heads": [3, 1],
          "window_size": (19, 0), "softmax_scale": 0.7}, horizon=(3, 25)),
     Case("bfloat16", dtype=torch.bfloat16),
@@ -166,6 +179,7 @@ def random_cases(seed: int, n: int) -> Iterator[Case]:
             (lo, pick(None, lo, lo + number(0, 45))),
             number(0, 8),
             pick(True, False),
+            pick("", "", "of heads", "of sequences"),
             pick(True, False),
             options,
             lengths,

@@ -1,10 +1,12 @@
 // The score rule of the CUDA kernels: the one place where an attention variant is taught to them.
 //
-//   x = scale (q . k);  x = softcap tanh(x / softcap) if softcap > 0;  A = exp(x - lse)
+//   x = scale (q . k);  x = softcap tanh(x / softcap) if softcap > 0;  x -= slope (t - s);  A = exp(x - lse)
 //
 // Visibility is a range of distances t - s, [0, window_left], and s >= start: the passes cut their loops to it and mask
 // what is left. Everything is float32; exponentials are taken base 2, which is what the chip has.
 #pragma once
+
+#include <type_traits>
 
 #include "launch.h"
 #include "rhythm/cuda.h"
@@ -37,21 +39,25 @@ __device__ inline float tanh_of(float x) {
 
 // What kernels are compiled for, each by itself: registers are scarce, and what a variant takes must not cost others.
 struct Plain {};
+struct Alibi {};
 
 // launch(the variant of a call).
 template <typename Launch>
-int for_variant(const ScoreRule&, const Launch& launch) {
-  return launch(Plain());
+int for_variant(const ScoreRule& rule, const Launch& launch) {
+  return rule.slopes == nullptr ? launch(Plain()) : launch(Alibi());
 }
 
 // What the rule has for one query head in a sequence of the table, looked up once.
 struct HeadRule {
-  float sink; // -inf: none
+  float sink;  // -inf: none
+  float slope; // Alibi
 };
 
 template <typename Variant>
 __device__ inline HeadRule rule_of(const ScoreRule& rule, int sequence, int query_head) {
-  return {rule.sinks == nullptr ? -INFINITY : rule.sinks[query_head]};
+  HeadRule head{rule.sinks == nullptr ? -INFINITY : rule.sinks[query_head], 0.0f};
+  if constexpr (std::is_same_v<Variant, Alibi>) head.slope = rule.slopes[sequence * rule.slope_stride + query_head];
+  return head;
 }
 
 // Products become x - lse in place, what A is the exponential of, in nats: scaling x and lse to bits before they are
@@ -68,6 +74,11 @@ __device__ inline void exponents(float (&x)[kTiles][4], const HeadRule& head, co
   } else {
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][i % 4] = fmaf(x[i / 4][i % 4], rule.scale, -lse(i / 4, i % 4));
+  }
+  if constexpr (std::is_same_v<Variant, Alibi>) {
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i)
+      x[i / 4][i % 4] = fmaf(-head.slope, static_cast<float>(distance(i / 4, i % 4)), x[i / 4][i % 4]);
   }
 }
 

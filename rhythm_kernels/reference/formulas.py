@@ -49,8 +49,12 @@ def logits(
     softmax_scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """The score rule: `q (n, H, D), k (n, H_kv, D) -> x (H, n, n)`, `-inf` where s is not visible to t."""
+    """The score rule: `q (n, H, D), k (n, H_kv, D) -> x (H, n, n)`, `-inf` where s is not visible to t.
+
+    `alibi_slopes (H,)`: each head's slope (ALiBi, arXiv 2108.12409), without a gradient.
+    """
     n, heads, dim = q.shape
     scale = dim**-0.5 if softmax_scale is None else softmax_scale
     keys = widen(k).repeat_interleave(heads // k.shape[1], dim=1)
@@ -59,6 +63,8 @@ def logits(
         x = torch.einsum("thd,shd->hts", widen(q), keys) * scale
     if softcap > 0:
         x = softcap * torch.tanh(x / softcap)
+    if alibi_slopes is not None:
+        x = x - alibi_slopes.detach().to(x.dtype)[:, None, None] * distance
     return x.masked_fill(~visible(distance, window_size), float("-inf"))
 
 
@@ -79,13 +85,14 @@ def attention_maps(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """`A (H, n, n)` of one sequence `q (n, H, D)`, `k (n, H_kv, D)`: what the softmax gives, nothing renormalised.
 
     With `lse (H, n)` given, `A = exp(x - lse)`. A row is NaN, at the keys it sees, where its `lse` is not finite or the
     sink of its head is `+inf` or NaN; a sink of `-inf` is none.
     """
-    x = logits(q, k, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap)
+    x = logits(q, k, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes)
     lse = row_lse(x, sinks) if lse is None else lse.to(x.dtype)
     known = lse.isfinite()
     if sinks is not None:

@@ -33,6 +33,7 @@ class Layout(TypedDict, total=False):
     window_size: tuple[int, int]
     softcap: float
     sinks: Tensor | None
+    alibi_slopes: Tensor | None
     cu_seqlens: Tensor | None
     max_seqlen: int | None
     seq_start: Tensor | None
@@ -45,7 +46,7 @@ class MeasureLayout(Layout, total=False):
 
 
 _DEFAULTS = dict.fromkeys(MeasureLayout.__annotations__) | {"window_size": (-1, -1), "softcap": 0.0, "per_head": False}
-_RULE = ("softmax_scale", "window_size", "softcap", "sinks")
+_RULE = ("softmax_scale", "window_size", "softcap", "sinks", "alibi_slopes")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -142,12 +143,14 @@ def _rows(
     rule = {name: layout[name] for name in _RULE}
     pieces: list[list[Tensor]] = [[] for _ in range(batch)]
     done = [0] * batch  # tokens of each row that its pieces cover
-    for row, start, end, first in _spans(batch, length, layout):
+    slopes = rule["alibi_slopes"]
+    for i, (row, start, end, first) in enumerate(_spans(batch, length, layout)):
         if end > start:
             at = (slice(start, end),) if packed else (row, slice(start, end))
             response = torch.arange(start, end, device=q.device) >= first
             row_lse = None if lse is None else lse[(*at[:-1], slice(None), at[-1])]
-            values = formula(_Live(q[at], k[at], row_lse, at, rule, heads, response))
+            own = rule if slopes is None or slopes.dim() == 1 else rule | {"alibi_slopes": slopes[i]}
+            values = formula(_Live(q[at], k[at], row_lse, at, own, heads, response))
             pieces[row] += [blank(start - done[row]), values]
             done[row] = end
     return [torch.cat([*row, blank(length - n)], dim) for row, n in zip(pieces, done, strict=True)]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backend.triton import configs
+from ..backend.triton import choosing, configs
 from ..backend.triton.configs import Tile, words
 from ..backend.triton.interpreted import INTERPRETED
 from .trial import DTYPES, Problem, Trial, arguments, first_line, outputs
@@ -58,7 +58,7 @@ def shortlist(
         milliseconds, cold caches), or `objection`, why it has no time.
     """
     start = clock()
-    arch = configs.architecture(device)
+    arch = choosing.architecture(device)
     bits = 32 if INTERPRETED else 8 * DTYPES[problem.dtype].itemsize
     chosen = [name for name in kernels or ORDER if configs.CANDIDATES.get(arch, {}).get(name)]
     table = {name: configs.listed(name, arch, bits, problem.head_size) for name in configs.TILES[arch]}
@@ -78,7 +78,7 @@ def shortlist(
                 file.write(json.dumps(rows[-1]) + "\n")
 
     # Whatever RHYTHM_TILES says, what is compared with are the tables.
-    with configs.forced(table):
+    with choosing.forced(table):
         given = arguments(problem, device, rules=False)
         for kernel in chosen:
             if clock() - start >= seconds:
@@ -143,7 +143,7 @@ def compile_jobs(text: str) -> Iterator[str]:
     given = arguments(problem, device, rules=False)
     for kernel, fields in share["jobs"]:
         try:
-            with configs.forced({kernel: Tile(*fields)}):
+            with choosing.forced({kernel: Tile(*fields)}):
                 outputs(kernel, given)
         except Exception as error:
             yield f"{kernel} {fields}: {first_line(error)}"

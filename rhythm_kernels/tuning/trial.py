@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backend import triton as passes
-from ..backend.triton import configs
+from ..backend.triton import choosing
 from ..backend.triton.configs import Tile
 from ..backend.triton.interpreted import INTERPRETED
 from ..rule import Rule
@@ -132,7 +132,7 @@ class Trial:
         from triton.errors import TritonError
 
         try:
-            with configs.forced({self.kernel: tile}):
+            with choosing.forced({self.kernel: tile}):
                 found, spilled = self._run()
         except (TritonError, RuntimeError) as error:
             return f"does not run: {first_line(error)}"
@@ -147,7 +147,7 @@ class Trial:
 
     def milliseconds(self, tile: Tile) -> float:
         """The median time of the pass; interpreted, of one call by the wall clock."""
-        with configs.forced({self.kernel: tile}):
+        with choosing.forced({self.kernel: tile}):
             if INTERPRETED:
                 begin = time.perf_counter()
                 outputs(self.kernel, self.given)

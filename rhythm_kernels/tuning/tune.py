@@ -23,7 +23,7 @@ import torch
 
 from .. import __version__
 from ..backend import triton as passes
-from ..backend.triton import configs
+from ..backend.triton import choosing, configs
 from ..backend.triton.configs import Tile, words
 from ..backend.triton.interpreted import INTERPRETED
 from .shortlist import shortlist
@@ -152,20 +152,20 @@ def main(given: list[str], clock: Callable[[], float] = time.monotonic) -> int:
 
     if chosen.shortlist:
         problem = Problem(chosen.length, chosen.heads, chosen.kv_heads, chosen.head_size, chosen.dtype)
-        print(f"{tile_file.device_name()}, {configs.architecture(device)}: {problem}", flush=True)
+        print(f"{tile_file.device_name()}, {choosing.architecture(device)}: {problem}", flush=True)
         if INTERPRETED:
             print("Triton is interpreted: these times say nothing about any GPU.")
         shortlist(device, chosen.seconds, chosen.kernel, problem, chosen.save, clock=clock)
         return 0
     start = clock()
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    arch = configs.architecture(device)
+    arch = choosing.architecture(device)
     problem = Problem(chosen.length, chosen.heads, chosen.kv_heads, chosen.head_size, chosen.dtype)
     bits = 32 if INTERPRETED else 8 * DTYPES[chosen.dtype].itemsize
     path = chosen.save or tile_file.cache_path()
     if path.exists():
         try:
-            tile_file.load(path, arch)
+            tile_file.load(path, arch, configs.TILES[arch])
         except ValueError as error:
             parser.error(f"cannot add to the file that is there: {error}")
     print(f"{tile_file.device_name()}, {arch}: {problem}")
@@ -174,7 +174,7 @@ def main(given: list[str], clock: Callable[[], float] = time.monotonic) -> int:
     kernels = list(dict.fromkeys(chosen.kernel or RUNS))
     table = {name: configs.listed(name, arch, bits, chosen.head_size) for name in RUNS}
     # Whatever RHYTHM_TILES says, what is compared with are the tables.
-    with configs.forced(table):
+    with choosing.forced(table):
         for i, kernel in enumerate(kernels):
             left = chosen.seconds - (clock() - start)
             if left <= 0:
@@ -189,6 +189,6 @@ def main(given: list[str], clock: Callable[[], float] = time.monotonic) -> int:
             }  # fmt: skip
             key = {"kernel": kernel, "bits": bits, "head_size": chosen.head_size}
             entries = [] if best.tile == base.tile else [{**key, "tile": best.tile._asdict(), "measured": measured}]
-            tile_file.save(path, arch, {(kernel, bits, chosen.head_size)}, entries)
+            tile_file.save(path, arch, configs.TILES[arch], {(kernel, bits, chosen.head_size)}, entries)
     print(f"Saved to {path}: RHYTHM_TILES={chosen.save or 1} uses it.")
     return 0

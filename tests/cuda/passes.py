@@ -20,7 +20,8 @@ _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 class ScoreRule(ctypes.Structure):
     """`rhythm::ScoreRule` of csrc/include/rhythm/problem.h."""
 
-    _fields_ = (("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("window_left", _INT), ("sinks", _POINTER))
+    _fields_ = (("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("window_left", _INT), ("sinks", _POINTER),
+                ("slopes", _POINTER), ("slope_stride", _INT))  # fmt: skip
 
 
 class DeviceProblem(ctypes.Structure):
@@ -65,7 +66,7 @@ class Passes:
     def _band(
         self, name: str, q: Tensor, k: Tensor, lse: Tensor, rule: Rule, per_head: bool, **extra: int
     ) -> Tensor:  # fmt: skip
-        seqs, heads, max_seqlen, scale, softcap, window_left, sinks = rule
+        seqs, heads, max_seqlen, scale, softcap, window_left, sinks, slopes = rule
         batch, tokens, n_heads, head_dim = q.shape
         shape = (batch, heads.shape[0], tokens) if per_head else (batch, tokens)
         nothing = seqs.shape[0] == 0 or max_seqlen == 0  # then nothing is launched
@@ -81,6 +82,8 @@ class Passes:
             score=ScoreRule(
                 scale=scale, softcap=softcap, window_left=tokens if window_left < 0 else window_left,
                 sinks=None if sinks is None else sinks.data_ptr(),
+                slopes=None if slopes is None else slopes.data_ptr(),
+                slope_stride=0 if slopes is None or slopes.shape[0] == 1 else n_heads,
             ),
             per_head=per_head, out=out.data_ptr(), out_row=out.stride(0), out_head=out.stride(1) if per_head else 0,
             **extra,

@@ -48,6 +48,7 @@ class Case:
     scale: float | None
     sinks: tuple[float, ...] | None
     sinks_dtype: str
+    slopes: tuple[tuple[float, ...], ...] | None  # ALiBi's, of the heads: one row for all, or a row a sequence
     heads: tuple[int, ...] | None
     heads_as: str
     integers_as: str
@@ -116,6 +117,7 @@ class Case:
             "softcapped": self.softcap > 0,
             "own scale": self.scale is not None,
             "with sinks": self.sinks is not None,
+            "ALiBi": self.slopes is not None,
             "head subset": self.heads is not None and self.heads != tuple(range(self.n_heads)),
             "grouped heads": self.group > 1,
             "per head": self.per_head,
@@ -166,6 +168,11 @@ def make(case: Case, device: str = "cpu") -> Made:
     if case.sinks is not None:
         layout, _ = layouts.get("sinks", ("contiguous", ""))
         sinks = laid_out(torch.tensor(case.sinks, dtype=DTYPES[case.sinks_dtype], device=device), layout)
+    slopes = None
+    if case.slopes is not None:
+        layout, _ = layouts.get("alibi_slopes", ("contiguous", ""))
+        slopes = torch.tensor(case.slopes if len(case.slopes) > 1 else case.slopes[0], device=device)
+        slopes = laid_out(slopes, layout)
     problem = Problem(
         **{name: x.numpy() for name, x in numbers.items()},
         stretches=case.stretches,
@@ -173,9 +180,10 @@ def make(case: Case, device: str = "cpu") -> Made:
         softcap=case.softcap,
         left=case.left,
         sinks=None if sinks is None else sinks.double().cpu().numpy(),
+        slopes=None if slopes is None else slopes.double().expand(len(case.lengths), -1).cpu().numpy(),
     )
     options: dict[str, Any] = {
-        "window_size": (case.integer(case.left), case.integer(case.right)), "sinks": sinks,
+        "window_size": (case.integer(case.left), case.integer(case.right)), "sinks": sinks, "alibi_slopes": slopes,
         "softcap": case.softcap, "softmax_scale": case.scale,
         "max_seqlen": None if case.max_seqlen is None else case.integer(case.max_seqlen),
     }  # fmt: skip
@@ -268,9 +276,9 @@ def cases(draw: st.DrawFn, longest: int = 300, small: bool = False) -> Case:
     size = draw(st.sampled_from(SIZES) | st.sampled_from(SIZES + LARGE_SIZES))
     layouts = []
     if draw(yes):
-        for name in ("q", "k", "v", "upstream", "lse", "sinks"):
+        for name in ("q", "k", "v", "upstream", "lse", "sinks", "alibi_slopes"):
             layout = draw(st.sampled_from(list(LAYOUTS)))
-            axis = draw(st.sampled_from(["", "", "", *AXES])) if name not in ("lse", "sinks") else ""
+            axis = draw(st.sampled_from(["", "", "", *AXES])) if name in ("q", "k", "v", "upstream") else ""
             if axis == "batch" and kind == "packed":
                 axis = ""
             if layout != "contiguous" or axis:
@@ -280,6 +288,11 @@ def cases(draw: st.DrawFn, longest: int = 300, small: bool = False) -> Case:
         heads = tuple(draw(st.lists(st.integers(0, n_heads - 1), min_size=1, max_size=n_heads, unique=True)))
     low = draw(edges(0, 20))
     longest_of_all = max(b - a for _, a, b, _ in _plain(kind, lengths, starts, ends))
+    slope = st.floats(-0.5, 1, width=32) | st.sampled_from([0.0, 0.25, 8.0])
+    slopes = None
+    if draw(yes):
+        each = st.tuples(*[slope] * n_heads)
+        slopes = tuple(draw(each) for _ in range(len(lengths) if draw(yes) else 1))
     sink = st.floats(-4, 8, width=32) | st.sampled_from([0.0, 20.0, float("-inf")])
     return Case(
         kind=kind,
@@ -300,6 +313,7 @@ def cases(draw: st.DrawFn, longest: int = 300, small: bool = False) -> Case:
         scale=draw(st.sampled_from([0.0, 0.05, 0.3, 1.0, -0.2])) if draw(yes) else None,
         sinks=tuple(draw(st.tuples(*[sink] * n_heads))) if draw(yes) else None,
         sinks_dtype=draw(st.sampled_from(["float32", "float32", "bfloat16", "float16"])),
+        slopes=slopes,
         heads=heads,
         heads_as=draw(st.sampled_from(["list", "tuple", "numpy", "int32", "int64"])),
         integers_as=draw(st.sampled_from(list(INTEGERS))),

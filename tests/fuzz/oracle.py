@@ -42,6 +42,7 @@ class Problem:
     softcap: float
     left: int  # keys that a row sees before its own; -1: all
     sinks: np.ndarray | None  # (H,)
+    slopes: np.ndarray | None  # (stretches, H)
     kept: dict[object, Maps] = field(default_factory=dict, repr=False)
 
 
@@ -86,6 +87,9 @@ def _maps(p: Problem, at: Stretch, lse: np.ndarray | None) -> Maps:
         size = np.minimum(size, 2 * p.softcap) * slope + abs(x)
     n = at.end - at.start
     distance = np.arange(n)[:, None] - np.arange(n)
+    if p.slopes is not None:
+        bias = p.slopes[p.stretches.index(at)][:, None, None] * distance
+        x, size = x - bias, size + abs(bias)
     seen = (distance >= 0) & ((p.left < 0) | (distance <= p.left))
     masked = np.where(seen, x, -np.inf)
     top = masked.max(-1)

@@ -27,7 +27,7 @@ from tests.fuzz.holding import compare, hold
 from tests.fuzz.tally import Tally
 
 ASKED = (
-    "strided", "packed", "padded", "windowed", "with sinks", "softcapped", "head subset", "response_start",
+    "strided", "packed", "padded", "windowed", "with sinks", "ALiBi", "softcapped", "head subset", "response_start",
     "grouped heads", "per head", "lse given", "16-bit", "extreme values", "own scale", "NaN in padding",
     "an empty sequence",
 )  # fmt: skip

@@ -24,7 +24,7 @@ from torch import Tensor
 import rhythm_kernels as rk
 import rhythm_kernels.backend.triton as passes
 from benchmarks.shapes import SHAPES, AttentionShape
-from rhythm_kernels.backend.triton import configs
+from rhythm_kernels.backend.triton import choosing, configs
 from rhythm_kernels.backend.triton.interpreted import INTERPRETED
 from tests.cases import Case, random_cases
 from tests.gpu import on_device
@@ -75,20 +75,20 @@ def wanted(arch: str) -> list[tuple[Any, dict[str, Any]]]:
         key = f"{source.hash()}{sorted((name, str(value)) for name, value in options.items())}"
         found.setdefault(key, (source, dict(options)))
 
-    before = triton.compiler.compile, configs.architecture, passes.available
+    before = triton.compiler.compile, choosing.architecture, passes.available
     triton.compiler.compile = note
-    configs.architecture, passes.available = lambda device: arch, lambda device: ""
+    choosing.architecture, passes.available = lambda device: arch, lambda device: ""
     triton.runtime.driver.set_active(Driver(arch))
     try:
         for case in cases():
             measure(case)
         for kernel, tiles in configs.CANDIDATES.get(arch, {}).items():
             for tile in tiles:
-                with configs.forced({kernel: tile}):
+                with choosing.forced({kernel: tile}):
                     for heads in ([0, 1, 2, 3], [0]):  # attention has a kernel of its own for heads not selected
                         measure(Case("candidate", dim=128, dtype=torch.bfloat16, options={"heads": heads}))
     finally:
-        triton.compiler.compile, configs.architecture, passes.available = before
+        triton.compiler.compile, choosing.architecture, passes.available = before
     return list(found.values())
 
 

@@ -18,7 +18,7 @@ import triton
 from benchmarks.shapes import AttentionShape
 from benchmarks.suites import SUITES
 from benchmarks.work import Work, k_bytes, lse_bytes, q_bytes
-from rhythm_kernels.backend.triton import configs
+from rhythm_kernels.backend.triton import choosing, configs
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 SHAPE = AttentionShape(8192, dim=128, dtype="bfloat16")
@@ -70,7 +70,7 @@ def tiles_table() -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- |"
     for name in ("band_rows", "band_columns"):
         for arch in ARCHITECTURES:
-            tile = configs.choose(name, arch, 16, shape.dim)
+            tile = choosing.choose(name, arch, 16, shape.dim)
             if name == "band_rows":
                 own, step, needed, reach = tile.rows, tile.keys, shape.window, tile.rows + shape.window - 1
             else:

@@ -20,7 +20,7 @@ import triton
 from aot_compile import TOOLS, launched, nvidia_resources
 from without_gpu import TARGETS
 
-from rhythm_kernels.backend.triton import configs
+from rhythm_kernels.backend.triton import choosing, configs
 
 ARCH = "sm_90"
 # What an SM of compute capability 9.0 has; a block takes 1 KiB of shared memory besides its own.
@@ -215,7 +215,7 @@ def readings(
     dtype: str = "bf16",
 ) -> Iterator[tuple[Reading, list[Instruction]]]:  # fmt: skip
     """What a kernel compiles to with the table's tile, or another."""
-    with configs.forced({} if tile is None else {kernel: tile}):
+    with choosing.forced({} if tile is None else {kernel: tile}):
         found = [x for x in launched(ARCH, dtype, head_size, head_size, features, kernel) if x.name == kernel]
     for launch in found:
         compiled = triton.compile(launch.source, target=TARGETS[ARCH], options=launch.options)

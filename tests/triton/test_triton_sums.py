@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rhythm_kernels.backend.triton.configs import Tile, forced
+from rhythm_kernels.backend.triton.choosing import forced
+from rhythm_kernels.backend.triton.configs import Tile
 from tests.sums import PASSES, Head, errors, gradient_errors, hold
 
 KINDS = {"sinks": (Head(sink=12),), "first key": (Head(first=12), Head())}

@@ -16,13 +16,13 @@ import torch
 import triton
 
 import rhythm_kernels.backend.triton as passes
-from rhythm_kernels.backend.triton import configs, tile_file
+from rhythm_kernels.backend.triton import choosing, configs, tile_file
 from rhythm_kernels.backend.triton.configs import TILES, Tile
 from rhythm_kernels.tuning import shortlist, trial, tune
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ARCH = configs.architecture(DEVICE)
+ARCH = choosing.architecture(DEVICE)
 SIZE = 16
 TINY = ["--length", "40", "--head-size", str(SIZE), "--dtype", "fp32", "--heads", "2", "--kv-heads", "1"]
 PROBLEM = trial.Problem(40, 2, 1, SIZE, "fp32")
@@ -35,9 +35,9 @@ def _unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No file is asked for, the cache is the test's own, and nothing that was read outlives the test."""
     monkeypatch.delenv("RHYTHM_TILES", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    configs._asked_for.cache_clear()
+    choosing._asked_for.cache_clear()
     yield
-    configs._asked_for.cache_clear()
+    choosing._asked_for.cache_clear()
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def corrupt(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor, dic
 
     def band_rows(q: Any, k: Any, lse: Any, rule: Any, window: Any, per_head: Any) -> torch.Tensor:
         found = honest(q, k, lse, rule, window, per_head)
-        chosen = configs.choose("band_rows", ARCH, 32, SIZE)
+        chosen = choosing.choose("band_rows", ARCH, 32, SIZE)
         return change(found, {"softcap": rule.softcap}) if chosen == FAVOURITE["band_rows"] else found
 
     monkeypatch.setattr(passes, "band_rows", band_rows)
@@ -111,14 +111,14 @@ def test_from_tuning_to_choosing(favourites: None, tmp_path: Path, monkeypatch: 
     assert (measured["ms"], measured["table_ms"], measured["length"]) == (1.0, 2.0, 40)
 
     def chosen(size: int = SIZE, bits: int = 32) -> dict[str, Tile]:
-        return {name: configs.choose(name, ARCH, bits, size) for name in trial.RUNS}
+        return {name: choosing.choose(name, ARCH, bits, size) for name in trial.RUNS}
 
     assert chosen() == TABLE  # a file is there, and nobody asked
     given = trial.arguments(PROBLEM, DEVICE, rules=True)
     want = {name: trial.outputs(name, given) for name in trial.RUNS}
     monkeypatch.setenv("RHYTHM_TILES", str(tmp_path / "new" / "tiles.json"))
     assert chosen() == TABLE  # looked up once
-    configs._asked_for.cache_clear()
+    choosing._asked_for.cache_clear()
     assert chosen() == FAVOURITE
     assert chosen(SIZE + 1) == {name: configs.listed(name, ARCH, 32, SIZE + 1) for name in trial.RUNS}
     for name in trial.RUNS:
@@ -133,7 +133,7 @@ def test_the_cache_is_where_one_looks(favourites: None, monkeypatch: pytest.Monk
     assert "RHYTHM_TILES=1 uses it" in capsys.readouterr().out
     assert tile_file.cache_path().name.endswith(f"triton{triton.__version__}.json")
     monkeypatch.setenv("RHYTHM_TILES", "1")
-    assert configs.choose("band_rows", ARCH, 32, SIZE) == FAVOURITE["band_rows"]
+    assert choosing.choose("band_rows", ARCH, 32, SIZE) == FAVOURITE["band_rows"]
 
 
 def test_what_is_asked_for_does_not_change_what_is_tuned_against(
@@ -186,7 +186,7 @@ def test_a_tile_that_spills_more_than_the_tables_is_refused(
 
     def outputs(kernel: str, given: Any) -> Any:
         assert kernel != "band_rows" or not cache  # nothing from an earlier launch
-        spilled = words if configs.choose("band_rows", ARCH, 32, SIZE) == FAVOURITE["band_rows"] else 3
+        spilled = words if choosing.choose("band_rows", ARCH, 32, SIZE) == FAVOURITE["band_rows"] else 3
         cache[0] = ({"key": SimpleNamespace(n_spills=spilled)}, {})
         return honest(kernel, given)
 
@@ -274,7 +274,7 @@ def test_a_file_that_does_not_fit_is_an_error(
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     monkeypatch.setenv("RHYTHM_TILES", str(path))
     with pytest.raises(ValueError, match=r"tiles\.json") as raised:
-        configs.choose("band_rows", ARCH, 32, SIZE)
+        choosing.choose("band_rows", ARCH, 32, SIZE)
     assert message in str(raised.value)
     with pytest.raises(SystemExit) as exit_:
         tune.main([*TINY, "--save", str(path)])
@@ -283,13 +283,15 @@ def test_a_file_that_does_not_fit_is_an_error(
 
 def test_the_good_file_is_good(tmp_path: Path) -> None:
     (tmp_path / "tiles.json").write_text(json.dumps(good()))
-    assert tile_file.load(tmp_path / "tiles.json", ARCH) == {("band_rows", 32, SIZE): FAVOURITE["band_rows"]}
+    assert tile_file.load(tmp_path / "tiles.json", ARCH, TILES[ARCH]) == {
+        ("band_rows", 32, SIZE): FAVOURITE["band_rows"]
+    }
 
 
 def test_a_missing_file_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RHYTHM_TILES", "1")
     with pytest.raises(FileNotFoundError, match=r"python -m rhythm_kernels\.tuning"):
-        configs.choose("band_rows", ARCH, 32, SIZE)
+        choosing.choose("band_rows", ARCH, 32, SIZE)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +431,7 @@ def test_compiling_in_advance_runs_each_job(monkeypatch: pytest.MonkeyPatch, tmp
     shortlist.compile_in_advance([*jobs, shortlist.Job("band_rows", Tile(24, 16, 1, 1))], PROBLEM, 2, 1.0)
     assert len(started) == 2 and sum(len(share["jobs"]) for share in started) == 4
     ran: list[Tile] = []
-    monkeypatch.setattr(shortlist, "outputs", lambda kernel, given: ran.append(configs.choose(kernel, ARCH, 32, SIZE)))
+    monkeypatch.setattr(shortlist, "outputs", lambda kernel, given: ran.append(choosing.choose(kernel, ARCH, 32, SIZE)))
     failed = [line for share in started for line in shortlist.compile_jobs(json.dumps(share))]
     assert sorted(ran) == sorted([*(tile for _, tile in jobs), Tile(24, 16, 1, 1)]) and not failed
     monkeypatch.setattr(shortlist, "outputs", trial.outputs)
@@ -471,4 +473,4 @@ def test_on_the_device(tmp_path: Path, capsys: Any) -> None:
     given = ["--length", "1024", "--head-size", "64", "--candidates", "3", "--seconds", "30", "--save", str(path)]
     assert tune.main([*given, *(word for name in kernels for word in ("--kernel", name))]) == 0
     assert capsys.readouterr().out.count(" timed") == len(kernels)
-    assert tile_file.load(path, ARCH).keys() <= {(name, 16, 64) for name in kernels}
+    assert tile_file.load(path, ARCH, TILES[ARCH]).keys() <= {(name, 16, 64) for name in kernels}

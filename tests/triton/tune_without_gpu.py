@@ -15,7 +15,7 @@ import triton.testing
 from without_gpu import Driver
 
 import rhythm_kernels.backend.triton as passes
-from rhythm_kernels.backend.triton import configs, tile_file
+from rhythm_kernels.backend.triton import choosing, tile_file
 from rhythm_kernels.tuning import tune
 
 SHARED = 66 * 1024  # bytes of a block at most
@@ -43,14 +43,14 @@ class Launching(Driver):
 def do_bench(call: Any, **_: Any) -> float:
     """Tiles of 16 rows are fast."""
     call()
-    return 0.5 if configs.choose("column_stats", "sm_80", 16, 128).rows == 16 else 1.0
+    return 0.5 if choosing.choose("column_stats", "sm_80", 16, 128).rows == 16 else 1.0
 
 
 def main(given: list[str]) -> int:
     triton.runtime.driver.set_active(Launching("sm_80"))
     triton.testing.do_bench = do_bench
     torch.cuda.synchronize = lambda device=None: None
-    configs.architecture = lambda device: "sm_80"
+    choosing.architecture = lambda device: "sm_80"
     passes.available = lambda device: ""
     tile_file.capability, tile_file.device_name = lambda: "8.0", lambda: "stand-in"
     return tune.main(given)

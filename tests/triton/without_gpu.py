@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import rhythm_kernels.backend.triton as passes
-from rhythm_kernels.backend.triton import configs
+from rhythm_kernels.backend.triton import choosing, configs
 from rhythm_kernels.rule import Rule
 
 TARGETS = {
@@ -105,7 +105,7 @@ def launches(arch: str, name: str, given: dict[str, Any]) -> list[Launch]:
     function, fixed = PASSES[name]
     chosen: list[tuple[str, configs.Tile]] = []
     found: list[Launch] = []
-    choose = configs.choose
+    choose = choosing.choose
 
     def note_choice(kernel: str, *rest: Any) -> configs.Tile:
         chosen.append((kernel, choose(kernel, *rest)))
@@ -118,15 +118,15 @@ def launches(arch: str, name: str, given: dict[str, Any]) -> list[Launch]:
         found.append(Launch(*chosen[-1], f"{fn.name} {key}", source, options))
         return True  # do not compile
 
-    before = configs.architecture, knobs.runtime.jit_cache_hook
-    configs.architecture, configs.choose = lambda device: arch, note_choice
+    before = choosing.architecture, knobs.runtime.jit_cache_hook
+    choosing.architecture, choosing.choose = lambda device: arch, note_choice
     knobs.runtime.jit_cache_hook = stop
     triton.runtime.driver.set_active(Driver(arch))
     try:
         wanted = inspect.signature(function).parameters
         function(**{key: value for key, value in (given | fixed).items() if key in wanted})
     finally:
-        configs.architecture, knobs.runtime.jit_cache_hook = before
-        configs.choose = choose
+        choosing.architecture, knobs.runtime.jit_cache_hook = before
+        choosing.choose = choose
     assert found, f"{name} launched nothing"
     return found

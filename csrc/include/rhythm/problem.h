@@ -38,13 +38,15 @@ struct Head {
   int32_t query, lse_row;
 };
 
-// x = scale * (q . k), softcapped; visible iff start <= s <= t and t - s <= window_left. What it makes of a pair is in
-// one file a device: score.h, score.cuh.
+// x = scale * (q . k), softcapped, less slope * (t - s); visible iff start <= s <= t and t - s <= window_left. What it
+// makes of a pair is in one file a device: score.h, score.cuh.
 struct ScoreRule {
   float scale;
   float softcap;       // 0: none
   int64_t window_left; // where there is no window, the length of a row of q
-  const float* sinks;  // (H,) or null
+  const float* sinks;   // (H,) or null
+  const float* slopes;  // ALiBi: (H,) or a row of H for each sequence of the table, or null
+  int64_t slope_stride; // from one sequence's row to the next one's; 0: all share one
 };
 
 // What a call on any device is about. Pointers are the device's; no distance is larger than `tokens`, which is below

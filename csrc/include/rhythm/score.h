@@ -1,6 +1,6 @@
 // The score rule, for a vector of pairs: the one place where an attention variant is taught to the C++ kernels.
 //
-//   x = scale * (q . k);  x = softcap * tanh(x / softcap) if softcap > 0;  A = exp(x - lse)
+//   x = scale * (q . k);  x = softcap * tanh(x / softcap) if softcap > 0;  x -= slope * (t - s);  A = exp(x - lse)
 //
 // Visibility is a range of distances t - s, [0, window_left], and s >= start: the passes cut their loops to it and
 // mask what is left.
@@ -14,17 +14,23 @@ namespace RHYTHM_CAPABILITY {
 
 // What the rule has for one query head in the sequences of a tile, looked up once: loops over pairs load nothing.
 struct HeadRule {
-  float sink; // -inf: none
+  float sink;  // -inf: none
+  float slope; // 0 without slopes
 };
 
-RHYTHM_INLINE HeadRule rule_of(const Problem& p, const Tile&, int32_t query_head) {
-  return {p.score.sinks == nullptr ? -__builtin_inff() : p.score.sinks[query_head]};
+// (Sequences that differ in slopes share no tile.)
+RHYTHM_INLINE HeadRule rule_of(const Problem& p, const Tile& tile, int32_t query_head) {
+  const ScoreRule& rule = p.score;
+  const int64_t sequence = tile.sequences - p.seqs;
+  return {rule.sinks == nullptr ? -__builtin_inff() : rule.sinks[query_head],
+          rule.slopes == nullptr ? 0.0f : rule.slopes[sequence * rule.slope_stride + query_head]};
 }
 
 // x of pairs whose rows come `distance` after their keys.
 RHYTHM_INLINE Vec logit(Vec product, Vec distance, const HeadRule& head, const ScoreRule& rule) {
-  const Vec x = product * rule.scale;
-  if (rule.softcap > 0) return rule.softcap * tanh(x * (1.0f / rule.softcap));
+  Vec x = product * rule.scale;
+  if (rule.softcap > 0) x = rule.softcap * tanh(x * (1.0f / rule.softcap));
+  if (rule.slopes != nullptr) x -= head.slope * distance;
   return x;
 }
 

@@ -1,7 +1,7 @@
 """The score rule in torch: the one place where an attention variant is taught to the tile-wise passes.
 
-`x = scale q.k`, softcapped; `A = exp(x - lse)`. Which keys a row sees is :func:`visible`, what a sink takes from a row
-:func:`sink_peak`, :func:`sink_mass` and :func:`known`.
+`x = scale q.k`, softcapped, less `slope (t - s)` with ALiBi; `A = exp(x - lse)`. Which keys a row sees is
+:func:`visible`, what a sink takes from a row :func:`sink_peak`, :func:`sink_mass` and :func:`known`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def logit(product: Tensor, distance: Tensor, heads: Tensor, sequence: Tensor, ru
         distance: `(rows, keys)` int64, `t - s`.
         heads: `(Hs,)` int64, the query heads. sequence: `(B, rows)` int64, the entry of `rule.seqs` of each row.
     """
-    return _capped(product, rule)
+    return _biased(_capped(product, rule), distance, heads, sequence, rule)
 
 
 def logit_and_slope(
@@ -30,12 +30,21 @@ def logit_and_slope(
 ) -> tuple[Tensor, Tensor | None]:
     """The same, and `dx / d(scale q.k)`, None for 1."""
     x = _capped(product, rule)
-    return x, 1 - (x / rule.softcap) ** 2 if rule.softcap > 0 else None
+    slope = 1 - (x / rule.softcap) ** 2 if rule.softcap > 0 else None
+    return _biased(x, distance, heads, sequence, rule), slope
 
 
 def _capped(product: Tensor, rule: Rule) -> Tensor:
     x = product * rule.scale
     return rule.softcap * torch.tanh(x / rule.softcap) if rule.softcap > 0 else x
+
+
+def _biased(x: Tensor, distance: Tensor, heads: Tensor, sequence: Tensor, rule: Rule) -> Tensor:
+    if rule.alibi_slopes is None:
+        return x
+    slopes = rule.alibi_slopes[:, heads]  # (1 or S, Hs)
+    of_rows = slopes[sequence].transpose(1, 2) if len(slopes) > 1 else slopes[..., None]  # (B, Hs, rows), (1, Hs, 1)
+    return x - of_rows[..., None] * distance
 
 
 def logits(
@@ -48,7 +57,13 @@ def logits(
 
 def of_flash(rule: Rule) -> bool:
     """Whether torch's own flash attention on CPUs has this rule."""
-    return rule.softcap == 0 and rule.window_left < 0 and rule.sinks is None and rule.scale > 0
+    return (
+        rule.softcap == 0
+        and rule.window_left < 0
+        and rule.sinks is None
+        and rule.alibi_slopes is None
+        and rule.scale > 0
+    )
 
 
 def visible(

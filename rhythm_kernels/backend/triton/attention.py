@@ -24,50 +24,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ...rule import Attended, Rule
+from .band_rows import clamp_waad
 from .launch import UNSPECIALIZED, AttentionProblem
-from .score import (
-    LN2,
-    LOG2E,
-    accumulate,
-    clamp_waad,
-    listed_at,
-    load_tokens,
-    locate,
-    logit,
-    products,
-    store_tokens,
-    visible,
-)
+from .score import LN2, absorb_peak, absorb_sink, rule_of_head
+from .tokens import accumulate, listed_at, load_tokens, locate, products, store_tokens
 
 
 @triton.jit
 def absorb(
     peak, mass, reach, near, o_low, o_high, q_low, q_high, k_head, k_stride, v_head, v_stride, t, s0, keys_to,
-    scale, softcap, window_left, width, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
-    V0: tl.constexpr, V1: tl.constexpr, UPCAST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    POSITIVE: tl.constexpr, KEYS: tl.constexpr, SOME_HIDDEN: tl.constexpr, REACH: tl.constexpr, NEAR: tl.constexpr,
+    own, rule, window_left, width, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, UPCAST: tl.constexpr, KEYS: tl.constexpr, SOME_HIDDEN: tl.constexpr,
+    REACH: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys into the running maximum (in bits) of every row and the sums that are relative to it."""
     column = tl.arange(0, KEYS)
     k_low, k_high = load_tokens(k_head, s0, keys_to, k_stride, KEYS, D, D0, D1, UPCAST, SOME_HIDDEN)
     product = products(q_low, q_high, k_low, k_high, D1)
-    if SOME_HIDDEN or HAS_SOFTCAP or not POSITIVE:
-        x = logit(product, scale, softcap, LOG2E, HAS_SOFTCAP)
-        if SOME_HIDDEN:
-            x = tl.where(visible(t[:, None] - (s0 + column)[None, :], window_left, HAS_WINDOW), x, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(x, 1))
-        base = new_peak
-        if SOME_HIDDEN:
-            # A row that has seen no key yet: subtract 0, not -inf.
-            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = tl.exp2(x - base[:, None])
-    else:
-        # The largest product is the largest logit: scaling and subtraction become one FMA.
-        bits = tl.cast(scale, tl.float32) * LOG2E
-        new_peak = tl.maximum(peak, tl.max(product, 1) * bits)
-        base = new_peak
-        p = tl.exp2(product * bits - base[:, None])
-    fade = tl.exp2(peak - base)
+    distance = t[:, None] - (s0 + column)[None, :]
+    peak, p, fade = absorb_peak(peak, product, distance, own, rule, window_left, SOME_HIDDEN)
     tile_mass = tl.sum(p, 1)
     if REACH:
         # Distances are split at the tile's first key: (t - s0) of the row, and the column.
@@ -81,22 +56,22 @@ def absorb(
     if V1 > 0:
         o_high = o_high * fade[:, None]
     o_low, o_high = accumulate(o_low, o_high, p, v_low, v_high, V1)
-    return new_peak, mass * fade + tile_mass, reach, near, o_low, o_high
+    return peak, mass * fade + tile_mass, reach, near, o_low, o_high
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_kernel(
-    q, k, v, o, seqs, heads, sinks, lse_out, waad_out, span_out,
+    q, k, v, o, seqs, heads, lse_out, waad_out, span_out,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, o_b: tl.int64, o_t: tl.int64, o_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, out_b: tl.int64, out_h: tl.int64,
     tiles: tl.int32, groups: tl.int32, n_heads: tl.int32, kv_group: tl.int32,
-    scale: tl.float32, softcap: tl.float32, window_left: tl.int32, window: tl.int32,
+    rule, window_left, window: tl.int32,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, UPCAST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    POSITIVE: tl.constexpr, RHYTHM: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    V1: tl.constexpr, UPCAST: tl.constexpr, RHYTHM: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
-    row, start, end, response, tile, head = locate(seqs, tiles, groups, False)
+    sequence, row, start, end, response, tile, head = locate(seqs, tiles, groups, False)
     # Later rows have more keys: they go first, so that no long program is left at the end.
     first = start + (tiles - 1 - tile) * ROWS
     if first >= end:
@@ -107,7 +82,7 @@ def attention_kernel(
     t = first + tl.arange(0, ROWS)
     live = t < end
     keys_from = start
-    if HAS_WINDOW:
+    if window_left is not None:
         keys_from = tl.maximum(start, first - window_left)
     keys_to = tl.minimum(end, first + ROWS)
     # From `near_from` on, tiles have a key that some row does not see, or one of the last W keys of some row.
@@ -117,6 +92,7 @@ def attention_kernel(
     near_from = keys_from + tl.maximum(unlike - keys_from, 0) // KEYS * KEYS
     width = tl.cast(window, tl.float32)
 
+    own = rule_of_head(rule, sequence, head)
     q += row * q_b * ALIGN + tl.cast(head, tl.int64) * q_h * ALIGN
     k += row * k_b * ALIGN + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
     v += row * v_b * ALIGN + tl.cast(head // kv_group, tl.int64) * v_h * ALIGN
@@ -129,36 +105,33 @@ def attention_kernel(
     o_low = tl.zeros([ROWS, V0], tl.float32)
     o_high = tl.zeros([ROWS, V1 if V1 > 0 else 16], tl.float32)
     far_from = keys_from
-    if HAS_WINDOW:
+    if window_left is not None:
         # Keys that the window hides from the later rows of the tile.
         hidden = tl.maximum(first + ROWS - 1 - window_left - keys_from, 0)
         far_from = tl.minimum(keys_from + tl.cdiv(hidden, KEYS) * KEYS, near_from)
         for s0 in range(keys_from, far_from, KEYS):
             peak, mass, reach, near, o_low, o_high = absorb(
                 peak, mass, reach, near, o_low, o_high, q_low, q_high, k, k_t * ALIGN, v, v_t * ALIGN, t, s0, keys_to,
-                scale, softcap, window_left, width, D, D0, D1, DV, V0, V1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, POSITIVE,
+                own, rule, window_left, width, D, D0, D1, DV, V0, V1, UPCAST,
                 KEYS, True, RHYTHM, False,
             )  # fmt: skip
     for s0 in range(far_from, near_from, KEYS):
         peak, mass, reach, near, o_low, o_high = absorb(
             peak, mass, reach, near, o_low, o_high, q_low, q_high, k, k_t * ALIGN, v, v_t * ALIGN, t, s0, keys_to,
-            scale, softcap, window_left, width, D, D0, D1, DV, V0, V1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, POSITIVE,
+            own, rule, window_left, width, D, D0, D1, DV, V0, V1, UPCAST,
             KEYS, False, RHYTHM, False,
         )  # fmt: skip
     near = width * mass
     for s0 in range(near_from, keys_to, KEYS):
         peak, mass, reach, near, o_low, o_high = absorb(
             peak, mass, reach, near, o_low, o_high, q_low, q_high, k, k_t * ALIGN, v, v_t * ALIGN, t, s0, keys_to,
-            scale, softcap, window_left, width, D, D0, D1, DV, V0, V1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, POSITIVE,
+            own, rule, window_left, width, D, D0, D1, DV, V0, V1, UPCAST,
             KEYS, True, RHYTHM, RHYTHM,
         )  # fmt: skip
 
-    if sinks is not None:
-        sink = tl.load(sinks + head) * LOG2E
-        top = tl.maximum(peak, sink)
-        base = tl.where(top == float("-inf"), 0.0, top)  # a sink of -inf beside logits of -inf
-        fade = tl.exp2(peak - base)
-        mass, reach, near, peak = mass * fade + tl.exp2(sink - base), reach * fade, near * fade, top
+    if rule.sinks is not None:
+        peak, sink, fade = absorb_sink(peak, own)
+        mass, reach, near = mass * fade + sink, reach * fade, near * fade
         o_low = o_low * fade[:, None]
         if V1 > 0:
             o_high = o_high * fade[:, None]
@@ -199,10 +172,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule, window: int, per_head
         if rhythm or n_selected < n_heads:
             problem.launch(
                 name, attention_kernel, "rows", n_heads, {"o": out},
-                heads=rule.heads, sinks=rule.sinks, n_heads=n_selected,
+                heads=rule.heads, n_heads=n_selected,
                 lse_out=lse, lse_b=lse.stride(0), lse_h=lse.stride(1),
                 waad_out=waad, span_out=span, out_b=waad.stride(0), out_h=waad.stride(1),
-                window=window, POSITIVE=rule.scale > 0, RHYTHM=rhythm, ALL=n_selected == n_heads,
+                window=window, RHYTHM=rhythm, ALL=n_selected == n_heads,
             )  # fmt: skip
     if not per_head:
         waad, span = waad.mean(1), span.mean(1)

@@ -18,34 +18,25 @@ from torch import Tensor
 
 from ...rule import Rule
 from .launch import UNSPECIALIZED, AttentionProblem
-from .score import LOG2E, accumulate, load_lse, load_tokens, locate, logit, products, store_tokens, visible, weight
-
-
-@triton.jit
-def probability(product, lse, scale, softcap, UNIT: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """`P` and the slope of the softcap, `dx / d(scale q.k)`; `lse` in `1 / UNIT` nats, laid out as `product`."""
-    x = logit(product, scale, softcap, UNIT, HAS_SOFTCAP)
-    if HAS_SOFTCAP:
-        capped = x * (1.0 / (tl.cast(softcap, tl.float32) * UNIT))
-        return weight(x, lse, UNIT), 1.0 - capped * capped
-    else:
-        return weight(x, lse, UNIT), 1.0
+from .score import LOG2E, rule_of_head, sink_mass, visible, weight_and_slope
+from .tokens import accumulate, load_lse, load_tokens, locate, products, store_tokens
 
 
 @triton.jit
 def dq_tile(
     dq_low, dq_high, mass, q_low, q_high, do_low, do_high, lse, delta, k_head, k_stride, v_head, v_stride, t, s0,
-    keys_to, scale, softcap, window_left, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
-    V0: tl.constexpr, V1: tl.constexpr, UPCAST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    KEYS: tl.constexpr, UNIT: tl.constexpr, SOME_HIDDEN: tl.constexpr,
+    keys_to, own, rule, window_left, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, UPCAST: tl.constexpr, KEYS: tl.constexpr, UNIT: tl.constexpr,
+    SOME_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """What one tile of keys adds to dQ of a tile of rows, and to the sum of P, which is kept in nats."""
     k_low, k_high = load_tokens(k_head, s0, keys_to, k_stride, KEYS, D, D0, D1, UPCAST)
     v_low, v_high = load_tokens(v_head, s0, keys_to, v_stride, KEYS, DV, V0, V1, UPCAST)
     product = products(q_low, q_high, k_low, k_high, D1)
-    p, slope = probability(product, lse[:, None], scale, softcap, UNIT, HAS_SOFTCAP)
+    distance = t[:, None] - (s0 + tl.arange(0, KEYS))[None, :]
+    p, slope = weight_and_slope(product, lse[:, None], distance, own, rule, UNIT)
     if SOME_HIDDEN:
-        seen = visible(t[:, None] - (s0 + tl.arange(0, KEYS))[None, :], window_left, HAS_WINDOW)
+        seen = visible(distance, window_left)
         p = tl.where(seen, p, 0.0)
     if UNIT == 1.0:
         mass += tl.sum(p, 1)
@@ -58,27 +49,27 @@ def dq_tile(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_dq_kernel(
-    q, k, v, o, do, dq, seqs, sinks, lse, delta_out, lse_out, mended_out,
+    q, k, v, o, do, dq, seqs, lse, delta_out, lse_out, mended_out,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, o_b: tl.int64, o_t: tl.int64, o_h: tl.int64,
     do_b: tl.int64, do_t: tl.int64, do_h: tl.int64, dq_b: tl.int64, dq_t: tl.int64, dq_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, tiles: tl.int32, groups: tl.int32, kv_group: tl.int32,
-    scale: tl.float32, softcap: tl.float32, window_left: tl.int32,
+    rule, window_left,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, UPCAST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    V1: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    row, start, end, _, tile, head = locate(seqs, tiles, groups, False)
+    sequence, row, start, end, _, tile, head = locate(seqs, tiles, groups, False)
     # Later rows have more keys: they go first.
     first = start + (tiles - 1 - tile) * ROWS
     if first >= end:
         return
     t = first + tl.arange(0, ROWS)
     keys_from = start
-    if HAS_WINDOW:
+    if window_left is not None:
         keys_from = tl.maximum(start, first - window_left)
     keys_to = tl.minimum(end, first + ROWS)
 
+    own = rule_of_head(rule, sequence, head)
     q += row * q_b * ALIGN + tl.cast(head, tl.int64) * q_h * ALIGN
     k += row * k_b * ALIGN + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
     v += row * v_b * ALIGN + tl.cast(head // kv_group, tl.int64) * v_h * ALIGN
@@ -104,32 +95,29 @@ def attention_dq_kernel(
     mass = tl.zeros([ROWS], tl.float32)
     edge = keys_from + (first + 1 - keys_from) // KEYS * KEYS
     far_from = keys_from
-    if HAS_WINDOW:
+    if window_left is not None:
         # Keys that the window hides from the later rows of the tile.
         hidden = tl.maximum(first + ROWS - 1 - window_left - keys_from, 0)
         far_from = tl.minimum(keys_from + tl.cdiv(hidden, KEYS) * KEYS, edge)
         for s0 in range(keys_from, far_from, KEYS):
             dq_low, dq_high, mass = dq_tile(
                 dq_low, dq_high, mass, q_low, q_high, do_low, do_high, row_lse, delta, k, k_t * ALIGN, v,
-                v_t * ALIGN, t, s0, keys_to, scale, softcap, window_left, D, D0, D1, DV, V0, V1, UPCAST, HAS_SOFTCAP,
-                HAS_WINDOW, KEYS, UNIT, True,
+                v_t * ALIGN, t, s0, keys_to, own, rule, window_left, D, D0, D1, DV, V0, V1, UPCAST, KEYS, UNIT, True,
             )  # fmt: skip
     for s0 in range(far_from, edge, KEYS):
         dq_low, dq_high, mass = dq_tile(
             dq_low, dq_high, mass, q_low, q_high, do_low, do_high, row_lse, delta, k, k_t * ALIGN, v,
-            v_t * ALIGN, t, s0, keys_to, scale, softcap, window_left, D, D0, D1, DV, V0, V1, UPCAST, HAS_SOFTCAP,
-            HAS_WINDOW, KEYS, UNIT, False,
+            v_t * ALIGN, t, s0, keys_to, own, rule, window_left, D, D0, D1, DV, V0, V1, UPCAST, KEYS, UNIT, False,
         )  # fmt: skip
     for s0 in range(edge, keys_to, KEYS):
         dq_low, dq_high, mass = dq_tile(
             dq_low, dq_high, mass, q_low, q_high, do_low, do_high, row_lse, delta, k, k_t * ALIGN, v,
-            v_t * ALIGN, t, s0, keys_to, scale, softcap, window_left, D, D0, D1, DV, V0, V1, UPCAST, HAS_SOFTCAP,
-            HAS_WINDOW, KEYS, UNIT, True,
+            v_t * ALIGN, t, s0, keys_to, own, rule, window_left, D, D0, D1, DV, V0, V1, UPCAST, KEYS, UNIT, True,
         )  # fmt: skip
-    factor = tl.cast(scale, tl.float32) + tl.zeros_like(delta)
+    factor = tl.cast(rule.scale, tl.float32) + tl.zeros_like(delta)
     if UNIT == 1.0:
-        if sinks is not None:
-            mass += weight(tl.load(sinks + head), row_lse, UNIT)
+        if rule.sinks is not None:
+            mass += sink_mass(own, rule, row_lse)
         mended = tl.where(mass > 0, 1.0 / mass, 0.0)
         tl.store(mended_out + of_head + t, mended, mask=t < end)
         factor *= mended
@@ -139,9 +127,9 @@ def attention_dq_kernel(
 @triton.jit
 def dkv_tile(
     dk_low, dk_high, dv_low, dv_high, k_low, k_high, v_low, v_high, q_head, q_stride, do_head, do_stride, lse_head,
-    delta_head, mended_head, s, t0, rows_to, scale, softcap, window_left, D: tl.constexpr, D0: tl.constexpr,
-    D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, UPCAST: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, SOME_HIDDEN: tl.constexpr,
+    delta_head, mended_head, s, t0, rows_to, own, rule, window_left, D: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
+    SOME_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """What one tile of rows of one query head adds to dK and dV of a tile of keys; the map is `(keys, rows)` here."""
     UNIT: tl.constexpr = 1.0 if k_low.dtype == tl.float32 else LOG2E
@@ -151,11 +139,12 @@ def dkv_tile(
     lse = load_lse(lse_head, t0, rows_to, 1, ROWS)
     delta = tl.load(delta_head + t0 + local, mask=t0 + local < rows_to, other=0.0)
     product = products(k_low, k_high, q_low, q_high, D1)
-    p, slope = probability(product, lse[None, :], scale, softcap, UNIT, HAS_SOFTCAP)
+    distance = (t0 + local)[None, :] - s[:, None]
+    p, slope = weight_and_slope(product, lse[None, :], distance, own, rule, UNIT)
     if UNIT == 1.0:
         p *= tl.load(mended_head + t0 + local, mask=t0 + local < rows_to, other=0.0)[None, :]
     if SOME_HIDDEN:
-        seen = visible((t0 + local)[None, :] - s[:, None], window_left, HAS_WINDOW)
+        seen = visible(distance, window_left)
         p = tl.where(seen, p, 0.0)
     dv_low, dv_high = accumulate(dv_low, dv_high, p, do_low, do_high, V1)
     dx = p * (products(v_low, v_high, do_low, do_high, V1) - delta[None, :]) * slope
@@ -172,13 +161,12 @@ def attention_dkv_kernel(
     v_b: tl.int64, v_t: tl.int64, v_h: tl.int64, do_b: tl.int64, do_t: tl.int64, do_h: tl.int64,
     dk_b: tl.int64, dk_t: tl.int64, dk_h: tl.int64, dv_b: tl.int64, dv_t: tl.int64, dv_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, tiles: tl.int32, groups: tl.int32, kv_group: tl.int32,
-    scale: tl.float32, softcap: tl.float32, window_left: tl.int32,
+    rule, window_left,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, UPCAST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    V1: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     # Earlier keys have more rows, and come first as it is.
-    row, start, end, _, tile, kv_head = locate(seqs, tiles, groups, False)
+    sequence, row, start, end, _, tile, kv_head = locate(seqs, tiles, groups, False)
     first = start + tile * KEYS
     if first >= end:
         return
@@ -187,7 +175,7 @@ def attention_dkv_kernel(
     whole_from = first + tl.cdiv(KEYS - 1, ROWS) * ROWS
     rows_to = end
     whole_to = end
-    if HAS_WINDOW:
+    if window_left is not None:
         rows_to = tl.minimum(end, first + KEYS + window_left)
         whole_to = whole_from + tl.maximum(first + window_left + 1 - whole_from, 0) // ROWS * ROWS
 
@@ -204,29 +192,30 @@ def attention_dkv_kernel(
     dv_low = tl.zeros([KEYS, V0], tl.float32)
     dv_high = tl.zeros([KEYS, V1 if V1 > 0 else 16], tl.float32)
     for head in range(kv_head * kv_group, (kv_head + 1) * kv_group):
+        own = rule_of_head(rule, sequence, head)
         q_head = q + tl.cast(head, tl.int64) * q_h * ALIGN
         do_head = do + tl.cast(head, tl.int64) * do_h * ALIGN
         of_head = row * lse_b + tl.cast(head, tl.int64) * lse_h
         for t0 in range(first, tl.minimum(whole_from, rows_to), ROWS):
             dk_low, dk_high, dv_low, dv_high = dkv_tile(
                 dk_low, dk_high, dv_low, dv_high, k_low, k_high, v_low, v_high, q_head, q_t * ALIGN, do_head,
-                do_t * ALIGN, lse + of_head, delta + of_head, mended + of_head, s, t0, rows_to, scale, softcap,
-                window_left, D, D0, D1, DV, V0, V1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, ROWS, True,
+                do_t * ALIGN, lse + of_head, delta + of_head, mended + of_head, s, t0, rows_to, own, rule,
+                window_left, D, D0, D1, DV, V0, V1, UPCAST, ROWS, True,
             )  # fmt: skip
         for t0 in range(whole_from, tl.minimum(whole_to, rows_to), ROWS):
             dk_low, dk_high, dv_low, dv_high = dkv_tile(
                 dk_low, dk_high, dv_low, dv_high, k_low, k_high, v_low, v_high, q_head, q_t * ALIGN, do_head,
-                do_t * ALIGN, lse + of_head, delta + of_head, mended + of_head, s, t0, rows_to, scale, softcap,
-                window_left, D, D0, D1, DV, V0, V1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, ROWS, False,
+                do_t * ALIGN, lse + of_head, delta + of_head, mended + of_head, s, t0, rows_to, own, rule,
+                window_left, D, D0, D1, DV, V0, V1, UPCAST, ROWS, False,
             )  # fmt: skip
-        if HAS_WINDOW:
+        if window_left is not None:
             for t0 in range(whole_to, rows_to, ROWS):
                 dk_low, dk_high, dv_low, dv_high = dkv_tile(
                     dk_low, dk_high, dv_low, dv_high, k_low, k_high, v_low, v_high, q_head, q_t * ALIGN, do_head,
-                    do_t * ALIGN, lse + of_head, delta + of_head, mended + of_head, s, t0, rows_to, scale, softcap,
-                    window_left, D, D0, D1, DV, V0, V1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, ROWS, True,
+                    do_t * ALIGN, lse + of_head, delta + of_head, mended + of_head, s, t0, rows_to, own, rule,
+                    window_left, D, D0, D1, DV, V0, V1, UPCAST, ROWS, True,
                 )  # fmt: skip
-    scale = tl.cast(scale, tl.float32)
+    scale = tl.cast(rule.scale, tl.float32)
     store_tokens(dk, first, end, dk_t * ALIGN, dk_low * scale, dk_high * scale, KEYS, D, D0, D1)
     store_tokens(dv, first, end, dv_t * ALIGN, dv_low, dv_high, KEYS, DV, V0, V1)
 
@@ -247,7 +236,7 @@ def attention_backward(
     strides = {"lse_b": lse.stride(0), "lse_h": lse.stride(1)}
     problem.launch(
         "attention_dq", attention_dq_kernel, "rows", q.shape[2], {"o": out, "do": grad_out, "dq": dq},
-        sinks=rule.sinks, lse=lse, delta_out=delta, lse_out=unit_lse, mended_out=mended, **strides,
+        lse=lse, delta_out=delta, lse_out=unit_lse, mended_out=mended, **strides,
     )  # fmt: skip
     # Reads what the first has written of every row: delta, lse as it is used, and the factor that mends P.
     problem.launch(

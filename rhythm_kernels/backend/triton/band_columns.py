@@ -11,47 +11,49 @@ import triton.language as tl
 from torch import Tensor
 
 from ...rule import Rule
-from .launch import UNSPECIALIZED, Problem, bits_of, over_heads
-from .score import in_bits, known, load_lse, load_tokens, locate, nothing, of_head, products, weight_in_bits
+from .launch import UNSPECIALIZED, Problem, over_heads
+from .score import in_bits, known, nothing, rule_of_head, weight_in_bits
+from .tokens import at_head, load_lse, load_tokens, locate, products
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def band_columns_kernel(
-    q, k, lse, seqs, heads, sinks, out,
+    q, k, lse, seqs, heads, out,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, out_b: tl.int64, out_h: tl.int64,
     tiles: tl.int32, n_heads: tl.int32, kv_group: tl.int32,
-    scale: tl.float32, softcap: tl.float32, window_left: tl.int32,
-    lo: tl.int32, hi: tl.int32, bits: tl.float32, to_bits: tl.float32, to_bits_rest: tl.float32,
+    rule, window_left, lo: tl.int32, hi: tl.int32,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    row, _, end, response, tile, listed = locate(seqs, tiles, n_heads, True)
+    sequence, row, _, end, response, tile, listed = locate(seqs, tiles, n_heads, True)
     first = response + tile * KEYS
     if first >= end:
         return
     s = first + tl.arange(0, KEYS)
     # The distances that are read: those a window hides are counted all the same, with A = 0.
     farthest = hi
-    if HAS_WINDOW:
+    if window_left is not None:
         farthest = tl.minimum(hi, window_left)
     n_distances = tl.cast(tl.maximum(farthest - lo + 1, 0), tl.uint32)
     # Rows after s are rows of the response, because s is in it.
     rows_to = tl.minimum(end, first + KEYS + farthest)
 
-    head, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    head, q, k, lse_head = at_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    own = rule_of_head(rule, sequence, head)
     lse += row * lse_b + lse_head * lse_h
     k_low, k_high = load_tokens(k, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
     received = tl.zeros([ROWS, KEYS], tl.float32)
-    zero = nothing(sinks, head)
+    zero = nothing(own, rule)
     # The log-sum-exp of a tile is asked for a tile ahead: nothing else would wait for it.
     next_lse = load_lse(lse, first + lo, rows_to, lse_t, ROWS)
     for t0 in range(first + lo, rows_to, ROWS):
-        lse_bits = in_bits(known(next_lse, zero), to_bits, to_bits_rest)
+        lse_bits = in_bits(known(next_lse, zero), rule)
         next_lse = load_lse(lse, t0 + ROWS, rows_to, lse_t, ROWS)
         q_low, q_high = load_tokens(q, t0, rows_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
         product = products(q_low, q_high, k_low, k_high, D1)
-        a = weight_in_bits(product, lse_bits[:, None], scale, softcap, bits, HAS_SOFTCAP)
+        t = t0 + tl.arange(0, ROWS)
+        a = weight_in_bits(product, lse_bits[:, None], t[:, None] - s[None, :], own, rule)
         # One unsigned comparison for both ends. Rows past `rows_to` read an lse beside which A is 0.
         beyond_lo = (t0 - lo + tl.arange(0, ROWS))[:, None] - s[None, :]
         received += tl.where(beyond_lo.to(tl.uint32) < n_distances, a, 0.0)
@@ -75,12 +77,5 @@ def band_columns(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int
     """
     problem = Problem("band_columns", q, k, lse, rule, owner="keys")
     out = problem.output()
-    problem.launch(
-        band_columns_kernel,
-        out,
-        out=out,
-        lo=lo,
-        hi=hi,
-        **bits_of(rule),
-    )
+    problem.launch(band_columns_kernel, out, out=out, lo=lo, hi=hi)
     return over_heads(out, per_head)

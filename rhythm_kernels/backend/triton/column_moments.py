@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from .launch import UNSPECIALIZED
-from .score import known, load_lse, load_tokens, locate, logit, nothing, of_head, products, visible, weight
+from .score import known, logit, nothing, rule_of_head, visible, weight
+from .tokens import at_head, load_lse, load_tokens, locate, products
 
 # Moments are those of 2^20 A: the fourth power of A = 1e-10 would leave float32.
 UNITS = tl.constexpr(2.0**20)
@@ -20,9 +21,9 @@ UNITS = tl.constexpr(2.0**20)
 
 @triton.jit
 def received(
-    k_low, k_high, q_head, q_stride, row_lse, s, t0, rows_to, min_distance, scale, softcap, window_left,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, SOME_OUTSIDE: tl.constexpr,
+    k_low, k_high, q_head, q_stride, row_lse, s, t0, rows_to, min_distance, own, rule, window_left,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
+    SOME_OUTSIDE: tl.constexpr,
 ):  # fmt: skip
     """`A` of a tile of rows `t0 ..`, as `(keys, rows)`, and which rows count for which key.
 
@@ -31,13 +32,13 @@ def received(
     """
     t = t0 + tl.arange(0, ROWS)
     q_low, q_high = load_tokens(q_head, t0, rows_to, q_stride, ROWS, D, D0, D1, UPCAST)
-    x = logit(products(k_low, k_high, q_low, q_high, D1), scale, softcap, 1.0, HAS_SOFTCAP)
+    distance = t[None, :] - s[:, None]
+    x = logit(products(k_low, k_high, q_low, q_high, D1), distance, own, rule, 1.0)
     a = weight(x, row_lse[None, :], 1.0)
     counted = (t < rows_to)[None, :]
     if SOME_OUTSIDE:
-        distance = t[None, :] - s[:, None]
         counted = counted & (distance >= min_distance)
-        a = tl.where(counted & visible(distance, window_left, HAS_WINDOW), a, 0.0)
+        a = tl.where(counted & visible(distance, window_left), a, 0.0)
     return a, counted
 
 
@@ -72,16 +73,15 @@ def merge_tile(n, mean, m2, m3, m4, a, counted, n_rows):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def column_moments_kernel(
-    q, k, lse, seqs, heads, sinks, out,
+    q, k, lse, seqs, heads, out,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, out_b: tl.int64, out_h: tl.int64,
     tiles: tl.int32, n_heads: tl.int32, kv_group: tl.int32,
-    scale: tl.float32, softcap: tl.float32, window_left: tl.int32,
-    min_distance: tl.int32, out_m: tl.int64,
+    rule, window_left, min_distance: tl.int32, out_m: tl.int64,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    row, _, end, response, tile, listed = locate(seqs, tiles, n_heads, False)
+    sequence, row, _, end, response, tile, listed = locate(seqs, tiles, n_heads, False)
     first = response + tile * KEYS
     if first >= end:
         return
@@ -89,22 +89,23 @@ def column_moments_kernel(
     # Rows after s are rows of the response, because s is in it.
     rows_from = first + min_distance
     rows_to = end
-    if HAS_WINDOW:
+    if window_left is not None:
         rows_to = tl.minimum(end, first + KEYS + window_left)
     # From here on every row is far enough from every key.
     inner = rows_from + tl.cdiv(KEYS - 1, ROWS) * ROWS
 
-    head, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    head, q, k, lse_head = at_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    own = rule_of_head(rule, sequence, head)
     lse += row * lse_b + lse_head * lse_h
     zero = tl.zeros([KEYS], tl.float32)
-    factor = nothing(sinks, head)
+    factor = nothing(own, rule)
     k_low, k_high = load_tokens(k, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
     n, mean, m2, m3, m4 = zero, zero, zero, zero, zero
     for t0 in range(rows_from, tl.minimum(inner, rows_to), ROWS):
         row_lse = known(load_lse(lse, t0, rows_to, lse_t, ROWS), factor)
         a, counted = received(
             k_low, k_high, q, q_t * ALIGN, row_lse, s, t0, rows_to, min_distance,
-            scale, softcap, window_left, D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, ROWS, True,
+            own, rule, window_left, D, D0, D1, UPCAST, ROWS, True,
         )  # fmt: skip
         n_rows = tl.minimum(t0 + ROWS, rows_to) - tl.maximum(t0, s + min_distance)
         n, mean, m2, m3, m4 = merge_tile(n, mean, m2, m3, m4, a, counted, n_rows)
@@ -115,7 +116,7 @@ def column_moments_kernel(
         next_lse = load_lse(lse, t0 + ROWS, rows_to, lse_t, ROWS)
         a, counted = received(
             k_low, k_high, q, q_t * ALIGN, row_lse, s, t0, rows_to, min_distance,
-            scale, softcap, window_left, D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, ROWS, HAS_WINDOW,
+            own, rule, window_left, D, D0, D1, UPCAST, ROWS, window_left is not None,
         )  # fmt: skip
         n_rows = zero.to(tl.int32) + (tl.minimum(t0 + ROWS, rows_to) - t0)
         n, mean, m2, m3, m4 = merge_tile(n, mean, m2, m3, m4, a, counted, n_rows)

@@ -17,22 +17,22 @@ from torch import Tensor
 
 from ...rule import Rule
 from .column_moments import column_moments_kernel
-from .launch import UNSPECIALIZED, Problem, bits_of, over_heads
-from .score import in_bits, known, load_lse, load_tokens, locate, nothing, of_head, products, visible, weight_in_bits
+from .launch import UNSPECIALIZED, Problem, over_heads
+from .score import in_bits, known, nothing, rule_of_head, visible, weight_in_bits
+from .tokens import at_head, load_lse, load_tokens, locate, products
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def column_stats_kernel(
-    q, k, lse, seqs, heads, sinks, out,
+    q, k, lse, seqs, heads, out,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, out_b: tl.int64, out_h: tl.int64,
     tiles: tl.int32, n_heads: tl.int32, kv_group: tl.int32,
-    scale: tl.float32, softcap: tl.float32, window_left: tl.int32,
-    min_distance: tl.int32, bits: tl.float32, to_bits: tl.float32, to_bits_rest: tl.float32,
+    rule, window_left, min_distance: tl.int32,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    row, _, end, response, tile, listed = locate(seqs, tiles, n_heads, False)
+    sequence, row, _, end, response, tile, listed = locate(seqs, tiles, n_heads, False)
     first = response + tile * KEYS
     if first >= end:
         return
@@ -41,7 +41,7 @@ def column_stats_kernel(
     rows_from = first + min_distance
     rows_to = end
     whole_to = end
-    if HAS_WINDOW:
+    if window_left is not None:
         rows_to = tl.minimum(end, first + KEYS + window_left)
         whole_to = tl.minimum(end, first + window_left + 1)
     # Tiles of rows that are far enough from every key of the tile, and seen by them: no mask. The others are edges.
@@ -50,30 +50,32 @@ def column_stats_kernel(
     n_whole = tl.maximum(whole_to - whole_from, 0) // ROWS
     n_edges = tl.cdiv(tl.maximum(rows_to - rows_from, 0), ROWS) - n_whole
 
-    head, q, k, lse_head = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    head, q, k, lse_head = at_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    own = rule_of_head(rule, sequence, head)
     lse += row * lse_b + lse_head * lse_h
     k_low, k_high = load_tokens(k, first, end, k_t * ALIGN, KEYS, D, D0, D1, UPCAST)
     received = tl.zeros([ROWS, KEYS], tl.float32)
-    zero = nothing(sinks, head)
+    zero = nothing(own, rule)
     for edge in range(n_edges):
         t0 = rows_from + (edge + tl.where(edge < n_before, 0, n_whole)) * ROWS
-        lse_bits = in_bits(known(load_lse(lse, t0, rows_to, lse_t, ROWS), zero), to_bits, to_bits_rest)
+        lse_bits = in_bits(known(load_lse(lse, t0, rows_to, lse_t, ROWS), zero), rule)
         q_low, q_high = load_tokens(q, t0, rows_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
         product = products(q_low, q_high, k_low, k_high, D1)
-        a = weight_in_bits(product, lse_bits[:, None], scale, softcap, bits, HAS_SOFTCAP)
         t = t0 + tl.arange(0, ROWS)
         distance = t[:, None] - s[None, :]
+        a = weight_in_bits(product, lse_bits[:, None], distance, own, rule)
         counted = (t < rows_to)[:, None] & (distance >= min_distance)
-        received += tl.where(counted & visible(distance, window_left, HAS_WINDOW), a, 0.0)
+        received += tl.where(counted & visible(distance, window_left), a, 0.0)
     # The log-sum-exp of a tile is asked for a tile ahead: it comes from far, and nothing else would wait for it.
     whole_to = whole_from + n_whole * ROWS
     next_lse = load_lse(lse, whole_from, whole_to, lse_t, ROWS)
     for t0 in range(whole_from, whole_to, ROWS):
-        lse_bits = in_bits(known(next_lse, zero), to_bits, to_bits_rest)
+        lse_bits = in_bits(known(next_lse, zero), rule)
         next_lse = load_lse(lse, t0 + ROWS, whole_to, lse_t, ROWS)
         q_low, q_high = load_tokens(q, t0, whole_to, q_t * ALIGN, ROWS, D, D0, D1, UPCAST, False)
         product = products(q_low, q_high, k_low, k_high, D1)
-        received += weight_in_bits(product, lse_bits[:, None], scale, softcap, bits, HAS_SOFTCAP)
+        t = t0 + tl.arange(0, ROWS)
+        received += weight_in_bits(product, lse_bits[:, None], t[:, None] - s[None, :], own, rule)
 
     count = tl.maximum(end - (s + min_distance), 0).to(tl.float32)
     mean = tl.where(count > 0, tl.sum(received, 0) / tl.maximum(count, 1.0), 0.0)
@@ -102,5 +104,5 @@ def column_stats(
     if moments:
         problem.launch(column_moments_kernel, out, out=out, out_m=out.stride(0), min_distance=min_distance)
     else:
-        problem.launch(column_stats_kernel, out, out=out, min_distance=min_distance, **bits_of(rule))
+        problem.launch(column_stats_kernel, out, out=out, min_distance=min_distance)
     return over_heads(out, per_head)

@@ -3,21 +3,12 @@
 `rows` and `keys` are the tile of queries and keys, `warps` and `stages` Triton's `num_warps` and `num_stages`.
 A list is searched from the top; the first entry whose `width` (the widest head size) and `bits` (16 or 32, the
 inputs) fit is taken. The sm_80 table also serves sm_86, sm_89 and sm_120, whose shared memory ends at 99 KiB, so no
-entry of it may need more. Where `RHYTHM_TILES` names a file that the tuner wrote, its entries come first.
+entry of it may need more. :mod:`.choosing` reads them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
-
-import torch
-
-from .interpreted import INTERPRETED
 
 
 class Tile(NamedTuple):
@@ -202,67 +193,9 @@ CANDIDATES: dict[str, dict[str, tuple[Tile, ...]]] = {
 }
 
 
-def architecture(device: torch.device) -> str:
-    """The table a device reads: its compute capability's, or the interpreter's."""
-    if INTERPRETED:
-        return "interpreter"
-    return _architecture(device.index if device.index is not None else torch.cuda.current_device())
-
-
-@functools.cache
-def _architecture(index: int) -> str:
-    if torch.version.hip is not None:
-        return "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(index)[0], "sm_80")
-
-
-_forced: dict[str, Tile] = {}
-
-
-@contextlib.contextmanager
-def forced(tiles: dict[str, Tile]) -> Iterator[None]:
-    """Within: these kernels run these tiles, in every thread; how the tuner tries one."""
-    before = _forced.copy()
-    _forced.update(tiles)
-    try:
-        yield
-    finally:
-        _forced.clear()
-        _forced.update(before)
-
-
-@functools.cache
-def _asked_for(arch: str) -> dict[tuple[str, int, int], Tile]:
-    """(kernel, bits, head size): Tile of the file that `RHYTHM_TILES` names, read once; without it nothing."""
-    asked = os.environ.get("RHYTHM_TILES", "")
-    if asked in ("", "0"):
-        return {}
-    from . import tile_file  # needs this module, and few processes need it
-
-    return tile_file.load(tile_file.cache_path() if asked == "1" else Path(asked), arch)
-
-
-def choose(kernel: str, arch: str, bits: int, head_size: int) -> Tile:
-    """The tile of a launch: of the file that `RHYTHM_TILES` names where it has this very problem, else the table's."""
-    if kernel in _forced:
-        return _forced[kernel]
-    return _asked_for(arch).get((kernel, bits, head_size)) or listed(kernel, arch, bits, head_size)
-
-
 def listed(kernel: str, arch: str, bits: int, head_size: int) -> Tile:
     """The table's first entry that holds inputs of `bits` and heads of `head_size`."""
     for (entry_bits, width), tile in TILES[arch][kernel].items():
         if entry_bits >= bits and width >= head_size:
             return tile
     raise ValueError(f"{kernel} has no launch choice for {bits}-bit inputs and head size {head_size}")
-
-
-def chunks(head_size: int) -> tuple[int, int]:
-    """Two powers of two that cover a head: 128 -> (128, 0), 80 -> (64, 16), 192 -> (128, 64).
-
-    Products want 16, and 16 beside 128 makes dk and dv spill on sm_80 with every tile: the second is a quarter of the
-    first at least, 144 -> (128, 32).
-    """
-    low = max(16, 1 << (head_size.bit_length() - 1))
-    rest = head_size - low
-    return low, max(16, low // 4, 1 << (rest - 1).bit_length()) if rest > 0 else 0

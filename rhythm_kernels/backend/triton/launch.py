@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 from typing import Any
 
@@ -11,18 +10,19 @@ import torch
 from torch import Tensor
 
 from ...rule import Rule
-from . import configs
+from . import choosing
+from .configs import Tile
 from .interpreted import INTERPRETED
+from .score import score_rule
 
 # Lengths change every training step, and strides with them: no argument may compile a kernel anew. Alignment, which
 # vector loads need, is passed once and for all as a constexpr: strides of tokens and heads come divided by ALIGN.
 # What is read a number at a time may begin anywhere: one layer's lse, say, in a larger tensor.
 UNSPECIALIZED = (
-    "lse", "seqs", "heads", "sinks",
+    "lse", "seqs", "heads",
     *(f"{name}_{axis}" for name in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for axis in "bth"),
     "lse_b", "lse_h", "lse_t", "out_b", "out_h", "out_m", "tiles", "groups", "n_heads", "kv_group",
-    "scale", "softcap", "window_left", "window", "lo", "hi", "min_distance",
-    "bits", "to_bits", "to_bits_rest",
+    "window_left", "window", "lo", "hi", "min_distance",
 )  # fmt: skip
 
 
@@ -35,28 +35,18 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     return {"ALIGN": align, **named}
 
 
-def bits_of(rule: Rule) -> dict[str, float]:
-    """What `score.weight_in_bits` multiplies by: `bits`, the last factor of a logit (softcap, or scale) over ln 2 in
-    float32, and `to_bits + to_bits_rest`, the exact ratio of that rounded number to the factor in two float32 parts.
+def _chunks(head_size: int) -> tuple[int, int]:
+    """Two powers of two that cover a head: 128 -> (128, 0), 80 -> (64, 16), 192 -> (128, 64).
+
+    Products want 16, and 16 beside 128 makes dk and dv spill on sm_80 with every tile: the second is a quarter of the
+    first at least, 144 -> (128, 32).
     """
-    factor = rule.softcap if rule.softcap > 0 else rule.scale
-    bits = ctypes.c_float(factor / math.log(2)).value
-    # Below float32's normal numbers the rounding is coarse, and logits are 0 to within it: the plain ratio serves lse.
-    normal = math.isfinite(bits) and abs(bits) >= 2.0**-126
-    ratio = bits / factor if normal else 1 / math.log(2)
-    to_bits = ctypes.c_float(ratio).value
-    return {"bits": bits, "to_bits": to_bits, "to_bits_rest": ratio - to_bits}
+    low = max(16, 1 << (head_size.bit_length() - 1))
+    rest = head_size - low
+    return low, max(16, low // 4, 1 << (rest - 1).bit_length()) if rest > 0 else 0
 
 
-def _score(rule: Rule) -> dict[str, Any]:
-    """What every kernel takes of a rule; those with a head list take it, and the sinks, besides."""
-    return {
-        "seqs": rule.seqs, "scale": rule.scale, "softcap": rule.softcap, "window_left": rule.window_left,
-        "HAS_SOFTCAP": rule.softcap > 0, "HAS_WINDOW": rule.window_left >= 0,
-    }  # fmt: skip
-
-
-def _options(tile: configs.Tile) -> dict[str, int]:
+def _options(tile: Tile) -> dict[str, int]:
     """What the compiler is told about a tile."""
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return options | ({"maxnreg": tile.registers} if tile.registers else {})
@@ -66,48 +56,68 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-class Problem:
-    """One call of a pass in canonical form, and the launch that serves all of its sequences and heads."""
+class _Call:
+    """One call of a pass in canonical form: what every kernel takes, and the launch over sequences and heads."""
+
+    def __init__(self, q: Tensor, k: Tensor, rule: Rule) -> None:
+        self.q, self.k, self.rule = q, k, rule
+        self.batch, self.length, n_heads, head_size = q.shape
+        low, high = _chunks(head_size)
+        self.arguments: dict[str, Any] = {
+            "q": q, "k": k, "seqs": rule.seqs, "kv_group": n_heads // k.shape[2], "rule": score_rule(rule),
+            "window_left": rule.window_left if rule.window_left >= 0 else None,
+            "D": head_size, "D0": low, "D1": high, "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
+        }  # fmt: skip
+
+    def choose(self, name: str, head_size: int) -> Tile:
+        """The tile of a kernel."""
+        bits = 32 if INTERPRETED else 8 * self.q.element_size()
+        return choosing.choose(name, choosing.architecture(self.q.device), bits, head_size)
+
+    def run(
+        self, kernel: Any, tile: Tile, owner: str, count: int, strided: dict[str, Tensor], **extra: Any
+    ) -> None:  # fmt: skip
+        """Run a kernel over every (tile, one of `count` heads, sequence).
+
+        `owner` says which side of the tile a program keeps, `rows` of the map or `keys`; `strided` names the tensors
+        `(B, T, heads, size)` that the kernel takes beside q and k.
+
+        A program has one head. A loop over heads would have to keep in registers, through the loop over tiles, what
+        it needs again for the next one, and its first loads would wait for the last tile of the head before.
+        """
+        tiles = -(-self.rule.max_seqlen // getattr(tile, owner))
+        grid = tiles * count * self.rule.seqs.shape[0]
+        if grid == 0:
+            return
+        with _on(self.q.device):
+            kernel[(grid,)](
+                **self.arguments, **extra, **strided, **_strides(q=self.q, k=self.k, **strided),
+                tiles=tiles, ROWS=tile.rows, KEYS=tile.keys, **_options(tile),
+            )  # fmt: skip
+
+
+class Problem(_Call):
+    """One call of a pass over selected heads that multiplies q by k alone."""
 
     def __init__(
         self, name: str, q: Tensor, k: Tensor, lse: Tensor | None, rule: Rule, *, owner: str = "rows"
     ) -> None:  # fmt: skip
         """`owner` says which side of the tile a program keeps: `rows` of the map or `keys`."""
-        self.batch, self.length, n_heads, head_size = q.shape
-        self.q, self.rule = q, rule
-        self.n_selected = rule.heads.shape[0]
-
-        arch = configs.architecture(q.device)
-        self.tile = configs.choose(name, arch, 8 * q.element_size() if not INTERPRETED else 32, head_size)
-        self.tiles = -(-rule.max_seqlen // getattr(self.tile, owner))
-
-        low, high = configs.chunks(head_size)
-        self.arguments: dict[str, Any] = {
-            "q": q, "k": k, **_score(rule), "heads": rule.heads, "sinks": rule.sinks,
-            "tiles": self.tiles, "n_heads": self.n_selected, "kv_group": n_heads // k.shape[2],
-            "D": head_size, "D0": low, "D1": high,
-            "UPCAST": INTERPRETED and q.dtype == torch.bfloat16,
-            "ROWS": self.tile.rows, "KEYS": self.tile.keys,
-            **_options(self.tile), **_strides(q=q, k=k),
-        }  # fmt: skip
+        super().__init__(q, k, rule)
+        self.owner, self.n_selected = owner, rule.heads.shape[0]
+        self.tile = self.choose(name, q.shape[3])
+        self.arguments |= {"heads": rule.heads, "n_heads": self.n_selected}
         if lse is not None:
-            self.arguments.update(lse=lse, lse_b=lse.stride(0), lse_h=lse.stride(1), lse_t=lse.stride(2))
+            self.arguments |= {"lse": lse, "lse_b": lse.stride(0), "lse_h": lse.stride(1), "lse_t": lse.stride(2)}
 
     def output(self, *leading: int) -> Tensor:
         """`(*leading, B, Hs, T)` float32 zeros: positions outside the responses are nobody's to write."""
         return self.q.new_zeros((*leading, self.batch, self.n_selected, self.length), dtype=torch.float32)
 
     def launch(self, kernel: Any, like: Tensor, **extra: Any) -> None:
-        """Run the kernel over every (tile, selected head, sequence); its outputs are laid out as `like`.
-
-        A program has one head. A loop over heads would have to keep in registers, through the loop over tiles, what
-        it needs again for the next one, and its first loads would wait for the last tile of the head before.
-        """
-        grid = self.tiles * self.n_selected * self.rule.seqs.shape[0]
-        if grid == 0:
-            return
-        with _on(self.q.device):
-            kernel[(grid,)](**self.arguments, **extra, out_b=like.stride(-3), out_h=like.stride(-2))
+        """Run the kernel over every (tile, selected head, sequence); its outputs are laid out as `like`."""
+        strides = {"out_b": like.stride(-3), "out_h": like.stride(-2)}
+        self.run(kernel, self.tile, self.owner, self.n_selected, {}, **strides, **extra)
 
 
 def over_heads(out: Tensor, per_head: bool) -> Tensor:
@@ -117,41 +127,22 @@ def over_heads(out: Tensor, per_head: bool) -> Tensor:
     return out.squeeze(-2) if out.shape[-2] == 1 else out.mean(-2)
 
 
-class AttentionProblem:
+class AttentionProblem(_Call):
     """One call of attention or of its backward: what its kernels share."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> None:
-        self.q, self.k, self.v, self.rule = q, k, v, rule
-        upcast = INTERPRETED and q.dtype == torch.bfloat16
+        super().__init__(q, k, rule)
+        self.v = v
+        low, high = _chunks(v.shape[3])
+        self.arguments |= {"DV": v.shape[3], "V0": low, "V1": high}
         # The interpreter truncates where it should round to bfloat16: it writes float32, and torch rounds.
-        self.stored = torch.float32 if upcast else q.dtype
-        low, high = configs.chunks(q.shape[3])
-        v_low, v_high = configs.chunks(v.shape[3])
-        self.arguments: dict[str, Any] = {
-            "q": q, "k": k, "v": v, **_score(rule), "kv_group": q.shape[2] // k.shape[2],
-            "D": q.shape[3], "D0": low, "D1": high, "DV": v.shape[3], "V0": v_low, "V1": v_high,
-            "UPCAST": upcast,
-        }  # fmt: skip
+        self.stored = torch.float32 if self.arguments["UPCAST"] else q.dtype
 
     def launch(
         self, name: str, kernel: Any, owner: str, groups: int, strided: dict[str, Tensor], **extra: Any
     ) -> None:  # fmt: skip
-        """Run a kernel over every (tile, one of `groups` heads, sequence).
-
-        `owner` says which side of the tile a program keeps, `rows` of the map or `keys`; `strided` names the tensors
-        `(B, T, heads, size)` that the kernel takes beside q, k and v.
-        """
-        arch = configs.architecture(self.q.device)
-        bits = 8 * self.q.element_size() if not INTERPRETED else 32
-        tile = configs.choose(name, arch, bits, max(self.q.shape[3], self.v.shape[3]))
-        if tile.capped_rows and (self.arguments["HAS_SOFTCAP"] or self.arguments["HAS_WINDOW"]):
+        """Run a kernel over every (tile, one of `groups` heads, sequence); as :meth:`_Call.run`, beside v as well."""
+        tile = self.choose(name, max(self.q.shape[3], self.v.shape[3]))
+        if tile.capped_rows and (self.rule.softcap > 0 or self.rule.window_left >= 0):
             tile = tile._replace(rows=tile.capped_rows)
-        tiles = -(-self.rule.max_seqlen // getattr(tile, owner))
-        grid = tiles * groups * self.rule.seqs.shape[0]
-        if grid == 0:
-            return
-        with _on(self.q.device):
-            kernel[(grid,)](
-                **self.arguments, **extra, **strided, **_strides(q=self.q, k=self.k, v=self.v, **strided),
-                tiles=tiles, groups=groups, ROWS=tile.rows, KEYS=tile.keys, **_options(tile),
-            )  # fmt: skip
+        self.run(kernel, tile, owner, groups, {"v": self.v, **strided}, groups=groups, **extra)

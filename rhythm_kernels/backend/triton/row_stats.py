@@ -13,56 +13,39 @@ import triton.language as tl
 from torch import Tensor
 
 from ...rule import RowStats, Rule
+from .band_rows import band_sum, clamp_waad
 from .launch import UNSPECIALIZED, Problem, over_heads
-from .score import LN2, LOG2E, band_sum, clamp_waad, load_tokens, locate, logit, of_head, products, visible
+from .score import LN2, LOG2E, absorb_peak, absorb_sink, rule_of_head
+from .tokens import at_head, load_tokens, locate, products
 
 
 @triton.jit
 def absorb(
-    peak, mass, reach, q_low, q_high, k_head, k_stride, t, s0, keys_to, scale, softcap, window_left,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, POSITIVE: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr,
+    peak, mass, reach, q_low, q_high, k_head, k_stride, t, s0, keys_to, own, rule, window_left,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys into the running maximum (in bits), mass and reach of every row; `WHOLE`: all rows see all."""
     column = tl.arange(0, KEYS)
     k_low, k_high = load_tokens(k_head, s0, keys_to, k_stride, KEYS, D, D0, D1, UPCAST, not WHOLE)
     product = products(q_low, q_high, k_low, k_high, D1)
-    if WHOLE and POSITIVE and not HAS_SOFTCAP:
-        # The largest product is the largest logit: scaling and subtraction become one FMA.
-        bits = tl.cast(scale, tl.float32) * LOG2E
-        new_peak = tl.maximum(peak, tl.max(product, 1) * bits)
-        base = new_peak
-        p = tl.exp2(product * bits - base[:, None])
-    else:
-        x = logit(product, scale, softcap, LOG2E, HAS_SOFTCAP)
-        if not WHOLE:
-            distance = t[:, None] - (s0 + column)[None, :]
-            x = tl.where(visible(distance, window_left, HAS_WINDOW), x, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(x, 1))
-        base = new_peak
-        if not WHOLE:
-            # A row that has seen no key yet subtracts 0, not -inf. Its peak stays -inf: its logits may lie far below 0.
-            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = tl.exp2(x - base[:, None])
-    fade = tl.exp2(peak - base)
+    distance = t[:, None] - (s0 + column)[None, :]
+    peak, p, fade = absorb_peak(peak, product, distance, own, rule, window_left, not WHOLE)
     tile_mass = tl.sum(p, 1)
     tile_reach = (t - s0).to(tl.float32) * tile_mass - tl.sum(p * column.to(tl.float32)[None, :], 1)
-    return new_peak, mass * fade + tile_mass, reach * fade + tile_reach
+    return peak, mass * fade + tile_mass, reach * fade + tile_reach
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def row_stats_kernel(
-    q, k, seqs, heads, sinks, lse_out, waad_out, span_out,
+    q, k, seqs, heads, lse_out, waad_out, span_out,
     q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
     lse_b: tl.int64, lse_h: tl.int64, out_b: tl.int64, out_h: tl.int64,
     tiles: tl.int32, n_heads: tl.int32, kv_group: tl.int32,
-    scale: tl.float32, softcap: tl.float32, window_left: tl.int32,
-    window: tl.int32,
+    rule, window_left, window: tl.int32,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BAND_KEYS: tl.constexpr, POSITIVE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, BAND_KEYS: tl.constexpr,
 ):  # fmt: skip
-    row, start, end, response, tile, listed = locate(seqs, tiles, n_heads, False)
+    sequence, row, start, end, response, tile, listed = locate(seqs, tiles, n_heads, False)
     # Later rows have more keys: they go first, so that no long program is left at the end.
     first = response + (tiles - 1 - tile) * ROWS
     if first >= end:
@@ -70,12 +53,12 @@ def row_stats_kernel(
     t = first + tl.arange(0, ROWS)
     live = t < end
     keys_from = start
-    if HAS_WINDOW:
+    if window_left is not None:
         keys_from = tl.maximum(start, first - window_left)
     keys_to = tl.minimum(end, first + ROWS)
     # Tiles of keys that every row sees need no mask. The others, at both ends, are edges.
     n_before = 0
-    if HAS_WINDOW:
+    if window_left is not None:
         n_before = tl.cdiv(tl.maximum(first + ROWS - 1 - window_left - keys_from, 0), KEYS)
     whole_from = keys_from + n_before * KEYS
     n_whole = tl.maximum(first + 1 - whole_from, 0) // KEYS
@@ -83,36 +66,34 @@ def row_stats_kernel(
     band_from = tl.maximum(keys_from, first - window + 1)
     width = tl.cast(window, tl.float32)
 
-    head, q, k, _ = of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    head, q, k, _ = at_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
+    own = rule_of_head(rule, sequence, head)
     q_low, q_high = load_tokens(q, first, end, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     reach = tl.zeros([ROWS], tl.float32)
     for s0 in range(whole_from, whole_from + n_whole * KEYS, KEYS):
         peak, mass, reach = absorb(
-            peak, mass, reach, q_low, q_high, k, k_t * ALIGN, t, s0, keys_to, scale, softcap, window_left,
-            D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, POSITIVE, KEYS, True,
+            peak, mass, reach, q_low, q_high, k, k_t * ALIGN, t, s0, keys_to, own, rule, window_left,
+            D, D0, D1, UPCAST, KEYS, True,
         )  # fmt: skip
     for edge in range(n_edges):
         s0 = keys_from + (edge + tl.where(edge < n_before, 0, n_whole)) * KEYS
         peak, mass, reach = absorb(
-            peak, mass, reach, q_low, q_high, k, k_t * ALIGN, t, s0, keys_to, scale, softcap, window_left,
-            D, D0, D1, UPCAST, HAS_SOFTCAP, HAS_WINDOW, POSITIVE, KEYS, False,
+            peak, mass, reach, q_low, q_high, k, k_t * ALIGN, t, s0, keys_to, own, rule, window_left,
+            D, D0, D1, UPCAST, KEYS, False,
         )  # fmt: skip
     # The band is met again with the final maximum: cheaper than a third sum carried through all the keys.
     band = band_sum(
-        q_low, q_high, k, k_t * ALIGN, t, band_from, keys_to, peak, scale, softcap, window_left, window,
-        D, D0, D1, UPCAST, LOG2E, HAS_SOFTCAP, HAS_WINDOW, BAND_KEYS,
+        q_low, q_high, k, k_t * ALIGN, t, band_from, keys_to, peak, own, rule, window_left, window,
+        D, D0, D1, UPCAST, LOG2E, BAND_KEYS,
     )  # fmt: skip
 
     whole = mass
-    if sinks is not None:
-        sink = tl.load(sinks + head) * LOG2E
-        top = tl.maximum(peak, sink)
-        base = tl.where(top == float("-inf"), 0.0, top)  # a sink of -inf beside logits of -inf
-        fade = tl.exp2(peak - base)
-        mass, reach, band, peak = mass * fade, reach * fade, band * fade, top
-        whole = mass + tl.exp2(sink - base)
+    if rule.sinks is not None:
+        peak, sink, fade = absorb_sink(peak, own)
+        mass, reach, band = mass * fade, reach * fade, band * fade
+        whole = mass + sink
     lse_out += row * lse_b + tl.cast(listed, tl.int64) * lse_h + t
     tl.store(lse_out, (peak + tl.log2(whole)) * LN2, mask=live)
     out = row * out_b + tl.cast(listed, tl.int64) * out_h + t
@@ -137,6 +118,6 @@ def row_stats(q: Tensor, k: Tensor, rule: Rule, window: int, per_head: bool) -> 
     problem.launch(
         row_stats_kernel, waad,
         lse_out=lse, lse_b=lse.stride(0), lse_h=lse.stride(1), waad_out=waad, span_out=span,
-        window=window, BAND_KEYS=min(32, problem.tile.keys), POSITIVE=rule.scale > 0,
+        window=window, BAND_KEYS=min(32, problem.tile.keys),
     )  # fmt: skip
     return RowStats(lse, over_heads(waad, per_head), over_heads(span, per_head))

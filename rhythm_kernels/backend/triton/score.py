@@ -1,161 +1,81 @@
-"""The score rule and the tile loads of every Triton pass.
+"""The score rule of every Triton pass, forward and backward: what a new attention variant must teach is in this file.
 
-A new attention variant is one change here: :func:`logit` says what the model's softmax is taken of, :func:`visible`
-which keys a row sees, :func:`sink_mass` what a sink takes from it.
+A kernel takes the rule as one argument, asks :func:`rule_of_head` once for what the rule has of the head that it works
+on, and hands both on, with the distance ``t - s`` of every pair. :func:`logit` says what the model's softmax is taken
+of, :func:`weight_and_slope` its slope as well, :func:`visible` which keys a row sees, :func:`sink_mass` what a sink
+takes from it; the short cuts that a rule allows (:func:`absorb_peak`, :func:`weight_in_bits`) stand beside them.
 
-Numerics: float32 throughout, products of 16-bit inputs accumulated in float32. Operands of float32 dots say
-``input_precision="ieee"``, since TF32 would lose the 1e-4 that the measures promise.
+Numerics: float32 throughout. `UNIT` says in what a logit is counted: `1 / UNIT` nats, LOG2E for bits.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ...rule import Rule
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
-def locate(seqs, tiles, n_heads, HEADS_FIRST: tl.constexpr):
-    """Which work a program has: its sequence `(row, start, end, response_start)`, its tile and its place among heads.
+class ScoreRule(NamedTuple):
+    """The rule as one kernel argument. A part that is None is not there, and kernels are compiled without it.
 
-    What varies fastest is what neighbouring programs, which run at the same time, share in the cache: where a program
-    streams a whole sequence, tiles, which then read the same tokens of one head; in a band, heads (`HEADS_FIRST`),
-    whose kv head is the same, and whose tokens lie side by side in memory. Everything sits on grid x: y and z end at
-    65,535.
+    No integers: Triton compiles those that stand in a tuple anew for 1 and for multiples of 16. Where a tensor begins
+    at a multiple of 16 bytes or elsewhere makes two kernels too.
     """
-    pid = tl.program_id(0)
-    if HEADS_FIRST:
-        head = pid % n_heads
-        tile = pid // n_heads % tiles
-    else:
-        tile = pid % tiles
-        head = pid // tiles % n_heads
-    entry = seqs + (pid // n_heads // tiles).to(tl.int64) * 4
-    row = tl.load(entry).to(tl.int64)
-    return row, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tile, head
+
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None  # (H,) float32
+    slopes: Tensor | None  # (1, H) or (S, H) float32
+    slopes_s: float  # from the slopes of one sequence to those of the next: 0 or H
+    rising: tl.constexpr  # whether logits rise with products
+    bits: float  # the last factor of a logit, softcap or scale, over ln 2, rounded to float32
+    to_bits: float  # with to_bits_rest the exact ratio of `bits` to the factor, in two float32 parts
+    to_bits_rest: float
+
+
+def score_rule(rule: Rule) -> ScoreRule:
+    """The rule as kernels take it."""
+    softcap = float(rule.softcap) if rule.softcap > 0 else None
+    factor = rule.scale if softcap is None else softcap
+    bits = ctypes.c_float(factor / math.log(2)).value
+    # Below float32's normal numbers the rounding is coarse, and logits are 0 to within it: the plain ratio serves lse.
+    normal = math.isfinite(bits) and abs(bits) >= 2.0**-126
+    ratio = bits / factor if normal else 1 / math.log(2)
+    to_bits = ctypes.c_float(ratio).value
+    rising = tl.constexpr(rule.scale > 0)
+    slopes = rule.alibi_slopes
+    slopes_s = 0.0 if slopes is None or len(slopes) == 1 else float(slopes.stride(0))
+    return ScoreRule(
+        float(rule.scale), softcap, rule.sinks, slopes, slopes_s, rising, bits, to_bits, ratio - to_bits
+    )  # fmt: skip
+
+
+class HeadRule(NamedTuple):
+    """What the rule has of one query head of one sequence, each 0 where the rule is without it."""
+
+    sink: Any  # where the sink is
+    slope: Any  # of ALiBi
 
 
 @triton.jit
-def of_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN: tl.constexpr):
-    """Of the `listed`-th entry of the head table: the query head, where it has its queries and its keys in a row of
-    the batch, and its row of lse."""
-    head = tl.load(heads + 2 * listed)
-    q += row * q_b * ALIGN + tl.cast(head, tl.int64) * q_h * ALIGN
-    k += row * k_b * ALIGN + tl.cast(head // kv_group, tl.int64) * k_h * ALIGN
-    return head, q, k, tl.load(heads + 2 * listed + 1).to(tl.int64)
-
-
-@triton.jit
-def listed_at(heads, n_heads, head):
-    """The row of the head table that names `head`; -1 where none does."""
-    found = -1
-    for i in range(0, n_heads, 32):
-        entry = i + tl.arange(0, 32)
-        named = tl.load(heads + 2 * entry, mask=entry < n_heads, other=-1) == head
-        found = tl.maximum(found, tl.max(tl.where(named, entry, -1), 0))
-    return found
-
-
-@triton.jit
-def load_tokens(base, first, end, stride, BLOCK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
-                D1: tl.constexpr, UPCAST: tl.constexpr, BOUNDED: tl.constexpr = True):  # fmt: skip
-    """Tokens `first .. first + BLOCK` of one head, zero from `end` on, as two chunks `(BLOCK, D0)`, `(BLOCK, D1)`.
-
-    Two powers of two cover 80, 96 or 192 without padding; where one is enough (`D1 == 0`) it is returned twice.
-    Offsets are 64-bit: a packed batch seen through the strides of a fused projection passes 2^31 elements early.
-    Without `BOUNDED` the caller knows that all of them are before `end`, and each copy is spared its comparison.
-    """
-    local = tl.arange(0, BLOCK)
-    live = (first + local < end)[:, None] if BOUNDED else tl.full([BLOCK, 1], True, tl.int1)
-    rows = base + tl.cast(first, tl.int64) * stride + (local.to(tl.int64) * stride)[:, None]
-    d = tl.arange(0, D0)[None, :]
-    if D0 > D:
-        low = tl.load(rows + d, mask=live & (d < D), other=0.0)
-    else:
-        low = tl.load(rows + d, mask=live, other=0.0)
-    if UPCAST:
-        low = low.to(tl.float32)
-    if D1 > 0:
-        e = D0 + tl.arange(0, D1)[None, :]
-        if D0 + D1 > D:
-            high = tl.load(rows + e, mask=live & (e < D), other=0.0)
-        else:
-            high = tl.load(rows + e, mask=live, other=0.0)
-        if UPCAST:
-            high = high.to(tl.float32)
-    else:
-        high = low
-    return low, high
-
-
-@triton.jit
-def store_tokens(base, first, end, stride, low, high, BLOCK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
-                 D1: tl.constexpr):  # fmt: skip
-    """Write tokens `first .. first + BLOCK` of one head up to `end`, from the chunks that :func:`load_tokens` makes."""
-    local = tl.arange(0, BLOCK)
-    live = (first + local < end)[:, None]
-    rows = base + tl.cast(first, tl.int64) * stride + (local.to(tl.int64) * stride)[:, None]
-    d = tl.arange(0, D0)[None, :]
-    tl.store(rows + d, low, mask=live & (d < D) if D0 > D else live)
-    if D1 > 0:
-        e = D0 + tl.arange(0, D1)[None, :]
-        tl.store(rows + e, high, mask=live & (e < D) if D0 + D1 > D else live)
-
-
-@triton.jit
-def load_lse(base, first, end, stride, BLOCK: tl.constexpr):
-    """The log-sum-exp of rows `first .. first + BLOCK` of one head; from `end` on so large that A is 0 there.
-
-    (Not infinite: an infinite one is a caller's, and becomes NaN by :func:`known`.)
-
-    The offsets within the tile are the same for every tile: outside of a loop over tiles but for one scalar.
-    """
-    local = tl.arange(0, BLOCK)
-    rows = base + tl.cast(first, tl.int64) * stride + local.to(tl.int64) * stride
-    return tl.load(rows, mask=first + local < end, other=1e38)
-
-
-@triton.jit
-def nothing(sinks, head):
-    """0; NaN where the sink of this head is `+inf` or NaN, beside which no key has a share. One of `-inf` is none."""
-    if sinks is None:
-        return 0.0
-    else:
-        sink = tl.load(sinks + head)
-        return 0.0 * tl.where(sink == float("-inf"), 0.0, sink)
-
-
-@triton.jit
-def known(lse, zero):
-    """A log-sum-exp as it was given; NaN where it is not finite, or `zero`, of :func:`nothing`, is NaN: one FMA."""
-    return lse + lse * zero
-
-
-@triton.jit
-def in_bits(lse, to_bits, to_bits_rest):
-    """A log-sum-exp in the bits that :func:`weight_in_bits` wants: times a ratio that comes in two parts."""
-    return lse * tl.cast(to_bits, tl.float32) + lse * tl.cast(to_bits_rest, tl.float32)
-
-
-@triton.jit
-def products(a_low, a_high, b_low, b_high, D1: tl.constexpr):
-    """`a . b` for every pair of tokens, `(rows of a, rows of b)` float32."""
-    acc = tl.dot(a_low, tl.trans(b_low), input_precision="ieee")
-    if D1 > 0:
-        acc = tl.dot(a_high, tl.trans(b_high), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def accumulate(low, high, weights, b_low, b_high, D1: tl.constexpr):
-    """Add `weights . b` to the two chunks of a sum over tokens; weights are rounded to b's precision, as is usual."""
-    weights = weights.to(b_low.dtype)
-    low = tl.dot(weights, b_low, low, input_precision="ieee")
-    if D1 > 0:
-        high = tl.dot(weights, b_high, high, input_precision="ieee")
-    return low, high
+def rule_of_head(rule, sequence, head):
+    """The :class:`HeadRule` of one query head in one entry of the sequence table."""
+    sink = 0
+    if rule.sinks is not None:
+        sink = rule.sinks + head
+    slope = 0.0
+    if rule.slopes is not None:
+        slope = tl.load(rule.slopes + tl.cast(sequence, tl.int64) * tl.cast(rule.slopes_s, tl.int64) + head)
+    return HeadRule(sink, slope)
 
 
 @triton.jit
@@ -169,22 +89,62 @@ def tanh(x):
 
 
 @triton.jit
-def logit(product, scale, softcap, UNIT: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """`x = scale q.k`, capped to `softcap tanh(x / softcap)`; in units of `1 / UNIT` nats (LOG2E: bits)."""
-    scale = tl.cast(scale, tl.float32)
-    if HAS_SOFTCAP:
-        softcap = tl.cast(softcap, tl.float32)
+def capped(product, rule, UNIT: tl.constexpr):
+    """`scale q.k`, capped to `softcap tanh(scale q.k / softcap)`."""
+    scale = tl.cast(rule.scale, tl.float32)
+    if rule.softcap is not None:
+        softcap = tl.cast(rule.softcap, tl.float32)
         return (softcap * UNIT) * tanh(product * (scale / softcap))
     return product * (scale * UNIT)
 
 
 @triton.jit
-def visible(distance, window_left, HAS_WINDOW: tl.constexpr):
-    """Whether row t sees key s, `distance = t - s`: causal, and at most `window_left` back."""
+def biased(x, distance, own, rule, UNIT: tl.constexpr):
+    """What is :func:`capped` less ALiBi's `slope (t - s)`."""
+    if rule.slopes is not None:
+        return x - (own.slope * UNIT) * distance.to(tl.float32)
+    return x
+
+
+@triton.jit
+def logit(product, distance, own, rule, UNIT: tl.constexpr):
+    """`x = softcap(scale q.k) - slope (t - s)`; `own` is of :func:`rule_of_head`."""
+    return biased(capped(product, rule, UNIT), distance, own, rule, UNIT)
+
+
+@triton.jit
+def visible(distance, window_left):
+    """Whether row t sees key s, `distance = t - s`: causal, and at most `window_left` back, where that is not None."""
     seen = distance >= 0
-    if HAS_WINDOW:
+    if window_left is not None:
         seen = seen & (distance <= window_left)
     return seen
+
+
+@triton.jit
+def absorb_peak(peak, product, distance, own, rule, window_left, SOME_HIDDEN: tl.constexpr):
+    """A tile of products into the running maximum of every row, which is kept in bits.
+
+    Returns the new maximum, `exp(x - maximum)` of the tile, 0 where hidden, and the factor by which sums that are
+    relative to the maximum before fade.
+    """
+    if SOME_HIDDEN or rule.softcap is not None or rule.slopes is not None or not rule.rising:
+        x = logit(product, distance, own, rule, LOG2E)
+        if SOME_HIDDEN:
+            x = tl.where(visible(distance, window_left), x, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(x, 1))
+        base = new_peak
+        if SOME_HIDDEN:
+            # A row that has seen no key yet subtracts 0, not -inf. Its peak stays -inf: its logits may lie far below 0.
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(x - base[:, None])
+    else:
+        # The largest product is the largest logit: scaling and subtraction become one FMA.
+        bits = tl.cast(rule.scale, tl.float32) * LOG2E
+        new_peak = tl.maximum(peak, tl.max(product, 1) * bits)
+        base = new_peak
+        p = tl.exp2(product * bits - base[:, None])
+    return new_peak, p, tl.exp2(peak - base)
 
 
 @triton.jit
@@ -198,51 +158,75 @@ def weight(x, lse, UNIT: tl.constexpr):
 
 
 @triton.jit
-def weight_in_bits(product, lse_bits, scale, softcap, bits, HAS_SOFTCAP: tl.constexpr):
+def weight_and_slope(product, lse, distance, own, rule, UNIT: tl.constexpr):
+    """`A` and the slope of the logit, `dx / d(scale q.k)`; `lse` in `1 / UNIT` nats, laid out as `product`."""
+    x = capped(product, rule, UNIT)
+    a = weight(biased(x, distance, own, rule, UNIT), lse, UNIT)
+    if rule.softcap is not None:
+        share = x * (1.0 / (tl.cast(rule.softcap, tl.float32) * UNIT))
+        return a, 1.0 - share * share
+    else:
+        return a, 1.0
+
+
+@triton.jit
+def to_bits(x, rule):
+    """Nats in the bits of :func:`weight_in_bits`: times a ratio that comes in two parts."""
+    return x * tl.cast(rule.to_bits, tl.float32) + x * tl.cast(rule.to_bits_rest, tl.float32)
+
+
+@triton.jit
+def in_bits(lse, rule):
+    """A log-sum-exp as :func:`weight_in_bits` wants it: in bits; with ALiBi, which joins it pair by pair, in nats."""
+    if rule.slopes is not None:
+        return lse
+    return to_bits(lse, rule)
+
+
+@triton.jit
+def weight_in_bits(product, lse_bits, distance, own, rule):
     """`A = exp(x - lse)` from a product and lse :func:`in_bits`: one FMA under the exponential.
 
-    `bits` is the last factor of x, softcap or scale, in bits and rounded. lse went to bits by exactly `bits` over that
-    factor: the two roundings are then the same one, and scale the difference `x - lse` alone, not each at its size.
+    The last factor of x, softcap or scale, is rounded in bits. lse went to bits by exactly that number over the factor:
+    the two roundings are then the same one, and scale the difference `x - lse` alone, not each at its size.
     """
-    if HAS_SOFTCAP:
-        product = tanh(product * (tl.cast(scale, tl.float32) / tl.cast(softcap, tl.float32)))
-    return tl.exp2(product * tl.cast(bits, tl.float32) - lse_bits)
+    if rule.softcap is not None:
+        product = tanh(product * (tl.cast(rule.scale, tl.float32) / tl.cast(rule.softcap, tl.float32)))
+    if rule.slopes is not None:
+        # lse and the bias cancel for the keys that matter, and before anything is rounded at their size.
+        lse_bits = to_bits(own.slope * distance.to(tl.float32) + lse_bits, rule)
+    return tl.exp2(product * tl.cast(rule.bits, tl.float32) - lse_bits)
 
 
 @triton.jit
-def band_sum(q_low, q_high, k_head, k_stride, t, keys_from, keys_to, lse, scale, softcap, window_left, window,
-             D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, UNIT: tl.constexpr,
-             HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
-    """`sum over s visible, t - W < s <= t, of exp(x - lse) (W - (t - s))`: what WAAD lacks of `W rowsum`."""
-    band = tl.zeros_like(lse)
-    width = window
-    if HAS_WINDOW:
-        width = tl.minimum(window, window_left + 1)
-    width = tl.cast(width, tl.uint32)
-    for s0 in range(keys_from, keys_to, KEYS):
-        k_low, k_high = load_tokens(k_head, s0, keys_to, k_stride, KEYS, D, D0, D1, UPCAST)
-        x = logit(products(q_low, q_high, k_low, k_high, D1), scale, softcap, UNIT, HAS_SOFTCAP)
-        # W - (t - s) as a row's part and a column's: exact, as both are below 2^24.
-        column = tl.arange(0, KEYS)
-        from_s0 = t - s0
-        # One unsigned comparison for both ends: a negative distance is a large one.
-        near = (from_s0[:, None] - column[None, :]).to(tl.uint32) < width
-        a = tl.where(near, weight(x, lse[:, None], UNIT), 0.0)
-        band += tl.sum(a * ((window - from_s0).to(tl.float32)[:, None] + column.to(tl.float32)[None, :]), 1)
-    return band
+def nothing(own, rule):
+    """0; NaN where the sink of this head is `+inf` or NaN, beside which no key has a share. One of `-inf` is none."""
+    if rule.sinks is None:
+        return 0.0
+    else:
+        sink = tl.load(own.sink)
+        return 0.0 * tl.where(sink == float("-inf"), 0.0, sink)
 
 
 @triton.jit
-def sink_mass(sinks, head, lse):
+def known(lse, zero):
+    """A log-sum-exp as it was given; NaN where it is not finite, or `zero`, of :func:`nothing`, is NaN: one FMA."""
+    return lse + lse * zero
+
+
+@triton.jit
+def sink_mass(own, rule, lse):
     """What the sink of this head takes of a row: `exp(sink - lse)`, `lse` having the sink in it; 0 without sinks."""
-    if sinks is None:
+    if rule.sinks is None:
         return 0.0 * lse
     else:
-        return tl.exp2((tl.load(sinks + head) - lse) * LOG2E)
+        return weight(tl.load(own.sink), lse, 1.0)
 
 
 @triton.jit
-def clamp_waad(value, window):
-    """WAAD into [0, W] against rounding; NaN fails both comparisons and stays."""
-    value = tl.where(value < 0.0, 0.0, value)
-    return tl.where(value > window, window, value)
+def absorb_sink(peak, own):
+    """The sink into the running maximum, in bits: the new one, the sink's mass and the factor by which sums fade."""
+    sink = tl.load(own.sink) * LOG2E
+    top = tl.maximum(peak, sink)
+    base = tl.where(top == float("-inf"), 0.0, top)  # a sink of -inf beside logits of -inf
+    return top, tl.exp2(sink - base), tl.exp2(peak - base)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from .configs import TILES, Tile
+from .configs import Tile
 from .interpreted import INTERPRETED
 
 _MAKE = "make it with python -m rhythm_kernels.tuning"
@@ -80,25 +81,28 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def load(path: Path, arch: str) -> dict[tuple[str, int, int], Tile]:
-    """(kernel, bits, head size): Tile. Refuses what was tuned for another device or compiler, and unknown kernels."""
+def load(path: Path, arch: str, kernels: Iterable[str]) -> dict[tuple[str, int, int], Tile]:
+    """(kernel, bits, head size): Tile. Refuses what was tuned for another device or compiler, or not for `kernels`."""
     found = _read(path)
     here = {"architecture": arch, "capability": capability(), "triton": triton.__version__}
     for name, value in here.items():
         if found[name] != value:
             raise ValueError(f"{path} was tuned for {name} {found[name]}, this is {value}: tune again for this one")
     tiles = dict(_entry(path, entry) for entry in found["tiles"])
-    unknown = sorted({key[0] for key in tiles} - TILES[arch].keys())
+    unknown = sorted({key[0] for key in tiles} - set(kernels))
     if unknown:
-        raise ValueError(f"{path} has tiles of {', '.join(unknown)}: known are {', '.join(TILES[arch])}")
+        raise ValueError(f"{path} has tiles of {', '.join(unknown)}: known are {', '.join(kernels)}")
     return tiles
 
 
-def save(path: Path, arch: str, tuned: set[tuple[str, int, int]], entries: list[dict[str, Any]]) -> None:
-    """Write `entries` in place of whatever the file had for the problems `tuned`; what it has for others stays."""
+def save(
+    path: Path, arch: str, kernels: Iterable[str], tuned: set[tuple[str, int, int]], entries: list[dict[str, Any]]
+) -> None:  # fmt: skip
+    """Write `entries` in place of whatever the file had for the problems `tuned`; what it has for others stays, if
+    :func:`load` takes it."""
     kept: list[dict[str, Any]] = []
     if path.exists():
-        load(path, arch)
+        load(path, arch, kernels)
         kept = [x for x in _read(path)["tiles"] if (x["kernel"], x["bits"], x["head_size"]) not in tuned]
     content = {
         "device": device_name(), "architecture": arch, "capability": capability(), "triton": triton.__version__,
