@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -70,6 +71,13 @@ class Attended(NamedTuple):
     lse: Tensor
     waad: Tensor
     span: Tensor
+
+
+def per_token(q: Tensor, rule: Rule, per_head: bool, *leading: int) -> Tensor:
+    """An unwritten float32 result of a pass: `(*leading, B, T)`, or `(*leading, B, H_selected, T)`."""
+    batch, length = q.shape[:2]
+    middle = (rule.heads.shape[0],) if per_head else ()
+    return q.new_empty((*leading, batch, *middle, length), dtype=torch.float32)
 
 
 class Choice(NamedTuple):

@@ -179,7 +179,7 @@ def random_cases(seed: int, n: int) -> Iterator[Case]:
             (lo, pick(None, lo, lo + number(0, 45))),
             number(0, 8),
             pick(True, False),
-            pick("", "", "of heads", "of sequences"),
+            ("", "of heads", "", "of sequences")[i % 4],
             pick(True, False),
             options,
             lengths,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rule import Attended, Choice, RowStats, Rule
+from ..rule import Attended, Choice, RowStats, Rule, per_token
 from . import extension
 from .tiled_torch.attention import attention_backward, forward
 
@@ -22,29 +22,23 @@ def available(device: torch.device) -> str:
     return extension.unusable() if device.type == "cpu" else f"it serves CPU tensors, not {device.type}"
 
 
-def _per_token(q: Tensor, rule: Rule, per_head: bool, *planes: int) -> Tensor:
-    """Memory for `(*planes, B, [Hs,] T)` float32; the op writes all of it."""
-    shape = (*planes, q.shape[0], *((rule.heads.shape[0],) if per_head else ()), q.shape[1])
-    return torch.empty(shape, dtype=torch.float32, device=q.device)
-
-
 def band_rows(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
     """WAAD (eq. 9), `(B, [Hs,] T)`: `W rowsum - sum A (W - (t - s))` over the last `window` keys of each row."""
-    out = _per_token(q, rule, per_head)
+    out = per_token(q, rule, per_head)
     extension.registered().band_rows(q, k, lse, *rule, window, per_head, out)
     return out
 
 
 def band_columns(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int, per_head: bool) -> Tensor:
     """FAI (eq. 10), `(B, [Hs,] T)`: the mean of A over the rows at distance `lo .. hi` after each key."""
-    out = _per_token(q, rule, per_head)
+    out = per_token(q, rule, per_head)
     extension.registered().band_columns(q, k, lse, *rule, lo, hi, per_head, out)
     return out
 
 
 def row_stats(q: Tensor, k: Tensor, rule: Rule, window: int, per_head: bool) -> RowStats:
     """Log-sum-exp, WAAD and span of each row, in one pass over its keys."""
-    lse, waad, span = (_per_token(q, rule, each) for each in (True, per_head, per_head))
+    lse, waad, span = (per_token(q, rule, each) for each in (True, per_head, per_head))
     extension.registered().row_stats(q, k, *rule, window, per_head, lse, waad, span)
     return RowStats(lse, waad, span)
 
@@ -56,7 +50,7 @@ def column_stats(
 
     The five are count, mean, population variance, skewness and kurtosis (`m4 / m2**2`).
     """
-    out = _per_token(q, rule, per_head, 5 if moments else 1)
+    out = per_token(q, rule, per_head, 5 if moments else 1)
     extension.registered().column_stats(q, k, lse, *rule, min_distance, moments, per_head, out)
     return out
 

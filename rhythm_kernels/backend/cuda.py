@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor
 
-from ..rule import Choice, Rule
+from ..rule import Choice, Rule, per_token
 from . import extension
 
 __all__ = ["available", "band_columns", "band_rows", "credit"]
@@ -73,9 +73,8 @@ def _unserved(capability: tuple[int, int], archs: list[str], nvcc: str, driver: 
 
 def _result(q: Tensor, rule: Rule, per_head: bool) -> Tensor:
     """Memory for `(B, [Hs,] T)` float32, every position of which the kernels write, where there is something to do."""
-    shape = (q.shape[0], rule.heads.shape[0], q.shape[1]) if per_head else (q.shape[0], q.shape[1])
-    make = torch.empty if rule.seqs.shape[0] and rule.max_seqlen else torch.zeros
-    return make(shape, dtype=torch.float32, device=q.device)
+    out = per_token(q, rule, per_head)
+    return out if rule.seqs.shape[0] and rule.max_seqlen else out.zero_()
 
 
 def band_rows(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:

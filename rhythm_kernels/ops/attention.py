@@ -5,15 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import Attended, Rule
-from .library import LIBRARY, define_pass, per_token
+from ..rule import Attended, Rule, per_token
+from .library import LIBRARY, define_pass
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, rule: Rule, window: int, per_head: bool) -> Attended:
     batch, length, n_heads, _ = q.shape
     out = q.new_empty((batch, length, n_heads, v.shape[3]))
     lse = q.new_empty((batch, n_heads, length), dtype=torch.float32)
-    return Attended(out, lse, per_token(q, rule.heads, per_head), per_token(q, rule.heads, per_head))
+    return Attended(out, lse, per_token(q, rule, per_head), per_token(q, rule, per_head))
 
 
 def _fake_backward(

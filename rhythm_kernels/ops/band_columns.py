@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from ..rule import Rule
-from .library import define_pass, per_token
+from ..rule import Rule, per_token
+from .library import define_pass
 
 
 def _fake(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int, per_head: bool) -> Tensor:
-    return per_token(q, rule.heads, per_head)
+    return per_token(q, rule, per_head)
 
 
 band_columns = define_pass(

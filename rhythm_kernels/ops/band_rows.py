@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from ..rule import Rule
-from .library import define_pass, per_token
+from ..rule import Rule, per_token
+from .library import define_pass
 
 
 def _fake(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
-    return per_token(q, rule.heads, per_head)
+    return per_token(q, rule, per_head)
 
 
 band_rows = define_pass("band_rows", "Tensor q, Tensor k, Tensor lse", "SymInt window, bool per_head", "Tensor", _fake)

@@ -2,15 +2,15 @@
 
 from torch import Tensor
 
-from ..rule import Rule
-from .library import define_pass, per_token
+from ..rule import Rule, per_token
+from .library import define_pass
 
 
 def _fake(
     q: Tensor, k: Tensor, lse: Tensor, rule: Rule, min_distance: int, moments: bool, per_head: bool
 ) -> Tensor:  # fmt: skip
     # count, mean, variance, skewness, kurtosis; or the mean alone (FAI to the end of the response).
-    return per_token(q, rule.heads, per_head, 5 if moments else 1)
+    return per_token(q, rule, per_head, 5 if moments else 1)
 
 
 column_stats = define_pass(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import rule
 from ..rule import Rule
@@ -51,10 +50,3 @@ def define_pass(name: str, tensors: str, distances: str, returns: str, fake: Cal
 
     arguments = ", ".join(filter(None, (tensors, rule.SCHEMA, distances)))
     return define(name, arguments, returns, traced, fold)
-
-
-def per_token(q: Tensor, heads: Tensor, per_head: bool, *leading: int) -> Tensor:
-    """An unwritten float32 result of a pass: `(*leading, B, T)`, or `(*leading, B, H_selected, T)`."""
-    batch, length = q.shape[:2]
-    middle = (heads.shape[0],) if per_head else ()
-    return q.new_empty((*leading, batch, *middle, length), dtype=torch.float32)

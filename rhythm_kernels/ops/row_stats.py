@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from ..rule import RowStats, Rule
-from .library import define_pass, per_token
+from ..rule import RowStats, Rule, per_token
+from .library import define_pass
 
 
 def _fake(q: Tensor, k: Tensor, rule: Rule, window: int, per_head: bool) -> RowStats:
-    lse = per_token(q, rule.heads, True)
-    return RowStats(lse, per_token(q, rule.heads, per_head), per_token(q, rule.heads, per_head))
+    lse = per_token(q, rule, True)
+    return RowStats(lse, per_token(q, rule, per_head), per_token(q, rule, per_head))
 
 
 row_stats = define_pass(
