@@ -42,8 +42,8 @@ struct Head {
 // makes of a pair is in one file a device: score.h, score.cuh.
 struct ScoreRule {
   float scale;
-  float softcap;       // 0: none
-  int64_t window_left; // where there is no window, the length of a row of q
+  float softcap;        // 0: none
+  int64_t window_left;  // where there is no window, the length of a row of q
   const float* sinks;   // (H,) or null
   const float* slopes;  // ALiBi: (H,) or a row of H for each sequence of the table, or null
   int64_t slope_stride; // from one sequence's row to the next one's; 0: all share one
