@@ -6,9 +6,9 @@ so. Triton's interpreter, which is slow, runs the rows marked `quick`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -217,9 +217,10 @@ def random_cases(seed: int, n: int) -> Iterator[Case]:
         )
 
 
-def _close(name: str, got: Tensor, want: Tensor, bound: Tensor | float) -> None:
+def close(name: str, got: Tensor, want: Tensor, bound: Tensor | float) -> None:
     assert got.dtype == torch.float32, f"{name}: {got.dtype}"
     assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, want {tuple(want.shape)}"
+    assert got.is_contiguous(), f"{name} has strides {got.stride()}"
     same = got.double() == want  # infinities of the same sign
     error = torch.where(same, 0.0, (got.double() - want).abs() / bound)
     assert not error.isnan().any(), f"{name}: not a number at {error.isnan().nonzero()[0].tolist()}"
@@ -247,13 +248,13 @@ def check(
     def hold_waad(given: Tensor | None) -> None:
         waad = rk.waad(q, k, given, window=case.window, backend=backend, **options)
         want = reference.waad(q64, k64, window=case.window, **options)
-        _close(f"waad {_tag(given)}", waad, want, bounds.waad(case.window))
+        close(f"waad {_tag(given)}", waad, want, bounds.waad(case.window))
         assert float(waad.min()) >= 0 and float(waad.max()) <= case.window
 
     def hold_fai(given: Tensor | None, horizon: tuple[int, int | None]) -> None:
         fai = rk.fai(q, k, given, horizon=horizon, backend=backend, **options)
         want = reference.fai(q64, k64, horizon=horizon, **options)
-        _close(f"fai of {horizon} {_tag(given)}", fai, want, bounds.fai())
+        close(f"fai of {horizon} {_tag(given)}", fai, want, bounds.fai())
         assert float(fai.min()) >= 0
 
     if "band_rows" in passes:
@@ -261,11 +262,11 @@ def check(
     if "band_columns" in passes and case.horizon[1] is not None:
         hold_fai(lse, case.horizon)
     if "row_stats" in passes:
-        _close("attention_lse", rk.attention_lse(q, k, backend=backend, **lse_options), lse64, bounds.lse(lse64))
+        close("attention_lse", rk.attention_lse(q, k, backend=backend, **lse_options), lse64, bounds.lse(lse64))
         hold_waad(None)
         hold_fai(None, case.horizon)
         span = rk.span(q, k, backend=backend, **options)
-        _close("span", span, reference.span(q64, k64, **options), bounds.span(q.shape[-3]))
+        close("span", span, reference.span(q64, k64, **options), bounds.span(q.shape[-3]))
     if "column_stats" in passes:
         hold_fai(lse, (case.horizon[0], None))
         for given in (lse, None):
@@ -288,47 +289,62 @@ def check_moments(case: Case, got: reference.ColumnMoments, device: torch.device
     seen = bounds.seen(heads)
     if not options.get("per_head"):
         seen = seen.all(dim=-2)
+    close_moments(got, want, seen)
+
+
+def close_moments(got: reference.ColumnMoments, want: reference.ColumnMoments, seen: Tensor) -> None:
+    """`seen`: where float32 carries a third and a fourth moment."""
     for name, bound in bounds.moments(want)._asdict().items():
         value, target = getattr(got, name), getattr(want, name)
         assert bool(value.isfinite().all()), name
         assert not bool(value[want.count == 0].any()), f"{name} is not 0 at a key that no row counts for"
         if name in ("skewness", "kurtosis"):
             value, target = torch.where(seen, value, 0.0), torch.where(seen, target, 0.0)
-        _close(name, value, target, bound)
+        close(name, value, target, bound)
 
 
-def attend(
-    function: Callable[..., Any], case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", **extra: Any
-) -> dict[str, Tensor]:
-    """What an `attention_with_rhythm` gives for a case, computed in `dtype`, and the gradients of q, k and v."""
-    q, k, options = case.inputs(device)
-    v, upstream = case.values(q, k)
-    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-    out, lse, stats = function(*leaves, window=case.window, **options, **extra)
+class Attended(NamedTuple):
+    """Results of attention and the gradients of q, k and v."""
+
+    out: Tensor
+    lse: Tensor
+    waad: Tensor
+    span: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def attend(function: Callable[..., Any], tensors: Sequence[Tensor], dtype: torch.dtype, **options: Any) -> Attended:
+    """What an `attention_with_rhythm` gives for q, k and v in `dtype`, and their gradients for an upstream one."""
+    *leaves, upstream = (x.detach().to(dtype) for x in tensors)
+    out, lse, stats = function(*(x.requires_grad_() for x in leaves), **options)
     assert not (lse.requires_grad or stats.waad.requires_grad or stats.span.requires_grad)
-    dq, dk, dv = torch.autograd.grad(out, leaves, upstream.to(dtype))
-    return {"out": out.detach(), "lse": lse, **stats._asdict(), "dq": dq, "dk": dk, "dv": dv}
+    return Attended(out.detach(), lse, *stats, *torch.autograd.grad(out, leaves, upstream))
 
 
 def check_attention(case: Case, backend: str | None, device: torch.device | str = "cpu") -> None:
     """out and gradients err at most twice as much as float32 torch, beside what rounding brings; the rest as ever."""
-    want = attend(reference.attention_with_rhythm, case, torch.float64, device)
-    plain = attend(reference.attention_with_rhythm, case, torch.float32, device)
-    got = attend(rk.attention_with_rhythm, case, case.dtype, device, backend=backend)
-    lse, length = want["lse"], got["out"].shape[-3]
+    q, k, options = case.inputs(device)
+    tensors = (q, k, *case.values(q, k))
+    options["window"] = case.window
+    want = attend(reference.attention_with_rhythm, tensors, torch.float64, **options)
+    plain = attend(reference.attention_with_rhythm, tensors, torch.float32, **options)
+    got = attend(rk.attention_with_rhythm, tensors, case.dtype, backend=backend, **options)
+    lse, length = want.lse, got.out.shape[-3]
     for name, bound in (
         ("lse", bounds.lse(lse)), ("waad", bounds.waad(case.window)), ("span", bounds.span(length))
     ):  # fmt: skip
-        _close(name, got[name], want[name], bound)
+        close(name, getattr(got, name), getattr(want, name), bound)
     dead = lse.isinf().all(-2)  # tokens without attention
     for name in ("out", "dq", "dk", "dv"):
-        g, w = got[name], want[name]
+        g, w, p = (getattr(x, name) for x in (got, want, plain))
         assert g.dtype == case.dtype, f"{name}: {g.dtype}"
         assert g.shape == w.shape, f"{name}: {tuple(g.shape)}, want {tuple(w.shape)}"
         assert bool(g.isfinite().all()), f"{name} is not finite"
         assert not bool(g[dead].any()), f"{name} is not 0 at tokens without attention"
         interpreted = backend == "triton" and g.device.type == "cpu"
         rounding = bounds.attention(case.dtype, None if name == "out" else lse, interpreted)
-        bound = 2 * float((plain[name] - w).abs().max()) + rounding * (1 + float(w.abs().max()))
+        bound = 2 * float((p - w).abs().max()) + rounding * (1 + float(w.abs().max()))
         error = float((g.double() - w).abs().max())
         assert error <= bound, f"{name}: {error:.3g}, at most {bound:.3g}"

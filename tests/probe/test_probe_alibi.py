@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import causal_types
-import probe_models as models
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
 from rhythm_kernels.integrations.transformers import register
+
+from . import causal_types
+from . import probe_models as models
 
 GROUPS = HeadGroups([(0, 0), (2, 1)], [(1, 0), (3, 3)])
 SLOPES = torch.tensor([0.25, 0.0625, 0.0156, 0.0039])
