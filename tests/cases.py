@@ -248,7 +248,9 @@ def check(
     def hold_waad(given: Tensor | None) -> None:
         waad = rk.waad(q, k, given, window=case.window, backend=backend, **options)
         want = reference.waad(q64, k64, window=case.window, **options)
-        close(f"waad {_tag(given)}", waad, want, bounds.waad(case.window))
+        # Logits of 80 and more: a float32 log-sum-exp is itself known to |x| 2^-24, and W rowsum takes W times that.
+        known = 0.0 if given is None else case.window * float(given.nan_to_num(neginf=0).abs().max()) * 2**-22
+        close(f"waad {_tag(given)}", waad, want, max(bounds.waad(case.window), known))
         assert float(waad.min()) >= 0 and float(waad.max()) <= case.window
 
     def hold_fai(given: Tensor | None, horizon: tuple[int, int | None]) -> None:
