@@ -15,7 +15,8 @@ Conventions of every function here (those of flash-attn):
   where positive. `sinks (H,)`: logits that join each row's denominator only, read as float32; one of `-inf` is no
   sink, one of `+inf` or NaN leaves the keys nothing: all of its head is NaN, `out` and `lse` too.
 - `alibi_slopes (H,)`, or a row a sequence: `(B, H)`, packed `(sequences, H)`; read as float32, without a gradient. Of
-  the logit, after its softcap, `slope (t - s)` is taken (ALiBi, arXiv 2108.12409), as in flash-attn.
+  the logit, after its softcap, `slope (t - s)` is taken (ALiBi, arXiv 2108.12409), as in flash-attn. It is computed
+  in float32: a slope that takes it beyond, or is not finite, gives NaN in its head.
 - Padded batches: `seq_start`, `seq_end` int32 `(B,)`, the live range of each row. Packed: `cu_seqlens` int32
   `(sequences + 1,)`, from 0 to the total or less: tokens behind the last sequence are padding. `max_seqlen` bounds the
   longest (read from `cu_seqlens` on the CPU, else the total: give it on a GPU, where every sequence has programs for
@@ -79,6 +80,7 @@ def _with_options(function: _Function) -> _Function:
     last = [x for x in named if x.name in ("per_head", "backend")]
     parameters = [x for x in named if x not in last] + _OPTIONS + last
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {x.name: x.annotation for x in parameters} | {"return": signature.return_annotation}
     return function
 
 

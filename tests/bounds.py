@@ -63,6 +63,20 @@ def moments(want: ColumnMoments) -> ColumnMoments:
     )
 
 
+def attention(dtype: torch.dtype, gradient_of: Tensor | None, interpreted: bool = False) -> float:
+    """Of attention's output, or of a gradient where this `lse` was: a share of 1 + the largest value.
+
+    Beside twice the error of float32 torch it is that of rounding to the type, and of weights that are rounded before
+    each product, where Triton's interpreter multiplies bfloat16 as float32. Gradients are rounded themselves, and start
+    from an output and a log-sum-exp that were.
+    """
+    share = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2**-8 if interpreted else 1.5e-2}[dtype]
+    if gradient_of is None:
+        return share
+    size = float(gradient_of[gradient_of.isfinite()].abs().max()) if bool(gradient_of.isfinite().any()) else 0.0
+    return share * (1 if dtype == torch.float32 else 2) + size * 2**-22
+
+
 def seen(want: ColumnMoments) -> Tensor:
     """Where one head's attention varies enough for float32 to carry a third or fourth moment."""
     deviation = want.variance.sqrt()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import subprocess
 import sys
+import typing
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 import rhythm_kernels as rk
+from rhythm_kernels import reference
 
 
 def q(*shape: int, **kw) -> torch.Tensor:
@@ -264,3 +267,27 @@ def test_a_strange_tensor_is_named_wherever_it_is(name: str, kind: str, backend:
             assert named, str(caught.value)
             if kind == "DTensor":
                 assert f"{argument}.to_local()" in str(caught.value)
+
+
+FUNCTIONS = ["waad", "fai", "span", "column_moments", "attention_lse", "attention_with_rhythm"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_is_shown(name: str) -> None:
+    """The options are declared once; `help`, completion and type hints spell them out for each function."""
+    for function in (getattr(rk, name), getattr(reference, name)):
+        shown = inspect.signature(function).parameters
+        assert {"heads", "sinks", "alibi_slopes", "cu_seqlens", "response_start"} < shown.keys()
+        assert all(x.kind is not inspect.Parameter.VAR_KEYWORD for x in shown.values())
+        assert typing.get_type_hints(function).keys() - {"return"} == shown.keys()
+    asked, dense = (inspect.signature(getattr(x, name)).parameters for x in (rk, reference))
+    assert asked.keys() - dense.keys() == {"backend"}
+    assert {x: asked[x].default for x in dense} == {x: dense[x].default for x in dense}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_unknown_argument_is_named_by_its_function(name: str) -> None:
+    tensors = [q(2, 9, 2, 8)] * (3 if name == "attention_with_rhythm" else 2)
+    for module in (rk, reference):
+        with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'window_sizes'"):
+            getattr(module, name)(*tensors, window_sizes=3)

@@ -6,16 +6,14 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # comes with torch; of typing since Python 3.11
 
 from . import formulas
 from .formulas import ColumnMoments, widen
-
-if TYPE_CHECKING:
-    from typing import Unpack
 
 
 class AttentionStats(NamedTuple):
@@ -60,6 +58,7 @@ def _spelled_out(layout: type) -> Callable[[_Function], _Function]:
             kind, text = inspect.Parameter.KEYWORD_ONLY, getattr(annotation, "__forward_arg__", annotation)
             parameters.append(inspect.Parameter(name, kind, default=_DEFAULTS[name], annotation=text))
         function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        function.__annotations__ = {x.name: x.annotation for x in parameters} | {"return": signature.return_annotation}
         return function
 
     return show

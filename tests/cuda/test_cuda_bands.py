@@ -11,14 +11,12 @@ from torch import Tensor
 import rhythm_kernels as rk
 from rhythm_kernels import reference
 from rhythm_kernels.rule import Rule
-from tests import bounds
-from tests.cases import CASES, Case, _close, random_cases
 
+from ..cases import BANDS, CASES, Case, check, random_cases
 from .emulated import ORDERS, Emulated, KernelError
 from .passes import Passes
 
 MORE = [
-    Case("head size one", dim=1, length=30),
     Case("head size 112", dim=112, length=40, dtype=torch.bfloat16),
     Case("head size 192", dim=192, length=33, dtype=torch.float16, heads=2, kv_heads=1),
     Case("head size 256", dim=256, length=41, dtype=torch.bfloat16, heads=3, kv_heads=1, window=30),
@@ -52,41 +50,21 @@ def order(request: pytest.FixtureRequest, cuda_on_cpu: Emulated) -> str:
     return request.param
 
 
-def check_bands(case: Case) -> None:
-    """The measures that a known log-sum-exp gives."""
-    q, k, options = case.inputs()
-    q64, k64 = q.double(), k.double()
-    without = {name: x for name, x in options.items() if name not in ("heads", "per_head", "response_start")}
-    lse = reference.attention_lse(q64, k64, **without).float()
-    if case.lengths is None:  # any strides
-        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-    waad = rk.waad(q, k, lse, window=case.window, backend="cuda", **options)
-    want = reference.waad(q64, k64, window=case.window, **options)
-    # Logits of 80 and more: a float32 log-sum-exp is itself known to |x| 2^-24, and W rowsum takes W times that.
-    known = case.window * float(lse.nan_to_num(neginf=0).abs().max()) * 2**-22
-    _close("waad", waad, want, max(bounds.waad(case.window), known))
-    assert float(waad.min()) >= 0 and float(waad.max()) <= case.window
-    if case.horizon[1] is not None:
-        fai = rk.fai(q, k, lse, horizon=case.horizon, backend="cuda", **options)
-        _close("fai", fai, reference.fai(q64, k64, horizon=case.horizon, **options), bounds.fai())
-        assert float(fai.min()) >= 0
-
-
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda case: case.name)
 def test_cases(case: Case, order: str) -> None:
-    check_bands(case)
+    check(case, "cuda", passes=BANDS)
 
 
 def test_random_shapes(order: str) -> None:
     for case in random_cases(seed=list(ORDERS).index(order) + 40, n=60):
-        check_bands(case)
+        check(case, "cuda", passes=BANDS)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(500, 506))
 def test_many_random_shapes(seed: int, order: str) -> None:
     for case in random_cases(seed, n=200):
-        check_bands(case)
+        check(case, "cuda", passes=BANDS)
 
 
 def bands(q: Tensor, k: Tensor, lse: Tensor, **options: object) -> list[Tensor]:

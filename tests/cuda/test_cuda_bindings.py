@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,13 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 import rhythm_kernels as rk
-from rhythm_kernels import ops, reference
+from rhythm_kernels import ops
 from rhythm_kernels.backend import cuda, extension
 from rhythm_kernels.ops import dispatch
 from rhythm_kernels.rule import Choice, Rule
-from tests import bounds
-from tests.cases import CASES, Case
-from tests.credit_cases import many_tokens
 
+from ..cases import BANDS, CASES, Case, check
+from ..credit_cases import many_tokens
 from .emulated import EMULATION, FLAGS, KERNELS, ROOT, compiler
 
 NAMES = ("plain", "packed", "everything", "padding on both sides, an empty row", "bfloat16")
@@ -70,17 +70,7 @@ def cuda_serves_the_cpu(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in NAMES], ids=lambda case: case.name)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_bands(case: Case, per_head: bool) -> None:
-    q, k, options = case.inputs()
-    options["per_head"] = per_head
-    rule = {name: x for name, x in options.items() if name not in ("heads", "per_head", "response_start")}
-    lse = reference.attention_lse(q.double(), k.double(), **rule).float()
-    waad = rk.waad(q, k, lse, window=case.window, backend="cuda", **options)
-    want = reference.waad(q.double(), k.double(), window=case.window, **options)
-    assert waad.shape == want.shape
-    assert (waad.double() - want).abs().max() < bounds.waad(case.window)
-    fai = rk.fai(q, k, lse, horizon=(3, 20), backend="cuda", **options)
-    want = reference.fai(q.double(), k.double(), horizon=(3, 20), **options)
-    assert (fai.double() - want).abs().max() < bounds.fai()
+    check(replace(case, options={**case.options, "per_head": per_head}), "cuda", passes=BANDS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -14,11 +14,10 @@ from benchmarks.problem import AttentionProblem
 from benchmarks.shapes import AttentionShape
 from rhythm_kernels import ops, reference
 from rhythm_kernels.credit import CREDIT_MODES
-from tests import bounds
-from tests.cases import Case, check
+
+from ..cases import PASSES, Case, check
 
 Device = torch.device | str
-PASSES = ("band_rows", "band_columns", "row_stats", "column_stats", "attention")
 
 
 def lacks(backend: str, device: Device, *passes: str) -> str:
@@ -31,57 +30,9 @@ def lacks(backend: str, device: Device, *passes: str) -> str:
     return ""
 
 
-def check_bands(case: Case, backend: str, device: Device) -> None:
-    """WAAD and FAI given the log-sum-exp: for a backend that has the band passes alone."""
-    q, k, options = case.inputs(device)
-    rule = {name: x for name, x in options.items() if name not in ("heads", "per_head", "response_start")}
-    lse = reference.attention_lse(q.double(), k.double(), **rule).float()
-    waad = rk.waad(q, k, lse, window=case.window, backend=backend, **options)
-    want = reference.waad(q.double(), k.double(), window=case.window, **options)
-    assert (waad.double() - want).abs().max() < bounds.waad(case.window)
-    if case.horizon[1] is not None:
-        fai = rk.fai(q, k, lse, horizon=case.horizon, backend=backend, **options)
-        want = reference.fai(q.double(), k.double(), horizon=case.horizon, **options)
-        assert (fai.double() - want).abs().max() < bounds.fai()
-
-
 def check_case(case: Case, backend: str, device: Device) -> None:
-    """The case list's own check, or that of the bands where the backend has no more."""
-    if lacks(backend, device, "row_stats", "column_stats"):
-        check_bands(case, backend, device)
-    else:
-        check(case, backend, device)
-
-
-def value_size(case: Case) -> int:
-    """The head size of v: that of q and k, but for 192, where multi-head latent attention has 128."""
-    return 128 if case.dim == 192 else case.dim
-
-
-def check_attention(case: Case, backend: str | None, device: Device) -> None:
-    """`out`, its gradients and the statistics against float64: twice the error of float32 PyTorch, and rounding."""
-    q, k, options = case.inputs(device)
-    size = value_size(case)
-    v = torch.randn(*k.shape[:-1], size, generator=torch.Generator().manual_seed(1)).to(k)
-    upstream = torch.randn(*q.shape[:-1], size, generator=torch.Generator().manual_seed(2)).to(q)
-
-    def run(function: Callable[..., Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        extra = {} if function is reference.attention_with_rhythm else {"backend": backend}
-        out, lse, stats = function(*inputs, window=case.window, **options, **extra)
-        grads = torch.autograd.grad(out, inputs, upstream.to(dtype))
-        return out.detach(), lse, stats.waad, stats.span, *grads
-
-    want = run(reference.attention_with_rhythm, torch.float64)
-    dense = run(reference.attention_with_rhythm, torch.float32)
-    got = run(rk.attention_with_rhythm, q.dtype)
-    for name, g, w, d in zip(("out", "lse", "waad", "span", "dq", "dk", "dv"), got, want, dense):
-        finite = w.isfinite()
-        error = (g.double() - w)[finite].abs().max()
-        rounding = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[g.dtype]
-        rounding = 1e-4 if name in ("lse", "waad", "span") else rounding
-        bound = 2 * (d.double() - w)[finite].abs().max() + rounding * max(1.0, float(w[finite].abs().max()))
-        assert error < bound, f"{name}: {float(error):.3g}, at most {float(bound):.3g}"
+    """The case list's own check, of all passes that the backend has."""
+    check(case, backend, device, tuple(name for name in PASSES if not lacks(backend, device, name)))
 
 
 def measures(backend: str, bands_alone: bool) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:

@@ -14,8 +14,8 @@ import torch
 
 import rhythm_kernels as rk
 from rhythm_kernels.credit import CREDIT_MODES
-from tests.cases import CASES, Case
 
+from ..cases import CASES, Case
 from . import on_device
 
 NAMES = (

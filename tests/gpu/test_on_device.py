@@ -7,8 +7,8 @@ import torch
 
 import rhythm_kernels as rk
 from benchmarks.shapes import AttentionShape
-from tests.cases import CASES, Case, random_cases
 
+from ..cases import BANDS, CASES, Case, check, random_cases
 from . import on_device
 
 BACKENDS = ("cuda", "triton", "torch")
@@ -17,14 +17,26 @@ gpu = pytest.mark.gpu
 
 
 def need(backend: str, *passes: str, device: str = "cuda") -> None:
-    reason = on_device.lacks(backend, device, *(passes or ("band_rows", "band_columns")))
+    reason = on_device.lacks(backend, device, *(passes or BANDS))
     if reason:
         pytest.skip(reason)
 
 
+VALUES = {192: 128}  # as in multi-head latent attention: v is smaller than k
+# Every case of the list, and every head size that models have, over several tiles.
+DEVICE_CASES = [
+    *CASES,
+    *(
+        Case(f"{str(dtype)[6:]}, head size {dim}", length=300, dim=dim, dtype=dtype, value_dim=VALUES.get(dim))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for dim in (64, 80, 96, 112, 128, 192, 256)
+    ),
+]
+
+
 @gpu
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", DEVICE_CASES, ids=lambda case: case.name)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_case(case: Case, backend: str) -> None:
     need(backend)
@@ -42,25 +54,6 @@ def test_random_cases(seed: int, backend: str) -> None:
             on_device.check_case(case, backend, "cuda")
         except AssertionError as error:
             raise AssertionError(f"{case}") from error
-
-
-# Every case of the list, and every head size that models have, over several tiles.
-ATTENTION = [
-    *CASES,
-    *(
-        Case(f"{str(dtype)[6:]}, head size {dim}", length=300, dim=dim, dtype=dtype)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        for dim in (64, 80, 96, 112, 128, 192, 256)
-    ),
-]
-
-
-@gpu
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
-def test_attention(case: Case, backend: str) -> None:
-    need(backend, "attention")
-    on_device.check_attention(case, backend, "cuda")
 
 
 @gpu
@@ -169,13 +162,13 @@ def test_a_million_tokens(backend: str) -> None:
 def test_rehearsal(backend: str) -> None:
     need(backend, device="cpu")
     on_device.check_case(CASES[0], backend, "cpu")
-    on_device.check_bands(CASES[0], backend, "cpu")
+    check(CASES[0], backend, passes=BANDS)
     on_device.check_repeatable(backend, "cpu", 2)
     on_device.check_long(backend, "cpu", AttentionShape(500, heads=2, kv_heads=1, dim=16))
 
 
 def test_rehearsal_of_attention_compilation_and_credit() -> None:
-    on_device.check_attention(CASES[0], None, "cpu")
+    on_device.check_case(CASES[0], "torch", "cpu")
     on_device.check_compiled("torch", "cpu", {"backend": "eager", "dynamic": True})
     for backend in ("cpu", "torch"):
         need(backend, "credit", device="cpu")

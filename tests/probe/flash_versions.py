@@ -13,7 +13,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from flash_standin import _dense
+
+from .flash_standin import _dense
 
 
 class _Attention(torch.autograd.Function):

@@ -6,13 +6,14 @@ import gc
 import json
 import weakref
 
-import probe_models as models
 import pytest
 import torch
-from probe_oracle import eager_maps, kurtoses, padded_bounds, responses, spans
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
+
+from . import probe_models as models
+from .probe_oracle import eager_maps, kurtoses, padded_bounds, responses, spans
 
 
 def responses_of(mask: torch.Tensor) -> torch.Tensor:

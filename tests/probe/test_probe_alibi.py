@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import causal_types
-import probe_models as models
 import pytest
 import torch
 from probe_oracle import oracle, padded_bounds
@@ -12,6 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaModel
 import rhythm_kernels as rk
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
 from rhythm_kernels.integrations.transformers import register
+
+from . import causal_types
+from . import probe_models as models
 
 GROUPS = HeadGroups([(0, 0), (2, 1)], [(1, 0), (3, 3)])
 SLOPES = torch.tensor([0.25, 0.0625, 0.0156, 0.0039])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import causal_types
-import probe_models as models
 import pytest
 import torch
-from probe_oracle import eager_maps, oracle, padded_bounds
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
 from rhythm_kernels.integrations.transformers import register
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
+
+from . import causal_types
+from . import probe_models as models
+from .probe_oracle import eager_maps, oracle, padded_bounds
 
 TEXT = {
     "vocab_size": models.VOCABULARY,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 
-import probe_models as models
 import pytest
 import torch
-from probe_oracle import eager_maps, kurtoses, oracle, padded_bounds, spans
 from transformers.models.llama4 import modeling_llama4
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, passes
@@ -19,6 +17,9 @@ from rhythm_kernels.probe.checks import Checks
 from rhythm_kernels.probe.chunks import in_chunks
 from rhythm_kernels.probe.masks import ForwardInputs, sequences_of
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
+
+from . import probe_models as models
+from .probe_oracle import eager_maps, kurtoses, oracle, padded_bounds, spans
 
 register()
 CHUNK = 16

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
-import probe_models as models
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
+
+from . import probe_models as models
 
 GROUPS = HeadGroups(local=[(0, 0), (2, 1), (2, 3)], global_=[(1, 0), (2, 2), (3, 3)])
 

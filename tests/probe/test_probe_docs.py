@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import probe_models as models
 import pytest
 import torch
 
 from rhythm_kernels import RhythmProbe
+
+from . import probe_models as models
 
 DOCS = Path(__file__).parents[2] / "docs" / "probe.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)

@@ -12,17 +12,18 @@ import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
-import causal_types
 import pytest
 import torch
 import transformers
-from causal_outcomes import EXCEPT, MEASURED, expected
-from probe_oracle import oracle, padded_bounds
 
 import rhythm_kernels
 from rhythm_kernels import HeadGroups, RhythmProbe
 from rhythm_kernels.integrations.transformers import register
 from rhythm_kernels.probe.structure import find_decoder
+
+from . import causal_types
+from .causal_outcomes import EXCEPT, MEASURED, expected
+from .probe_oracle import oracle, padded_bounds
 
 IMPLEMENTATIONS = ("eager", "sdpa", "rhythm")
 HORIZON = (3, 20)

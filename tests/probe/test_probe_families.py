@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import probe_models as models
 import pytest
 import torch
-from probe_oracle import eager_maps, oracle, padded_bounds
 
 from rhythm_kernels import HeadGroups, RhythmProbe
 from rhythm_kernels.integrations.transformers import register
+
+from . import probe_models as models
+from .probe_oracle import eager_maps, oracle, padded_bounds
 
 register()
 # One head per kv head and layer kind at least; a head may be in both groups.

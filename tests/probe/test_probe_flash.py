@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import flash_standin
-import probe_models as models
 import pytest
 import torch
-from probe_oracle import eager_maps, oracle, padded_bounds
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
+
+from . import flash_standin
+from . import probe_models as models
+from .probe_oracle import eager_maps, oracle, padded_bounds
 
 GROUPS = HeadGroups(local=[(0, 0), (0, 3), (1, 1), (3, 2)], global_=[(1, 0), (1, 3), (2, 2), (3, 3)])
 FAMILIES = ["llama", "qwen3", "qwen2", "mistral", "gemma2", "gpt_neox"]  # windows, softcap, fused projections

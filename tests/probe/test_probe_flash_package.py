@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import flash_standin
-import probe_models as models
 import pytest
 import torch
-from probe_oracle import eager_maps, oracle, padded_bounds
 
 from rhythm_kernels import HeadGroups, RhythmProbe
 from tests.peers.packages import flash_attn
+
+from . import flash_standin
+from . import probe_models as models
+from .probe_oracle import eager_maps, oracle, padded_bounds
 
 package = flash_attn()
 GROUPS = HeadGroups(local=[(0, 0), (1, 1)], global_=[(0, 2), (1, 3)])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import flash_standin
-import probe_models as models
 import pytest
 import torch
-from flash_versions import PACKAGES, FlashAttn3, FlashAttn4
-from probe_oracle import eager_maps, oracle, padded_bounds
 from transformers import modeling_flash_attention_utils as utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rhythm_kernels import HeadGroups, RhythmProbe
+
+from . import flash_standin
+from . import probe_models as models
+from .flash_versions import PACKAGES, FlashAttn3, FlashAttn4
+from .probe_oracle import eager_maps, oracle, padded_bounds
 
 GROUPS = HeadGroups(local=[(0, 0), (0, 3), (1, 1), (3, 2)], global_=[(1, 0), (1, 3), (2, 2), (3, 3)])
 FAMILIES = ["qwen3", "mistral", "gemma2", "gpt_oss"]  # grouped heads, windows, softcap, sinks

@@ -7,7 +7,6 @@ import functools
 import subprocess
 import sys
 
-import probe_models as models
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -15,6 +14,8 @@ from transformers.models.llama import modeling_llama
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
 from rhythm_kernels.integrations.transformers import register
+
+from . import probe_models as models
 
 GROUPS = HeadGroups(local=[(0, 0), (2, 1)], global_=[(1, 0), (3, 3)])
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
-import probe_models as models
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +16,9 @@ from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
 from rhythm_kernels.ops import dispatch
 from rhythm_kernels.probe import capture
 
+from . import probe_models as models
+
+ROOT = Path(__file__).resolve().parents[2]
 T = 1553  # prime, and no tile of any backend
 GROUPS = HeadGroups(local=[(0, 0), (1, 1)], global_=[(0, 2), (1, 3)])
 
@@ -106,11 +109,10 @@ def test_calibration(backend, by):
 
 def test_peak_memory_is_linear_at_16k():
     """The process's own peak, in a process of its own: 16,384^2 bools alone would be 268 MB."""
-    code = f"""
-        import resource, sys
+    code = """
+        import resource
         import torch
-        sys.path.insert(0, {str(models.__file__).rsplit("/", 1)[0]!r})
-        import probe_models as models
+        from tests.probe import probe_models as models
         from rhythm_kernels import HeadGroups, RhythmProbe
         from rhythm_kernels.probe import capture
         torch.set_num_threads(1)
@@ -132,7 +134,8 @@ def test_peak_memory_is_linear_at_16k():
         capture.as_batched = lambda *_: None
         print(peak(16384, True))
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     plain_8k, probed_8k, plain_16k, probed_16k, streamed_16k = (int(kib) / 1024 for kib in run.stdout.split())
     assert probed_8k - plain_8k < 32
     assert probed_16k - plain_16k < 32

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import probe_models as models
 import pytest
 import torch
-from probe_oracle import eager_maps, oracle, padded_bounds
 from transformers import DataCollatorWithFlattening
 
 from rhythm_kernels import HeadGroups, RhythmProbe
 from rhythm_kernels.integrations.transformers import register
+
+from . import probe_models as models
+from .probe_oracle import eager_maps, oracle, padded_bounds
 
 GROUPS = HeadGroups(local=[(0, 0), (2, 1), (2, 3)], global_=[(1, 0), (2, 2), (3, 3)])
 

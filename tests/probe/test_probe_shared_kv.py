@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import inspect
 
-import causal_types
-import probe_models as models
 import pytest
 import torch
-from probe_oracle import eager_maps, kurtoses, oracle, padded_bounds, spans
 
 from rhythm_kernels import HeadGroups, RhythmProbe, functional, head_groups
 from rhythm_kernels.integrations.transformers import register
 from rhythm_kernels.probe import attention
 from rhythm_kernels.probe.calibration import Calibration, evaluating
+
+from . import causal_types
+from . import probe_models as models
+from .probe_oracle import eager_maps, kurtoses, oracle, padded_bounds, spans
 
 register()
 LAYERS = 4  # the last two attend with the keys and values of the first two

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 
 import peft
-import probe_models as models
 import pytest
 import torch
-from probe_oracle import eager_maps, oracle, padded_bounds
 
 from rhythm_kernels import HeadGroups, RhythmProbe, reference
+
+from . import probe_models as models
+from .probe_oracle import eager_maps, oracle, padded_bounds
 
 GROUPS = HeadGroups(local=[(0, 0), (2, 1), (2, 3)], global_=[(1, 0), (2, 2), (3, 3)])
 

@@ -10,8 +10,6 @@ import contextlib
 import functools
 import itertools
 
-import flash_standin
-import probe_models as models
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,6 +19,9 @@ from transformers.models.llama import modeling_llama
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, kept
 from rhythm_kernels.integrations.transformers import register
 from rhythm_kernels.probe import capture, checks, inputs, lse, masks
+
+from . import flash_standin
+from . import probe_models as models
 
 GROUPS = HeadGroups(local=[(0, 0), (2, 1)], global_=[(1, 0), (3, 3)])
 CUDA = torch.version.cuda is not None

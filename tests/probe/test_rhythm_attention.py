@@ -6,17 +6,20 @@ import functools
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
-import probe_models as models
 import pytest
 import torch
-from probe_oracle import eager_maps, oracle, padded_bounds
 
 from rhythm_kernels import HeadGroups, RhythmProbe, functional, head_groups
 from rhythm_kernels.integrations.transformers import register
 from rhythm_kernels.probe import attention, calibration
 from rhythm_kernels.probe.ranges import RangeMask, rhythm_mask
 
+from . import probe_models as models
+from .probe_oracle import eager_maps, oracle, padded_bounds
+
+ROOT = Path(__file__).resolve().parents[2]
 GROUPS = HeadGroups(local=[(0, 0), (2, 1), (2, 3)], global_=[(1, 0), (2, 2), (3, 3)])
 register()
 
@@ -410,10 +413,8 @@ def test_masks_equal_those_of_sdpa():
 
 def test_registration():
     """Unknown before anything of ours is made; the first probe of a process registers it."""
-    code = f"""
-        import sys
-        sys.path.insert(0, {str(models.__file__).rsplit("/", 1)[0]!r})
-        import probe_models as models
+    code = """
+        from tests.probe import probe_models as models
         import rhythm_kernels as rk
         model = models.tiny_model("llama")
         try:
@@ -426,4 +427,4 @@ def test_registration():
         model.set_attn_implementation("rhythm")
         assert model(models.tokens(1, 9)).logits.isfinite().all()
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True, capture_output=True)

@@ -1,7 +1,7 @@
 """Compile Triton kernels ahead of time, without a GPU, and print what they cost as JSON lines.
 
 A script of its own, because a process that interprets kernels cannot compile them:
-``python tests/triton/aot_compile.py --arch sm_90 --dtype bf16 --head-size 128 --kernel band_rows``.
+``python -m tests.triton.aot_compile --arch sm_90 --dtype bf16 --head-size 128 --kernel band_rows``.
 Each argument may be given several times; features are switched on by ``--feature softcap,window,sinks,alibi``.
 """
 
@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 import triton
-from without_gpu import DTYPES, PASSES, TARGETS, Launch, arguments, launches
 
 from rhythm_kernels.tuning.trial import RUNS
+
+from .without_gpu import DTYPES, PASSES, TARGETS, Launch, arguments, launches
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = {

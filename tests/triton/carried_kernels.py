@@ -26,16 +26,16 @@ import rhythm_kernels.backend.triton as passes
 from benchmarks.shapes import SHAPES, AttentionShape
 from rhythm_kernels.backend.triton import choosing, configs
 from rhythm_kernels.backend.triton.interpreted import INTERPRETED
-from tests.cases import Case, random_cases
-from tests.gpu import on_device
-from tests.gpu.test_on_device import ATTENTION, SEEDS
+
+from ..cases import Case, random_cases
+from ..gpu.test_on_device import DEVICE_CASES, SEEDS
 
 _WANTED: list[tuple[str, Any, dict[str, Any]]] = []  # the workers, which are forks, find it here
 
 
 def cases() -> Iterator[Case]:
     """What the GPU tests give to the passes."""
-    yield from ATTENTION
+    yield from DEVICE_CASES
     for seed in SEEDS:
         yield from random_cases(seed, 5)
     for dtype in (torch.float32, torch.bfloat16):
@@ -55,8 +55,7 @@ def measure(case: Case) -> None:
     rk.fai(q, k, lse, horizon=(3, 25), backend="triton", **options)
     rk.fai(q, k, lse, horizon=(3, None), backend="triton", **options)
     rk.column_moments(q, k, lse, backend="triton", **options)
-    size = on_device.value_size(case)
-    v = torch.zeros(*k.shape[:-1], size, dtype=k.dtype)
+    v, _ = case.values(q, k)
     inputs: list[Tensor] = [x.detach().requires_grad_() for x in (q, k, v)]
     out = rk.attention_with_rhythm(*inputs, window=case.window, backend="triton", **options)[0]
     torch.autograd.grad(out, inputs, torch.zeros_like(out))

@@ -1,6 +1,6 @@
 """Which calls of a pass would compile a kernel anew, found without a GPU, as one JSON object.
 
-``python tests/triton/compiled_variants.py`` calls every pass over :func:`calls` and prints the labels of the calls
+``python -m tests.triton.compiled_variants`` calls every pass over :func:`calls` and prints the labels of the calls
 after the first that would compile something new: under ``ours`` with the kernels as they are, under ``plain`` with the
 same kernels as Triton specialises them by default.
 """
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import triton
-from without_gpu import PASSES, arguments, launches
+
+from .without_gpu import PASSES, arguments, launches
 
 RULES = {
     "no rule": {"window_left": -1, "softcap": 0.0},

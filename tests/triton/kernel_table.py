@@ -1,6 +1,6 @@
 """The tables of docs/kernels.md: what each kernel must do, what its tiles read, what it costs as compiled and reads as.
 
-``PYTHONPATH=. python tests/triton/kernel_table.py`` prints them, ``--write`` puts them into the document, between the
+``python -m tests.triton.kernel_table`` prints them, ``--write`` puts them into the document, between the
 comments that name them. Compiling every kernel for every architecture takes a minute or two; no GPU is needed. The
 readings have a table for each Triton they are made with: ``--table read-3.6`` wants Triton 3.6.
 """
@@ -86,7 +86,7 @@ def tiles_table() -> Iterator[str]:
 
 def compiled_table() -> Iterator[str]:
     """Tile, registers a thread and shared memory a block of every kernel on every architecture."""
-    from aot_compile import compile_one, launched
+    from .aot_compile import compile_one, launched
 
     yield f"Triton {triton.__version__}, bfloat16, D = {SHAPE.dim}, no rules:"
     yield ""
@@ -108,7 +108,7 @@ def compiled_table() -> Iterator[str]:
 
 def reading_table() -> Iterator[str]:
     """What the main loop of every kernel reads as on sm_90."""
-    import sass
+    from . import sass
 
     yield f"Triton {triton.__version__}, bfloat16, D = {SHAPE.dim}, no rules, sm_90:"
     yield ""

@@ -1,6 +1,6 @@
 """Read from the machine code of a kernel's main loop what it will be held up by, without a GPU.
 
-``python tests/triton/sass.py --kernel column_stats --head-size 128 [--tile 64,128,4,3,168]`` compiles for sm_90 what a
+``python -m tests.triton.sass --kernel column_stats --head-size 128 [--tile 64,128,4,3,168]`` compiles for sm_90 what a
 user's call compiles, disassembles it, finds the loop over whole tiles, and prints one line: registers, spills, shared
 memory, blocks an SM, the instructions that a lane issues for a pair of tokens, and how far ahead of their use the loads
 stand. ``--code`` prints the loop itself, ``--json`` the reading as data. Nothing here is a time.
@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import triton
-from aot_compile import TOOLS, launched, nvidia_resources
-from without_gpu import TARGETS
 
 from rhythm_kernels.backend.triton import choosing, configs
+
+from .aot_compile import TOOLS, launched, nvidia_resources
+from .without_gpu import TARGETS
 
 ARCH = "sm_90"
 # What an SM of compute capability 9.0 has; a block takes 1 KiB of shared memory besides its own.

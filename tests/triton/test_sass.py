@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sass
-from sass import Instruction
 
-SCRIPT = Path(sass.__file__)
+from . import sass
+from .sass import Instruction
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def code(*lines: str) -> list[Instruction]:
@@ -23,12 +24,12 @@ def code(*lines: str) -> list[Instruction]:
 def read(*arguments: str) -> list[dict[str, Any]]:
     """Readings of the script, in a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json", *arguments],
+        [sys.executable, "-m", "tests.triton.sass", "--json", *arguments],
         capture_output=True,
         text=True,
         env=environment,
+        cwd=ROOT,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""Triton's `attention_with_rhythm`: out, lse, WAAD, span and gradients against the dense float64 definition."""
+"""Triton's `attention_with_rhythm` beside the case list: layouts, large logits, compilation, other tiles."""
 
 from __future__ import annotations
 
@@ -15,117 +15,10 @@ import rhythm_kernels as rk
 from rhythm_kernels import ops, reference
 from rhythm_kernels.backend.triton import configs
 from rhythm_kernels.canonical import canonical
-from tests import bounds
-from tests.cases import CASES, Case, random_cases
+
+from ..cases import Case, attend, check
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ("out", "lse", "waad", "span", "dq", "dk", "dv")
-NO_OPTIONS = {
-    "softmax_scale": None, "window_size": (-1, -1), "softcap": 0.0, "sinks": None, "cu_seqlens": None,
-    "max_seqlen": None, "seq_start": None, "seq_end": None, "response_start": None,
-}  # fmt: skip
-
-# What the common list does not cross, each with the head size of its values: other sizes than those of keys, windows
-# that reach over several tiles of 32.
-MORE = [
-    (Case("values of another size", batch=1, dim=24), 9),
-    (Case("192 and 128", dim=192, length=36, heads=2, kv_heads=1), 128),
-    (Case("144 and 136", dim=144, length=36, heads=2, kv_heads=1), 136),
-    (Case("narrow keys, wide values", dim=8, length=20, heads=2, kv_heads=1), 256),
-    (Case("one value", dim=1, length=33), 1),
-    (Case("head size 96", dim=96, length=34, heads=2, kv_heads=1), 112),
-    (Case("whole tiles between two edges", length=140, batch=1, heads=2, kv_heads=1,
-          options={"window_size": (75, 0)}), 16),
-    (Case("negative scale", batch=1, options={"softmax_scale": -0.3}, length=40), 16),
-    (Case("every rule", sinks=True, lengths=(50, 1, 0, 40), response=(20, 0, 0, 2), options={"softcap": 3.0,
-          "heads": [3, 1], "window_size": (33, 0), "per_head": True}), 20),
-    (Case("W over several tiles", window=70, length=110, batch=1, options={"heads": [1]}), 16),
-    (Case("float16, 80", dim=80, dtype=torch.float16, length=35, heads=2, kv_heads=1, fused=True), 80),
-    (Case("bfloat16, 112", dim=112, dtype=torch.bfloat16, length=35, heads=2, kv_heads=1, fused=True), 80),
-]  # fmt: skip
-
-
-def inputs(case: Case, size: int) -> tuple[list[Tensor], dict[str, Any]]:
-    """q, k, v of head size `size` and an upstream gradient, and the options of the call."""
-    q, k, options = case.inputs(DEVICE)
-    g = torch.Generator().manual_seed(case.seed + 1)
-    v = torch.randn(*k.shape[:-1], size, generator=g).to(q)
-    upstream = torch.randn(*q.shape[:-1], size, generator=g).to(q)
-    return [q, k, v, upstream], options
-
-
-def run(function: Callable[..., Any], tensors: list[Tensor], dtype: torch.dtype, **options: Any) -> tuple[Tensor, ...]:
-    """out, lse, waad, span and the gradients of q, k and v."""
-    q, k, v, upstream = (x.detach().to(dtype) for x in tensors)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out, lse, stats = function(*leaves, **options)
-    return out.detach(), lse, *stats, *torch.autograd.grad(out, leaves, upstream)
-
-
-def check(case: Case, size: int) -> None:
-    """out and gradients err at most twice as much as float32 torch, beside what rounding brings; the rest as ever.
-
-    Rounding is that of the results to their type, and of lse to float32, which the backward pass starts from.
-    """
-    tensors, options = inputs(case, size)
-    options["window"] = case.window
-    want = run(reference.attention_with_rhythm, tensors, torch.float64, **options)
-    plain = run(reference.attention_with_rhythm, tensors, torch.float32, **options)
-    got = run(rk.attention_with_rhythm, tensors, case.dtype, backend="triton", **options)
-    length = tensors[0].shape[-3]
-    size_of_lse = float(torch.where(want[1].isfinite(), want[1], 0.0).abs().max())
-    of_statistics = {"lse": bounds.lse(1), "waad": bounds.waad(case.window), "span": bounds.span(length)}
-    # A unit in the last place of the result's type. Interpreted, bfloat16 is multiplied as float32; on a GPU, and
-    # for float16 anywhere, weights and their gradients are rounded once more before each product.
-    rounding = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2**-8 if DEVICE == "cpu" else 2e-2}
-    for name, g, w, p in zip(NAMES, got, want, plain, strict=True):
-        assert g.shape == w.shape, name
-        assert g.dtype == (torch.float32 if name in of_statistics else case.dtype), name
-        assert torch.equal(g.isfinite(), w.isfinite()), name
-        live = w.isfinite()
-        if not bool(live.any()):
-            continue
-        error = float((g.double() - w)[live].abs().max())
-        largest = float(w[live].abs().max())
-        if name in of_statistics:
-            bound = of_statistics[name] * (max(1.0, largest) if name == "lse" else 1.0)
-        else:
-            # The gradients are rounded themselves, and start from an out and an lse that were.
-            rounded = rounding[case.dtype] if name == "out" else 2 * rounding[case.dtype] + size_of_lse * 2**-22
-            bound = 2 * float((p - w)[live].abs().max()) + rounded * (1 + largest)
-        assert error <= bound, f"{name}: {error:.3g}, at most {bound:.3g}"
-        if name not in of_statistics:
-            dead = want[1].isinf().all(-2)
-            assert bool((g[dead] == 0).all()), f"{name} is not 0 at tokens without attention"
-
-
-# The rest of the list, in the long tests, differs in what attention does not read, or in what the cases below cross.
-QUICK = {
-    "one token", "left padding", "padding on both sides, an empty row", "packed", "everything", "no scale",
-    "bfloat16 with everything", "sharp attention",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=[] if c.name in QUICK else pytest.mark.long) for c in CASES]
-)  # fmt: skip
-def test_common_cases(case: Case) -> None:
-    check(case, case.dim)
-
-
-@pytest.mark.parametrize(("case", "size"), [pytest.param(*entry, id=entry[0].name) for entry in MORE])
-def test_cases_of_attention(case: Case, size: int) -> None:
-    check(case, size)
-
-
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.long) for s in range(1, 6))])
-def test_random_cases(seed: int) -> None:
-    """The list's random crossings; the size of the values is drawn beside them."""
-    for i, case in enumerate(random_cases(seed + 500, 4 if seed == 0 else 8)):
-        try:
-            check(case, (case.dim, 5, 16, 40)[(seed + i) % 4])
-        except AssertionError as error:
-            raise AssertionError(f"{case}") from error
 
 
 def sample(**options: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
@@ -134,7 +27,7 @@ def sample(**options: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
     q, k, v = (
         torch.randn(2, 21, heads, size, generator=generator).to(DEVICE) for heads, size in ((4, 8), (2, 8), (2, 6))
     )
-    form = canonical(q, k, None, heads=[3, 0], **NO_OPTIONS | options)
+    form = canonical(q, k, None, heads=[3, 0], **options)
     return [q, k, v], form.rule
 
 
@@ -229,10 +122,10 @@ def test_large_logits(rules: dict[str, Any]) -> None:
         else:
             big_q *= magnitude / 8
         tensors = [big_q, big_k, v, torch.randn(1, 75, 2, 16, device=DEVICE)]
-        want = run(reference.attention_with_rhythm, tensors, torch.float64, **rules)
-        got = run(rk.attention_with_rhythm, tensors, torch.float32, backend="triton", **rules)
+        want = attend(reference.attention_with_rhythm, tensors, torch.float64, **rules)
+        got = attend(rk.attention_with_rhythm, tensors, torch.float32, backend="triton", **rules)
         largest = float(want[1].abs().max())
-        for name, g, w in zip(NAMES, got, want, strict=True):
+        for name, g, w in zip(want._fields, got, want, strict=True):
             scale = {"waad": 10.0, "span": 75.0, "lse": 1.0}.get(name, 1 + float(w.abs().max()))
             scale *= {"dq": float(big_k.abs().max()), "dk": float(big_q.abs().max())}.get(name, 1.0)
             error = float((g.double() - w).abs().max())
@@ -246,8 +139,9 @@ def test_tiles_that_are_not_square(rows: int, keys: int, monkeypatch: pytest.Mon
     for name in ("attention", "attention_alone", "attention_dq", "attention_dkv", "row_stats"):
         monkeypatch.setitem(configs.TILES["interpreter"], name, {(32, 256): configs.Tile(rows, keys, 1, 1)})
     options = {"window_size": (21, 0), "softcap": 4.0, "heads": [1]}
-    check(Case("oblong", batch=1, length=130, heads=2, kv_heads=2, sinks=True, options=options), 16)
-    check(Case("oblong, no rule", batch=1, length=130, heads=2, kv_heads=1, window=40), 16)
+    triton = ("triton", DEVICE, ("attention", "row_stats"))
+    check(Case("oblong", batch=1, length=130, heads=2, kv_heads=2, sinks=True, options=options), *triton)
+    check(Case("oblong, no rule", batch=1, length=130, heads=2, kv_heads=1, window=40), *triton)
     q, k = torch.randn(1, 100, 1, 16), torch.randn(1, 100, 1, 16)
     q[..., 0], k[..., 0] = 100.0, -100.0
     want = reference.attention_with_rhythm(q.double(), k.double(), k.double(), window_size=(3, 0))
@@ -274,10 +168,11 @@ def test_what_is_not_finite_stays_in_its_rows() -> None:
 
 def test_same_bits_every_time() -> None:
     case = Case("repeated", length=40, batch=1, dtype=torch.bfloat16)
-    tensors, options = inputs(case, 16)
-    first = run(rk.attention_with_rhythm, tensors, case.dtype, backend="triton", **options)
+    q, k, _ = case.inputs(DEVICE)
+    tensors = (q, k, *case.values(q, k))
+    first = attend(rk.attention_with_rhythm, tensors, case.dtype, backend="triton")
     for _ in range(2):
-        for got, want in zip(run(rk.attention_with_rhythm, tensors, case.dtype, backend="triton", **options), first):
+        for got, want in zip(attend(rk.attention_with_rhythm, tensors, case.dtype, backend="triton"), first):
             assert torch.equal(got, want)
 
 
@@ -305,13 +200,13 @@ def test_offsets_beyond_32_bits() -> None:
     """Views whose strides pass 2^31 elements, on anonymous memory of which a few pages alone are ever touched."""
     length, stride, size = 5, 2**29 + 16, 16
     q, k, v, upstream = (torch.randn(1, length, 1, size, device=DEVICE).half() for _ in range(4))
-    want = run(rk.attention_with_rhythm, [q, k, v, upstream], torch.float16, backend="triton")
+    want = attend(rk.attention_with_rhythm, [q, k, v, upstream], torch.float16, backend="triton")
     with mmap.mmap(-1, 2 * ((length - 1) * stride + size)) as memory:
         far = torch.frombuffer(memory, dtype=torch.float16).as_strided(q.shape, (length * stride, stride, size, 1))
         for i, tensor in enumerate((q, k, v, upstream)):
             far.copy_(tensor)
             tensors = [q, k, v, upstream]
             tensors[i] = far
-            for got, expected in zip(run(rk.attention_with_rhythm, tensors, torch.float16, backend="triton"), want):
+            for got, expected in zip(attend(rk.attention_with_rhythm, tensors, torch.float16, backend="triton"), want):
                 assert torch.equal(got, expected)
         del far, tensors

@@ -7,14 +7,15 @@ import mmap
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import DEVICE, Case
 
 import rhythm_kernels as rk
-import rhythm_kernels.backend.triton as rhythm_triton
-from rhythm_kernels import reference
+from rhythm_kernels import ops, reference
+from rhythm_kernels.canonical import canonical
 from rhythm_kernels.reference.formulas import logits
-from tests.cases import Case as PublicCase
 
+from ..cases import Case
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WINDOW = 10
 
 
@@ -31,33 +32,33 @@ def far_apart(x: Tensor, axis: int, memory: mmap.mmap) -> Tensor:
 @pytest.mark.parametrize("name", ["q", "k", "lse"])
 def test_offsets_beyond_32_bits(name: str, axis: int) -> None:
     """Every stride of every input, on anonymous memory of which a few pages alone are ever touched."""
-    case = Case(batch=2, length=5, n_heads=2, kv_heads=2, dtype=torch.float16)
-    lse = case.lse()
+    q, k, _ = Case("far", length=5, heads=2, kv_heads=2, dtype=torch.float16).inputs(DEVICE)
+    inputs = {"q": q, "k": k, "lse": reference.attention_lse(q.double(), k.double()).float()}
+    rule = canonical(q, k, None).rule
 
-    def results(**replaced: Tensor) -> list[Tensor]:
-        streamed = {key: x for key, x in replaced.items() if key != "lse"}
+    def results(q: Tensor, k: Tensor, lse: Tensor) -> list[Tensor]:
         return [
-            *rhythm_triton.row_stats(**case.given() | streamed, window=WINDOW, per_head=True),
-            rhythm_triton.band_rows(**case.given(lse) | replaced, window=WINDOW, per_head=True),
-            rhythm_triton.band_columns(**case.given(lse) | replaced, lo=1, hi=3, per_head=True),
-            rhythm_triton.column_stats(**case.given(lse) | replaced, min_distance=1, moments=True, per_head=True),
+            *ops.row_stats(q, k, *rule, WINDOW, True, "triton"),
+            ops.band_rows(q, k, lse, *rule, WINDOW, True, "triton"),
+            ops.band_columns(q, k, lse, *rule, 1, 3, True, "triton"),
+            ops.column_stats(q, k, lse, *rule, 1, True, True, "triton"),
         ]
 
-    x = {"q": case.q, "k": case.k, "lse": lse}[name]
+    x = inputs[name]
     # Nothing is set aside for it: 17 GiB of addresses.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     with mmap.mmap(-1, (2**32 + 2**12) * x.element_size(), flags=flags) as memory:
         far = far_apart(x, axis, memory)
-        got = results(**{name: far})
+        got = results(**inputs | {name: far})
         del far
-    for value, expected in zip(got, results(), strict=True):
+    for value, expected in zip(got, results(**inputs), strict=True):
         assert torch.equal(value, expected)
 
 
 @pytest.mark.parametrize("magnitude", [10.0, 1e4])
 def test_large_logits(magnitude: float) -> None:
     """Finite, and within what a float32 log-sum-exp allows: `W max|x| 2^-22`; 1 for FAI, T for span in place of W."""
-    q, k, _ = PublicCase("large", length=100, dim=16, heads=2, kv_heads=1, batch=1).inputs(DEVICE)
+    q, k, _ = Case("large", length=100, dim=16, heads=2, kv_heads=1, batch=1).inputs(DEVICE)
     x = logits(q[0].double(), k[0].double())
     q = q * (magnitude / x[x.isfinite()].abs().max())
     bound = magnitude * 2.0**-22 + 1e-6
@@ -77,7 +78,7 @@ def test_large_logits(magnitude: float) -> None:
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_rows_and_columns(poison: float) -> None:
-    q, k, _ = PublicCase("poison", batch=2, length=80, heads=2, kv_heads=1).inputs(DEVICE)
+    q, k, _ = Case("poison", batch=2, length=80, heads=2, kv_heads=1).inputs(DEVICE)
 
     def measures(q: Tensor, k: Tensor, lse: Tensor) -> dict[str, Tensor]:
         return {
@@ -107,7 +108,7 @@ def test_what_is_not_finite_stays_in_its_rows_and_columns(poison: float) -> None
 @pytest.mark.parametrize("scale", [1e-38, 1e-40, 1e-44, 7e-46, 1e-46, -1e-44, 0.0])
 def test_scales_below_the_normal_numbers(scale: float) -> None:
     """All logits are 0 then, and the log-sum-exp is that of a count."""
-    case = PublicCase("tiny scale", length=40, options={"softmax_scale": scale})
+    case = Case("tiny scale", length=40, options={"softmax_scale": scale})
     q, k, options = case.inputs(DEVICE)
     lse = reference.attention_lse(q.double(), k.double(), **options).float()
     for horizon in ((3, 25), (3, None)):

@@ -1,233 +1,215 @@
-"""Every Triton pass against the dense float64 definition of the same rounded inputs, in canonical form."""
+"""Every Triton pass on the quick cases, on those of its tiles, and on tables that public functions cannot make."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-import triton_cases as cases
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
-from triton_cases import DEVICE, Case
 
-import rhythm_kernels.backend.triton as rhythm_triton
-from tests import bounds
+from rhythm_kernels import ops, reference
+from rhythm_kernels.canonical import canonical
+from rhythm_kernels.rule import Rule
 
-CASES = {
-    "plain": Case(),
-    "one token": Case(length=1),
-    "tile and one": Case(length=65, head_size=32),
-    "grouped, a subset in its own order": Case(n_heads=6, kv_heads=2, heads=[4, 0, 3]),
-    "multi-query": Case(n_heads=3, kv_heads=1),
-    "padding on both sides": Case(batch=2, length=50, table=[(0, 7, 50, 7), (1, 0, 31, 0)]),
-    "response": Case(batch=2, length=70, table=[(0, 3, 60, 41), (1, 0, 70, 70)]),
-    "packed, with empty sequences": Case(
-        length=90, table=[(0, 0, 33, 5), (0, 33, 33, 33), (0, 33, 34, 33), (0, 34, 88, 60), (0, 90, 90, 90)]
-    ),
-    "window": Case(length=70, window_left=13),
-    "window below W": Case(length=45, window_left=4),
-    "window of the row itself": Case(window_left=0),
-    "softcap": Case(softcap=3.0),
-    "wide softcap": Case(softcap=5000.0),
-    "sinks": Case(n_heads=4, kv_heads=2, heads=[3, 1], with_sinks=True),
-    "all rules": Case(
-        batch=2, length=70, n_heads=4, kv_heads=2, heads=[2, 3], softcap=4.0, window_left=20, with_sinks=True,
-        table=[(0, 10, 70, 20), (1, 0, 45, 1)],
-    ),
-    "bfloat16": Case(dtype=torch.bfloat16, head_size=64),
-    "float16": Case(dtype=torch.float16, head_size=64),
-    "head size 80": Case(head_size=80, dtype=torch.bfloat16),
-    "head size 96": Case(head_size=96),
-    "head size 112": Case(head_size=112, dtype=torch.float16),
-    "head size 192": Case(head_size=192, length=20),
-    "head size 256": Case(head_size=256, length=20),
-    "head size 20": Case(head_size=20, dtype=torch.bfloat16),
-    "head size 1": Case(head_size=1),
-    "heads before tokens in memory": Case(n_heads=4, kv_heads=2, head_major=True, batch=2, length=37),
-    "negative scale": Case(scale=-0.3),
-    "long response": Case(length=150, n_heads=1),
-}  # fmt: skip
-WINDOW = 10
+from .. import bounds
+from ..cases import CASES, MEASURES, PASSES, Case, check, close, close_moments, random_cases
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = {"batch": 1, "heads": 2, "kv_heads": 1}
+# Tiles of 32 tokens: their edges, whole tiles between two edges, and how rows of each type and size are loaded.
+MORE = [
+    Case("two tiles and one", **SMALL, length=65, dim=32),
+    Case("several tiles of rows after the band", **SMALL, length=150, dim=8),
+    Case("whole tiles between two edges", **SMALL, length=140, options={"window_size": (75, 0)}),
+    Case("W over several tiles", **SMALL, window=70, length=110, options={"heads": [1]}),
+    Case("head sizes 144 and 136", **SMALL, dim=144, value_dim=136, length=36),
+    Case("float16, 64", **SMALL, dim=64, dtype=torch.float16, length=40),
+    Case("bfloat16, 64", **SMALL, dim=64, dtype=torch.bfloat16, length=40),
+    Case("float16, 80", batch=2, heads=2, kv_heads=1, dim=80, dtype=torch.float16, length=35, fused=True),
+    Case("bfloat16, 112 and 80", **SMALL, dim=112, value_dim=80, dtype=torch.bfloat16, length=35, fused=True),
+    Case("bfloat16, 20", **SMALL, dim=20, dtype=torch.bfloat16, length=40),
+    Case("five heads on one, in no order", batch=1, length=20, heads=5, kv_heads=1, options={"heads": [4, 0, 1, 2, 3]},
+         sinks=True, horizon=(2, 11), min_distance=2),
+]  # fmt: skip
 
 
-@pytest.fixture(params=CASES, name="case")
-def _case(request: pytest.FixtureRequest) -> Case:
-    return CASES[request.param]
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=[] if c.quick else pytest.mark.long) for c in CASES]
+)  # fmt: skip
+def test_common_cases(case: Case) -> None:
+    check(case, "triton", DEVICE)
 
 
-def close(got: Tensor, want: Tensor, tolerance: float) -> None:
-    """Same shape, float32, contiguous, the same non-finite elements, and the rest within an absolute tolerance."""
-    assert got.shape == want.shape
-    assert got.dtype == torch.float32
-    assert got.is_contiguous()
-    torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=0, equal_nan=True)
+@pytest.mark.parametrize("case", MORE, ids=lambda case: case.name)
+def test_cases_of_tiles(case: Case) -> None:
+    check(case, "triton", DEVICE)
 
 
-def check_band_rows(case: Case, window: int = WINDOW) -> None:
-    want = case.dense(cases.waad(window))
-    tolerance = bounds.waad(window)
-    for per_head, expected in ((False, want.mean(1)), (True, want)):
-        got = rhythm_triton.band_rows(**case.given(case.lse()), window=window, per_head=per_head)
-        close(got, expected, tolerance)
-        assert bool(((got >= 0) & (got <= window)).all())
+@pytest.mark.parametrize("seed", [500, *(pytest.param(s, marks=pytest.mark.long) for s in range(501, 506))])
+def test_random_cases(seed: int) -> None:
+    for i, case in enumerate(random_cases(seed, 4 if seed == 500 else 48)):
+        try:
+            check(case, "triton", DEVICE, PASSES if i < 8 else MEASURES)
+        except AssertionError as error:
+            raise AssertionError(f"{case}") from error
 
 
-def check_band_columns(case: Case, lo: int, hi: int) -> None:
-    want = case.dense(cases.fai(lo, hi))
-    for per_head, expected in ((False, want.mean(1)), (True, want)):
-        got = rhythm_triton.band_columns(**case.given(case.lse()), lo=lo, hi=hi, per_head=per_head)
-        close(got, expected, bounds.fai())
-
-
-def check_row_stats(case: Case, window: int = WINDOW) -> None:
-    lse, waad, span = (
-        case.dense(cases.row_lse, float("-inf")), case.dense(cases.waad(window)), case.dense(cases.span)
-    )  # fmt: skip
-    largest = float(lse[lse.isfinite()].abs().max()) if bool(lse.isfinite().any()) else 0.0
-    for per_head in (False, True):
-        got = rhythm_triton.row_stats(**case.given(), window=window, per_head=per_head)
-        close(got[0], lse, bounds.lse(largest))
-        close(got[1], waad if per_head else waad.mean(1), bounds.waad(window))
-        close(got[2], span if per_head else span.mean(1), bounds.span(case.length))
-
-
-def check_column_stats(case: Case, min_distance: int) -> None:
-    dense = torch.stack([case.dense(moment) for moment in cases.moments(min_distance)])
-    for per_head, want in ((False, dense.mean(2)), (True, dense)):
-        arguments = {**case.given(case.lse()), "min_distance": min_distance, "per_head": per_head}
-        mean = rhythm_triton.column_stats(**arguments, moments=False)
-        assert mean.shape[0] == 1
-        close(mean[0], want[1], bounds.fai())
-        got = rhythm_triton.column_stats(**arguments, moments=True)
-        close(got[:2], want[:2], 1e-4)
-        # Variance by itself, and the ratios where there is one that float32 attention weights can show.
-        torch.testing.assert_close(got[2].double(), want[2], rtol=1e-3, atol=1e-9)
-        spread = dense[2].amin(1) > 1e-9 if not per_head else dense[2] > 1e-9
-        for ratio, expected in zip(got[3:], want[3:], strict=True):
-            torch.testing.assert_close(ratio[spread].double(), expected[spread], rtol=1e-3, atol=1e-3)
-            assert bool(torch.isfinite(ratio).all())
-        assert bool((got[1:, want[0] == 0] == 0).all())
-
-
-@pytest.mark.parametrize("min_distance", [0, 4, 33])
-def test_column_stats(case: Case, min_distance: int) -> None:
-    check_column_stats(case, min_distance)
-
-
-def test_band_rows(case: Case) -> None:
-    check_band_rows(case)
-
-
-@pytest.mark.parametrize(("lo", "hi"), [(0, 0), (3, 9), (10, 50)])
-def test_band_columns(case: Case, lo: int, hi: int) -> None:
-    check_band_columns(case, lo, hi)
-
-
-def test_row_stats(case: Case) -> None:
-    check_row_stats(case)
+def middle(**more: Any) -> Case:
+    """Tokens 2 to 69 of 70, 40 and later the response."""
+    return Case("middle", length=70, starts=(2,), ends=(69,), response=(40,), **SMALL, **more)
 
 
 @pytest.mark.parametrize("window", [1, 2, 33, 70])
 def test_any_window_of_waad(window: int) -> None:
-    case = Case(length=70, table=[(0, 2, 69, 40)], heads=[1])
-    want = case.dense(cases.waad(window))
-    tolerance = bounds.waad(window)
-    close(rhythm_triton.band_rows(**case.given(case.lse()), window=window, per_head=True), want, tolerance)
-    close(rhythm_triton.row_stats(**case.given(), window=window, per_head=True)[1], want, tolerance)
+    options = {"heads": [1], "per_head": True}
+    check(middle(window=window, options=options), "triton", DEVICE, ("band_rows", "row_stats"))
 
 
-@pytest.mark.parametrize(("lo", "hi"), [(0, 70), (69, 70), (70, 70)])
-def test_any_horizon_of_fai(lo: int, hi: int) -> None:
-    check_band_columns(Case(length=70), lo, hi)
+@pytest.mark.parametrize("horizon", [(0, 0), (3, 9), (0, 70), (69, 70), (70, 70)])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_any_horizon_of_fai(horizon: tuple[int, int], per_head: bool) -> None:
+    case = Case("horizon", length=70, **SMALL, horizon=horizon, options={"per_head": per_head})
+    check(case, "triton", DEVICE, ("band_columns",))
 
 
-@st.composite
-def random_cases(draw: st.DrawFn) -> Case:
-    """All features crossed: sequences with gaps and empty ones, grouped heads, subsets, rules, dtypes, layouts."""
-    length = draw(st.integers(1, 80))
-    table = []
-    for row in range(draw(st.integers(1, 2))):
-        cuts = sorted(draw(st.lists(st.integers(0, length), min_size=2, max_size=6)))
-        for start, end in zip(cuts[::2], cuts[1::2], strict=False):
-            table.append((row, start, end, draw(st.integers(start, end))))
-    kv_heads = draw(st.integers(1, 2))
-    n_heads = kv_heads * draw(st.integers(1, 3))
-    return Case(
-        length=length,
-        batch=max(row for row, *_ in table) + 1,
-        n_heads=n_heads,
-        kv_heads=kv_heads,
-        head_size=draw(st.sampled_from([1, 16, 17, 24, 32, 40, 80])),
-        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        table=table,
-        heads=draw(st.lists(st.integers(0, n_heads - 1), min_size=1, max_size=n_heads, unique=True)),
-        softcap=draw(st.sampled_from([0.0, 0.5, 20.0])),
-        window_left=draw(st.sampled_from([-1, 0, 3, 17, 100])),
-        with_sinks=draw(st.booleans()),
-        head_major=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**20)),
-        magnitude=draw(st.sampled_from([0.3, 1.5, 4.0])),
+@pytest.mark.parametrize("min_distance", [0, 33])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_any_distance_of_moments(min_distance: int, per_head: bool) -> None:
+    case = middle(min_distance=min_distance, horizon=(min_distance, None), options={"per_head": per_head})
+    check(case, "triton", DEVICE, ("column_stats",))
+
+
+Table = list[tuple[int, int, int, int]]  # (row, start, end, response_start) of each sequence
+
+
+def canonical_form(case: Case, table: Table) -> tuple[Tensor, Tensor, Rule]:
+    """Of a padded case's tokens, cut into these sequences."""
+    q, k, options = case.inputs(DEVICE)
+    seqs = torch.tensor(table, dtype=torch.int32, device=DEVICE).reshape(-1, 4)
+    rule = canonical(q, k, None, **options).rule
+    longest = max((end - start for _, start, end, _ in table), default=0)
+    return q, k, rule._replace(seqs=seqs, max_seqlen=longest)
+
+
+def dense(measure: Callable[..., Any], case: Case, table: Table, empty: float = 0.0, **options: Any) -> Any:
+    """The definition's measure of each sequence by itself, put together; `empty` where there is none."""
+    q, k, given = case.inputs(DEVICE)
+    parts = []
+    for row, start, end, response in table:
+        ends = {"seq_start": start, "seq_end": end, "response_start": response}
+        if measure is reference.attention_lse:
+            del ends["response_start"]
+            given.pop("heads", None)
+        ends = {name: torch.tensor([x], dtype=torch.int32, device=DEVICE) for name, x in ends.items()}
+        found = measure(q[row : row + 1].double(), k[row : row + 1].double(), **given, **ends, **options)
+        parts.append(found if isinstance(found, tuple) else (found,))
+    results = []
+    for field in zip(*parts):
+        result = torch.full((case.batch, *field[0].shape[1:]), empty, dtype=torch.float64, device=DEVICE)
+        for (row, start, end, _), part in zip(table, field):
+            result[row, ..., start:end] = part[0, ..., start:end]
+        results.append(result)
+    return reference.ColumnMoments(*results) if measure is reference.column_moments else results[0]
+
+
+def check_table(case: Case, table: Table, per_head: bool) -> None:
+    """Every pass but attention, straight through the operators."""
+    q, k, rule = canonical_form(case, table)
+    every = dense(reference.attention_lse, case, table, float("nan"))
+    lse = every.float()
+    lo, hi = case.horizon
+    waad = dense(reference.waad, case, table, window=case.window, per_head=per_head)
+    close("band_rows", ops.band_rows(q, k, lse, *rule, case.window, per_head, "triton"), waad, bounds.waad(case.window))
+    fai = dense(reference.fai, case, table, horizon=(lo, hi), per_head=per_head)
+    close("band_columns", ops.band_columns(q, k, lse, *rule, lo, hi, per_head, "triton"), fai, bounds.fai())
+    got = ops.row_stats(q, k, *rule, case.window, per_head, "triton")
+    want = torch.full_like(every, float("-inf"))
+    for row, _, end, response in table:
+        want[row, :, response:end] = every[row, :, response:end]
+    want = want[:, rule.heads[:, 0].long()]
+    close("lse", got[0], want, bounds.lse(want))
+    close("waad", got[1], waad, bounds.waad(case.window))
+    close("span", got[2], dense(reference.span, case, table, per_head=per_head), bounds.span(case.length))
+    moments, heads = (
+        dense(reference.column_moments, case, table, min_distance=case.min_distance, per_head=x)
+        for x in (per_head, True)
     )
+    seen = bounds.seen(heads) if per_head else bounds.seen(heads).all(dim=-2)
+    got = ops.column_stats(q, k, lse, *rule, case.min_distance, True, per_head, "triton")
+    close_moments(reference.ColumnMoments(*got), moments, seen)
+    [mean] = ops.column_stats(q, k, lse, *rule, case.min_distance, False, per_head, "triton")
+    close("mean", mean, moments.mean, bounds.fai())
 
 
-def check_all(case: Case, window: int, lo: int, width: int) -> None:
-    check_band_rows(case, window)
-    check_band_columns(case, lo, lo + width)
-    check_row_stats(case, window)
-    check_column_stats(case, lo)
+def test_several_sequences_a_row_with_gaps() -> None:
+    table = [(0, 0, 33, 5), (0, 33, 33, 33), (0, 33, 34, 33), (0, 34, 88, 60), (0, 90, 90, 90), (1, 7, 31, 20)]
+    case = Case("gaps", length=90, heads=2, kv_heads=1, horizon=(3, 20))
+    for per_head in (False, True):
+        check_table(case, table, per_head)
 
 
-WINDOWS, LOWS, WIDTHS = st.sampled_from([1, 5, 10, 40, 100]), st.integers(0, 40), st.integers(0, 60)
-SETTINGS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+def random_tables(seed: int, n: int) -> Iterator[tuple[Case, Table]]:
+    """Shapes and rules of the padded random cases, their rows cut into sequences with gaps and empty ones."""
+    generator = torch.Generator().manual_seed(seed)
+    padded = (case for case in random_cases(seed, 8 * n) if case.lengths is None)
+    for case, _ in zip(padded, range(n)):
+        table = []
+        for row in range(case.batch):
+            cuts = torch.randint(case.length + 1, (6,), generator=generator).sort().values.tolist()
+            for start, end in zip(cuts[::2], cuts[1::2]):
+                table.append((row, start, end, int(torch.randint(start, end + 1, (), generator=generator))))
+        lo, hi = case.horizon
+        yield bare(case, (lo, lo + 20 if hi is None else hi)), table
 
 
-@given(random_cases(), WINDOWS, LOWS, WIDTHS)
-@settings(max_examples=25, **SETTINGS)
-def test_random_cases(case: Case, window: int, lo: int, width: int) -> None:
-    check_all(case, window, lo, width)
+def bare(case: Case, horizon: tuple[int, int]) -> Case:
+    """Without what a table says."""
+    options = {name: x for name, x in case.options.items() if name != "per_head"}
+    return replace(case, options=options, horizon=horizon, starts=None, ends=None, response=None)
 
 
-@pytest.mark.long
-@given(random_cases(), WINDOWS, LOWS, WIDTHS)
-@settings(max_examples=400, **SETTINGS)
-def test_many_random_cases(case: Case, window: int, lo: int, width: int) -> None:
-    check_all(case, window, lo, width)
-
-
-def test_any_number_and_order_of_heads() -> None:
-    """Five heads on one kv head, in no order: each has programs of its own, and the mean is over them."""
-    check_all(Case(length=20, n_heads=5, kv_heads=1, heads=[4, 0, 1, 2, 3], with_sinks=True), 10, 2, 9)
+@pytest.mark.parametrize("seed", [40, *(pytest.param(s, marks=pytest.mark.long) for s in range(41, 48))])
+def test_random_tables(seed: int) -> None:
+    for i, (case, table) in enumerate(random_tables(seed, 8 if seed == 40 else 30)):
+        try:
+            check_table(case, table, per_head=i % 2 == 1)
+        except AssertionError as error:
+            raise AssertionError(f"{case} {table}") from error
 
 
 def test_no_sequences() -> None:
-    case = Case(table=[])
-    assert not rhythm_triton.band_rows(**case.given(case.lse()), window=3, per_head=False).any()
-    assert not rhythm_triton.band_columns(**case.given(case.lse()), lo=1, hi=3, per_head=True).any()
+    case = Case("nothing", **SMALL)
+    q, k, rule = canonical_form(case, [])
+    lse = torch.full((1, 2, case.length), float("nan"), device=DEVICE)
+    assert not ops.band_rows(q, k, lse, *rule, 3, False, "triton").any()
+    assert not ops.band_columns(q, k, lse, *rule, 1, 3, True, "triton").any()
     for moments in (False, True):
-        arguments = {"min_distance": 4, "moments": moments, "per_head": False}
-        assert not rhythm_triton.column_stats(**case.given(case.lse()), **arguments).any()
-    lse, waad, span = rhythm_triton.row_stats(**case.given(), window=3, per_head=False)
+        assert not ops.column_stats(q, k, lse, *rule, 4, moments, False, "triton").any()
+    lse, waad, span = ops.row_stats(q, k, *rule, 3, False, "triton")
     assert bool((lse == float("-inf")).all())
     assert not waad.any()
     assert not span.any()
 
 
 def test_same_bits_every_time() -> None:
-    case = Case(length=70, n_heads=4, kv_heads=2, dtype=torch.bfloat16)
-    first = rhythm_triton.row_stats(**case.given(), window=WINDOW, per_head=False)
+    case = Case("repeated", batch=1, length=70, dtype=torch.bfloat16)
+    q, k, rule = canonical_form(case, [(0, 0, 70, 0)])
+    first = ops.row_stats(q, k, *rule, 10, False, "triton")
     for _ in range(3):
-        for a, b in zip(first, rhythm_triton.row_stats(**case.given(), window=WINDOW, per_head=False), strict=True):
+        for a, b in zip(first, ops.row_stats(q, k, *rule, 10, False, "triton"), strict=True):
             assert torch.equal(a, b)
 
 
 def test_any_strides_of_lse() -> None:
     """The head table's second column says which row of lse is meant; lse may be a strided view of fewer heads."""
-    case = Case(n_heads=4, kv_heads=2, heads=[3, 1], length=45)
-    lse = case.lse()[:, [1, 3]].transpose(1, 2).contiguous().transpose(1, 2)
-    given_arguments = case.given(lse)
-    table = torch.tensor([[3, 1], [1, 0]], dtype=torch.int32, device=DEVICE)
-    given_arguments["rule"] = given_arguments["rule"]._replace(heads=table)
-    got = rhythm_triton.band_rows(**given_arguments, window=WINDOW, per_head=True)
-    close(got, case.dense(cases.waad(WINDOW)), bounds.waad(WINDOW))
-    got = rhythm_triton.band_columns(**given_arguments, lo=2, hi=9, per_head=True)
-    close(got, case.dense(cases.fai(2, 9)), bounds.fai())
+    case, table = Case("fewer heads", batch=1, length=45, options={"heads": [3, 1]}), [(0, 0, 45, 0)]
+    q, k, rule = canonical_form(case, table)
+    lse = dense(reference.attention_lse, case, table).float()[:, [1, 3]].transpose(1, 2).contiguous().transpose(1, 2)
+    rule = rule._replace(heads=torch.tensor([[3, 1], [1, 0]], dtype=torch.int32, device=DEVICE))
+    got = ops.band_rows(q, k, lse, *rule, 10, True, "triton")
+    close("band_rows", got, dense(reference.waad, case, table, window=10, per_head=True), bounds.waad(10))
+    got = ops.band_columns(q, k, lse, *rule, 2, 9, True, "triton")
+    close("band_columns", got, dense(reference.fai, case, table, horizon=(2, 9), per_head=True), bounds.fai())

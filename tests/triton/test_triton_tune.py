@@ -452,9 +452,9 @@ def test_compiled_candidates(tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "triton" / "tune_without_gpu.py", "--length", "64", "--candidates", "7",
+        [sys.executable, "-m", "tests.triton.tune_without_gpu", "--length", "64", "--candidates", "7",
          "--kernel", "column_stats", "--save", path, "--seconds", "300"],
-        env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        env=environment, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "spills: 5 words, the table's 0" in done.stdout

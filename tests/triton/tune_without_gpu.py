@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import triton.testing
-from without_gpu import Driver
 
 import rhythm_kernels.backend.triton as passes
 from rhythm_kernels.backend.triton import choosing, tile_file
 from rhythm_kernels.tuning import tune
+
+from .without_gpu import Driver
 
 SHARED = 66 * 1024  # bytes of a block at most
 SPILLING = 30 * 1024  # bytes below which a kernel spills
