@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from probe_oracle import oracle, padded_bounds
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import rhythm_kernels as rk
@@ -13,6 +12,7 @@ from rhythm_kernels.integrations.transformers import register
 
 from . import causal_types
 from . import probe_models as models
+from .probe_oracle import oracle, padded_bounds
 
 GROUPS = HeadGroups([(0, 0), (2, 1)], [(1, 0), (3, 3)])
 SLOPES = torch.tensor([0.25, 0.0625, 0.0156, 0.0039])
