@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaModel
 
+import rhythm_kernels as rk
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
 from rhythm_kernels.integrations.transformers import register
 
 from . import causal_types
 from . import probe_models as models
+from .probe_oracle import oracle, padded_bounds
 
 GROUPS = HeadGroups([(0, 0), (2, 1)], [(1, 0), (3, 3)])
 SLOPES = torch.tensor([0.25, 0.0625, 0.0156, 0.0039])
@@ -34,6 +36,34 @@ def test_models_of_transformers(kind, options, shown, monkeypatch):
         RhythmProbe(model, GROUPS)
     with pytest.raises(ValueError, match=refused):
         head_groups(model, [])
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt", "falcon"])
+def test_the_way_out(kind, monkeypatch):
+    """Their q and k, met at the projection, with their slopes: the measures of the maps that they return."""
+    if kind == "falcon":
+        options = {"alibi": True, "multi_query": False, "num_kv_heads": 4}
+        monkeypatch.setitem(causal_types.OVERRIDES, kind, options)
+    model = causal_types.build(kind)
+    batch = models.padded_batch()
+    mask, met = batch["attention_mask"], []
+    layer = next(m for m in model.modules() if m is not model and type(m).__name__.endswith("Attention"))
+    projection = layer.Wqkv if kind == "mpt" else layer.query_key_value
+    projection.register_forward_hook(lambda module, args, out: met.append(out))
+    with torch.no_grad():
+        maps = {0: model(**batch, use_cache=False, output_attentions=True).attentions[0].double()}
+    fused = met[0].unflatten(-1, (3, 4, -1) if kind == "mpt" else (4, 3, -1))
+    q, k, _ = fused.unbind(2 if kind == "mpt" else 3)
+    slopes = 2.0 ** -torch.tensor([2, 4, 6, 8])
+    if kind == "falcon":  # scaled with the scores, and under eager attention added to these and to the mask
+        slopes *= 2 * q.shape[-1] ** -0.5
+    bounds = padded_bounds(mask)
+    start, end = (torch.tensor(x, dtype=torch.int32) for x in list(zip(*bounds, strict=True))[1:])
+    ranges = {"alibi_slopes": slopes, "seq_start": start, "seq_end": end}
+    every = HeadGroups([(0, head) for head in range(4)], [(0, head) for head in range(4)])
+    waad, fai = oracle(maps, every, bounds, horizon=(10, 50))
+    torch.testing.assert_close(rk.waad(q, k, **ranges).double(), waad, atol=1e-4, rtol=0)
+    torch.testing.assert_close(rk.fai(q, k, horizon=(10, 50), **ranges).double(), fai, atol=1e-5, rtol=0)
 
 
 def test_falcon_without_it():
