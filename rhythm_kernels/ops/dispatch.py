@@ -49,12 +49,17 @@ def _unusable(name: str, device: torch.device) -> str:
     return str(_room(name).available(device))
 
 
-def _lacks(name: str, pass_name: str) -> str:
-    """That a backend has no such pass, what it has, and who has it; empty where it has it."""
-    if name == "reference" or hasattr(_room(name), pass_name):
+def _has(name: str, pass_name: str) -> bool:
+    """Whether a backend has a pass: a function, not the module of that name which its room may have besides."""
+    return callable(getattr(_room(name), pass_name, None))
+
+
+def _lacks(name: str, pass_name: str, device: torch.device) -> str:
+    """That a backend has no such pass, what it has, and who has it on this device; empty where it has it."""
+    if name == "reference" or _has(name, pass_name):
         return ""
-    has = ", ".join(x for x in _PASSES if hasattr(_room(name), x))
-    others = " or ".join(repr(x) for x in _ROOMS if hasattr(_room(x), pass_name))
+    has = ", ".join(x for x in _PASSES if _has(name, x))
+    others = " or ".join(repr(x) for x in _ROOMS if _has(x, pass_name) and not _unusable(x, device))
     return f"it has {has} and no {pass_name}: leave backend at None, or say {others}"
 
 
@@ -64,8 +69,8 @@ def choose(pass_name: str, backend: str | None, device: torch.device) -> str:
     if backend is None:
         order = _PREFERS.get((device.type, pass_name)) or _PREFERENCE.get(device.type, ())
         usable = (name for name in order if not _unusable(name, device))
-        return next((name for name in usable if not _lacks(name, pass_name)), "torch")
-    reason = _unusable(backend, device) or _lacks(backend, pass_name)
+        return next((name for name in usable if _has(name, pass_name)), "torch")
+    reason = _unusable(backend, device) or _lacks(backend, pass_name, device)
     if reason:
         raise ValueError(f"backend={backend!r} cannot run {pass_name} on {device.type} tensors: {reason}")
     return backend

@@ -39,7 +39,7 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> str:
         text=True,
     )
     if done.returncode:
-        raise AssertionError(f"{command}: exit {done.returncode}\n{done.stdout[-9000:]}")
+        raise AssertionError(f"{command}: exit {done.returncode}\n{done.stdout[-30000:]}")
     return done.stdout
 
 

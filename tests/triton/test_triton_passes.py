@@ -15,7 +15,7 @@ from rhythm_kernels.canonical import canonical
 from rhythm_kernels.rule import Rule
 
 from .. import bounds
-from ..cases import CASES, MEASURES, PASSES, Case, check, close, close_moments, random_cases
+from ..cases import CASES, Case, check, close, close_moments, random_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"batch": 1, "heads": 2, "kv_heads": 1}
@@ -50,9 +50,9 @@ def test_cases_of_tiles(case: Case) -> None:
 
 @pytest.mark.parametrize("seed", [500, *(pytest.param(s, marks=pytest.mark.long) for s in range(501, 506))])
 def test_random_cases(seed: int) -> None:
-    for i, case in enumerate(random_cases(seed, 4 if seed == 500 else 48)):
+    for case in random_cases(seed, 4 if seed == 500 else 8):
         try:
-            check(case, "triton", DEVICE, PASSES if i < 8 else MEASURES)
+            check(case, "triton", DEVICE)
         except AssertionError as error:
             raise AssertionError(f"{case}") from error
 
