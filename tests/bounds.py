@@ -74,7 +74,7 @@ def attention(dtype: torch.dtype, gradient_of: Tensor | None, interpreted: bool 
     if gradient_of is None:
         return share
     size = float(gradient_of[gradient_of.isfinite()].abs().max()) if bool(gradient_of.isfinite().any()) else 0.0
-    return share * (1 if dtype == torch.float32 else 2) + size * 2**-22
+    return 2 * share + size * 2**-22
 
 
 def seen(want: ColumnMoments) -> Tensor:

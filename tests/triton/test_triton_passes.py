@@ -166,9 +166,10 @@ def random_tables(seed: int, n: int) -> Iterator[tuple[Case, Table]]:
 
 
 def bare(case: Case, horizon: tuple[int, int]) -> Case:
-    """Without what a table says."""
+    """Without what a table says; slopes of sequences would be a row for each of the table's."""
+    slopes = "of heads" if case.slopes else ""
     options = {name: x for name, x in case.options.items() if name != "per_head"}
-    return replace(case, options=options, horizon=horizon, starts=None, ends=None, response=None)
+    return replace(case, options=options, slopes=slopes, horizon=horizon, starts=None, ends=None, response=None)
 
 
 @pytest.mark.parametrize("seed", [40, *(pytest.param(s, marks=pytest.mark.long) for s in range(41, 48))])
