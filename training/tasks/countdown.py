@@ -1,9 +1,7 @@
 """Countdown: make a target from given numbers with + - * /, using each number exactly once.
 
-The paper trains Qwen3-4B-Base on the four-number game as TinyZero builds it. This file holds what a trainer
-needs of the task: instances in three splits that cannot overlap, and prompts. The verifier and its reward
-functions (`countdown_verify`) and the solver (`countdown_solver`) are re-exported here, so
-`training.tasks.countdown` is the task.
+The paper trains Qwen3-4B-Base on the four-number game as TinyZero builds it. This file holds what a trainer needs of
+the task: instances in three splits that cannot overlap, prompts, and the `score` of an answer (`countdown_verify`).
 """
 
 import operator
@@ -15,42 +13,10 @@ from itertools import combinations_with_replacement
 from math import comb
 from typing import Literal, TypedDict
 
-from .countdown_solver import integer_steps, reachable
-from .countdown_verify import (
-    DEFAULT_LEVELS,
-    RewardLevels,
-    answer_value,
-    completion_text,
-    correctness_reward,
-    extract_answer,
-    format_reward,
-    parse_expression,
-    score,
-    score_reward,
-)
+from .countdown_solver import reachable
+from .countdown_verify import score
 
-__all__ = [
-    "DEFAULT_LEVELS",
-    "LEVELS",
-    "Instance",
-    "Level",
-    "RewardLevels",
-    "answer_value",
-    "base_prompt",
-    "chat_prompt",
-    "completion_text",
-    "correctness_reward",
-    "extract_answer",
-    "format_reward",
-    "integer_steps",
-    "parse_expression",
-    "reachable",
-    "score",
-    "score_reward",
-    "split",
-    "split_of",
-    "tiny_prompt",
-]
+__all__ = ["LEVELS", "Instance", "Level", "base_prompt", "chat_prompt", "score", "split", "split_of", "tiny_prompt"]
 
 SplitName = Literal["train", "validation", "test"]
 
