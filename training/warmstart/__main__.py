@@ -16,13 +16,16 @@ import torch.nn.functional as F
 import transformers
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
+from ..evaluate import evaluate
+from ..puzzles import Countdown
+from ..recipe import Eval, Task
 from ..tasks.countdown import Instance, split, tiny_prompt
-from ..tasks.countdown_trace import draw_style, write_trace
-from .evaluation import evaluate
+from ..tasks.countdown_trace import MAX_TOKENS, draw_style, write_trace
 from .model import build_model, build_tokenizer
 
 VERDICT_WEIGHT = 5.0  # loss weight: one token in seven, hard to learn, and the whole search hangs on it
 ANSWER_WEIGHT = 2.0
+MAX_NEW_TOKENS = MAX_TOKENS + 12  # of a response in the evaluation: the longest trace and a margin
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # input_ids, attention_mask, loss weights; (B, T) each
 
 
@@ -84,7 +87,8 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, hidden=args.hidden, layers=args.layers, heads=args.heads)
     pool = [split("train", 2_200, 3, level="tiny"), split("train", 12_000, 4, level="tiny")]
-    validation = split("validation", args.validation, (3, 4), level="tiny")
+    task = Countdown(Task())
+    validation = task.instances("validation", args.validation)
     stream = batches(pool, tokenizer, args.batch, rng)
     optims = optimizers(model, args.muon_lr, args.adam_lr)
     peaks = [group["lr"] for optim in optims for group in optim.param_groups]
@@ -109,8 +113,10 @@ def train(args: argparse.Namespace) -> None:
             print(f"{time.monotonic() - begin:6.0f} s  step {step:5d}  loss {smooth:.4f}", flush=True)
 
     figures = {
-        "sampled": evaluate(model, tokenizer, validation),
-        "greedy": evaluate(model, tokenizer, validation, temperature=0.0),
+        kind: evaluate(
+            model, tokenizer, task, validation, Eval(), max_new_tokens=MAX_NEW_TOKENS, temperature=temperature
+        ).summary()
+        for kind, temperature in (("sampled", 1.0), ("greedy", 0.0))
     }
     print(json.dumps(figures, indent=1))
     model.save_pretrained(args.output)
