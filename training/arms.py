@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .folder import Run
+from .formats import interval, points
 from .statistics import Spread, spread
 
 KINDS = ("sampled", "greedy")
@@ -98,8 +99,8 @@ def arm_rows(arms: Sequence[Arm]) -> list[list[str]]:
 
 
 def _points(gap: Spread) -> str:
-    text = f"{gap.mean * 100:+.1f}"
-    return text + f" ({gap.error * 100:.1f}; {gap.low * 100:+.1f} to {gap.high * 100:+.1f})" if gap.count > 1 else text
+    known = f" ({gap.error * 100:.1f}; {interval(gap.low, gap.high)})" if gap.count > 1 else ""
+    return points(gap.mean) + known
 
 
 def caution(arms: Sequence[Arm]) -> str:

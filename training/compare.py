@@ -9,8 +9,9 @@ from pathlib import Path
 from .arms import ARM_HEAD, KINDS, Arm, arm_rows, caution, group
 from .charts import curves, forest, strip
 from .folder import MODEL, Run, read_run, write_text
+from .formats import interval, points, share
 from .recipe import RecipeError
-from .report import page, section, table
+from .report import CURVES, figures, page, section, table
 from .statistics import PairedDifference, paired_difference, spread
 
 
@@ -73,15 +74,15 @@ def _rows(runs: Sequence[Run]) -> list[list[str]]:
         for kind in KINDS:
             before, after = result["before"][kind], result["after"][kind]
             change = against(runs[0], run, kind)
-            points = f"{change.difference * 100:+.1f} ({change.low * 100:+.1f} to {change.high * 100:+.1f})"
+            moved = f"{points(change.difference)} ({interval(change.low, change.high)})"
             name = [str(run.folder), result["mode"], str(result["seed"])] if kind == "sampled" else ["", "", ""]
             rows.append(
                 [
                     *name,
                     kind,
                     f"{before['accuracy']:.1%}",
-                    f"{after['accuracy']:.1%} ± {after['standard_error']:.1%}",
-                    points if i > 0 else "-",
+                    share(after),
+                    moved if i > 0 else "-",
                     f"{after['tokens']:.0f}",
                     f"{result['seconds']['training'] / 60:.1f}" if kind == "sampled" else "",
                 ]
@@ -145,12 +146,6 @@ def _escaped(rows: list[list[str]]) -> list[list[str]]:
     return [[escape(cell) for cell in row] for row in rows]
 
 
-def _figures(drawn: dict[str, str]) -> str:
-    """Charts side by side, by caption."""
-    inside = "".join(f"<figure><figcaption>{name}</figcaption>{svg}</figure>" for name, svg in drawn.items())
-    return f'<div class="figures">{inside}</div>'
-
-
 def _questions(run: Run) -> str:
     split = escape(run.result["split"])
     return f"{_instances(run)} instances of the {split} split, answered once by each final model. "
@@ -170,7 +165,7 @@ def _run_charts(runs: Sequence[Run]) -> str:
         )
         for kind in KINDS
     }
-    return f'{_figures(bars)}{table(_HEAD, _escaped(_rows(runs)))}<p class="note">{note}</p>'
+    return f'{figures(bars)}{table(_HEAD, _escaped(_rows(runs)))}<p class="note">{note}</p>'
 
 
 def _arm_charts(arms: Sequence[Arm], run: Run) -> str:
@@ -199,7 +194,7 @@ def _arm_charts(arms: Sequence[Arm], run: Run) -> str:
                 tick=lambda points: f"{points:+g}" if points else "0",
                 zero=True,
             )
-    return f'{_figures(drawn)}{table(ARM_HEAD, _escaped(arm_rows(arms)))}<p class="note">{note}</p>'
+    return f'{figures(drawn)}{table(ARM_HEAD, _escaped(arm_rows(arms)))}<p class="note">{note}</p>'
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -212,23 +207,16 @@ def _learning(runs: Sequence[Run], arms: Sequence[Arm]) -> str:
     """Training curves, a line a run, or a line an arm: the mean over its seeds at the steps that all of them have."""
     sets = [(arm.name, list(arm.runs.values())) for arm in arms] or [(str(run.folder), [run]) for run in runs]
     names = [name for name, _ in sets]
-    drawn = ""
-    for key, (caption, show) in _CURVES.items():
+    charts = {}
+    for key in ("accuracy", "response_tokens", "entropy"):
         series = []
         for _, members in sets:
             found = [{line["step"]: line[key] for line in run.lines if key in line} for run in members]
             steps = sorted(set.intersection(*map(set, found)))
             series.append([(step, sum(f[step] for f in found) / len(found)) for step in steps])
         if any(series):
-            chart = curves(series, names, label=caption, show=show)
-            drawn += f"<figure>{chart}<figcaption>{caption}</figcaption></figure>"
+            caption, show = CURVES[key]
+            charts[caption] = curves(series, names, label=caption, show=show)
     key_list = "".join(f'<li class="s{i % 5}">{escape(name)}</li>' for i, name in enumerate(names))
-    note = '<p class="note">Each line is the mean over an arm\'s seeds.</p>' if arms else ""
-    return f'<ul class="key">{key_list}</ul><div class="figures">{drawn}</div>{note}' if drawn else ""
-
-
-_CURVES = {
-    "accuracy": ("right answers in training, running mean of five steps", "{:.0%}".format),
-    "response_tokens": ("response length, tokens", "{:.0f}".format),
-    "entropy": ("entropy, nats a token", "{:.2f}".format),
-}
+    note = "A line is a running mean of five steps" + (" of the mean over an arm's seeds." if arms else ".")
+    return f'<ul class="key">{key_list}</ul>{figures(charts)}<p class="note">{note}</p>' if charts else ""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .folder import CONFIG, EVALUATION, read_run, saved_model, write_text
+from .formats import share
 from .models import check_model, load
 from .puzzles import Countdown
 from .recipe import RecipeError, load_recipe
@@ -43,8 +44,6 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
     write_text(path, json.dumps({"split": recipe.eval.split, **found}, indent=1) + "\n")
     print(f"\n{folder}, {recipe.eval.size} {recipe.eval.split} instances:")
     for kind, summary in found.items():
-        print(
-            f"  {kind:8} {summary['accuracy']:6.1%} ± {summary['standard_error']:.1%}   {summary['tokens']:.0f} tokens"
-        )
+        print(f"  {kind:8} {share(summary):>13}   {summary['tokens']:.0f} tokens")
     print(f"  details  {path}")
     return path

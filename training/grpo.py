@@ -17,7 +17,7 @@ from rhythm_kernels import HeadGroups
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
 
-from .folder import saving
+from .folder import CHECKPOINTS, saving
 from .puzzles import Countdown, Reward
 from .reading import misfit, read_json
 from .recipe import Recipe, RecipeError
@@ -42,7 +42,7 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
     try:
         config = RhythmGRPOConfig(
             **{
-                "output_dir": str(Path(recipe.output.path) / "checkpoints"),
+                "output_dir": str(Path(recipe.output.path) / CHECKPOINTS),
                 "reward_weights": [1.0] * len(rewards) + [0.0],  # the last one is correctness, to be logged
                 "logging_steps": 1,
                 "save_strategy": "no",

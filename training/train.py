@@ -22,11 +22,12 @@ import rhythm_kernels
 from .evaluate import Evaluation, evaluate
 from .examples import examples
 from .folder import CHECKPOINTS, CONFIG, GROUPS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
+from .formats import credit_name, interval, points, share, size
 from .grpo import Recorder, build_trainer, trainer_config
 from .models import check_model, load
 from .puzzles import Countdown, reward_functions
 from .recipe import Recipe, RecipeError
-from .report import size, write_report
+from .report import write_report
 from .statistics import paired_difference
 from .tasks.countdown import Instance
 
@@ -177,11 +178,10 @@ def versions() -> dict[str, str]:
 
 
 def _headline(recipe: Recipe, model: Any) -> str:
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    grpo, rhythm = recipe.grpo, recipe.rhythm
-    credit = "plain GRPO" if rhythm.mode == "uniform" else f"GRPO with {rhythm.mode} credit"
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    grpo, credit = recipe.grpo, credit_name(recipe.rhythm.mode)
     return (
-        f"{recipe.task.name} ({recipe.task.level}), {size:.1f}M parameters: {credit}, {grpo.max_steps} steps of "
+        f"{recipe.task.name} ({recipe.task.level}), {millions:.1f}M parameters: {credit}, {grpo.max_steps} steps of "
         f"{grpo.per_device_train_batch_size * grpo.gradient_accumulation_steps} responses; "
         f"{recipe.eval.size} {recipe.eval.split} instances before and after"
     )
@@ -193,9 +193,8 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     for kind in result["before"]:
         one, two, change = result["before"][kind], result["after"][kind], result["difference"][kind]
         lines.append(
-            f"  {kind:8} {one['accuracy']:6.1%} ± {one['standard_error']:.1%}  ->  {two['accuracy']:6.1%} ± "
-            f"{two['standard_error']:.1%}   ({change['difference'] * 100:+.1f} points, 95% "
-            f"{change['low'] * 100:+.1f} to {change['high'] * 100:+.1f})"
+            f"  {kind:8} {share(one):>13}  ->  {share(two):>13}   ({points(change['difference'])} points, 95% "
+            f"{interval(change['low'], change['high'])})"
         )
     spent = result["cost"]
     if spent.get("measuring_seconds"):
