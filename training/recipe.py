@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from .reading import read_yaml
 from .settings import TRL_WORDS, LossType, RecipeError, checked, refuse
+from .tasks.countdown import SplitName
 
 ROOT = Path(__file__).resolve().parent.parent  # paths in recipes are relative to it
 
@@ -83,7 +84,7 @@ class Rhythm:
 class Eval:
     """How accuracy is measured, before and after."""
 
-    split: Literal["train", "validation", "test"] = "test"
+    split: SplitName = "test"
     size: int = 512
     temperature: float = 1.0
     batch_size: int = 256

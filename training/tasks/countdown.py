@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import combinations_with_replacement
 from math import comb
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
 from .countdown_solver import reachable
 from .countdown_verify import score
 
-__all__ = ["LEVELS", "Instance", "Level", "base_prompt", "chat_prompt", "score", "split", "split_of", "tiny_prompt"]
+__all__ = ["LEVELS", "Instance", "SplitName", "base_prompt", "chat_prompt", "score", "split", "split_of", "tiny_prompt"]
 
 SplitName = Literal["train", "validation", "test"]
 
@@ -132,8 +132,8 @@ def split(
     Raises:
         ValueError: for arguments out of range, and where the pool holds fewer than `n` instances.
     """
-    if name not in ("train", "validation", "test"):
-        raise ValueError(f"name must be 'train', 'validation' or 'test', got {name!r}")
+    if name not in get_args(SplitName):
+        raise ValueError(f"name must be one of {', '.join(get_args(SplitName))}, got {name!r}")
     if not isinstance(n, int) or n < 0:
         raise ValueError(f"n must be a non-negative integer, got {n!r}")
     if level not in LEVELS:
