@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from .arms import ARM_HEAD, KINDS, Arm, arm_rows, caution, group
+from .arms import ARM_HEAD, KINDS, Arm, arm_rows, caution, collect_arms
 from .charts import curves, forest, strip
 from .folder import MODEL, Run, read_run, write_text
 from .formats import interval, points, share
@@ -30,7 +30,7 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Path:
         for key, one in _asked(base).items():
             if one != (two := _asked(run)[key]):
                 raise RecipeError(f"{run.folder}: evaluated on {key} {two}, {base.folder} on {one}")
-    arms, repeated = group(runs)
+    arms, repeated = collect_arms(runs)
     if all(len(arm.runs) == 1 for arm in arms):
         arms = []
     notes = _notes(runs, arms, repeated)
@@ -54,7 +54,7 @@ def against(base: Run, run: Run, kind: str) -> PairedDifference:
 
 
 def _asked(run: Run) -> dict[str, object]:
-    """What settles which instances a run was evaluated on."""
+    """What decides which instances a run was evaluated on."""
     task = {f"task.{key}": run.config["task"].get(key) for key in ("name", "level", "numbers")}
     return {"split": run.result["split"], "instances": _instances(run), **task}
 
@@ -109,7 +109,7 @@ def _short_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _notes(runs: Sequence[Run], arms: Sequence[Arm], repeated: Sequence[Run]) -> list[str]:
-    """Sentences about what these runs cannot tell."""
+    """Sentences about what this comparison leaves out or cannot show."""
     notes = [caution(arms)] if arms else []
     if arms and repeated:
         names = ", ".join(str(run.folder) for run in repeated)

@@ -20,12 +20,12 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
     """Evaluate the model in `folder`; prints the figures and returns the file that holds them.
 
     Raises:
-        RecipeError: where there is no finished run, where another takes its place meanwhile, or for overrides that
-            do not exist.
+        RecipeError: where no finished run is in `folder`, where another run takes its place meanwhile, or for overrides
+            of settings that an evaluation does not read.
     """
     for override in overrides:
         if not override.startswith(_HONOURED):
-            raise RecipeError(f"{override!r}: evaluate trains nothing; it takes {', '.join(_HONOURED)}")
+            raise RecipeError(f"an override of evaluate must begin with {', '.join(_HONOURED)}, got {override!r}")
     run = read_run(folder)
     source = saved_model(folder)
     try:

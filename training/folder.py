@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import reprlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -115,13 +116,14 @@ def _of_result(result: Any) -> str:
             if kind in _BOTH and not (
                 set(found["right"]) <= {"0", "1"} and len(found["right"]) == found["instances"] > 0
             ):
-                return f"{when}.{kind}.right is not a 0 or 1 for each of the instances"
+                right = reprlib.repr(found["right"])
+                return f"{when}.{kind}.right must be a 0 or 1 for each of the instances, got {right}"
     return ""
 
 
 def _of_config(config: Any) -> str:
     said = misfit(config, _CONFIG)
-    return said or ", ".join(f"{name} is no group" for name in set(config) - set(_CONFIG))
+    return said or ", ".join(f"{name} is not a section" for name in sorted(set(config) - set(_CONFIG)))
 
 
 def _of_lines(lines: list[Any]) -> str:
@@ -129,7 +131,7 @@ def _of_lines(lines: list[Any]) -> str:
         if said := misfit(line, {"step": int}):
             return f"line {at}: {said}"
         if odd := [key for key, value in line.items() if not isinstance(value, int | float)]:
-            return f"line {at}: {odd[0]} is not a number"
+            return f"line {at}: {odd[0]} must be a number, got {reprlib.repr(line[odd[0]])}"
     return ""
 
 
@@ -262,7 +264,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def _check(folder: Path) -> None:
     """Refuse to move or remove what no run wrote."""
     if folder.resolve() == Path(folder.resolve().anchor):
-        raise RecipeError(f"{folder}: a run needs a folder of its own; choose another output.path")
+        raise RecipeError(f"output.path must be a folder of the run's own, got {str(folder)!r}")
     for name in (PREVIOUS, PREVIOUS + _PARTIAL, _REMOVED):
         if odd := _foreign(folder / name):
             raise RecipeError(f"{odd} is not what a run left: move it away, or choose another output.path")

@@ -7,7 +7,7 @@ One step of the method (arXiv 2510.13554v2; equation numbers are the paper's):
 1. `sample` a group of responses to each prompt.
 2. Judge them; `group_advantages` compares each reward with its group's (eq. 6).
 3. Run the model once over prompts and responses, with a probe around it. That forward gives the log-probs to learn
-   from, and on its way WAAD and FAI of every response token (eqs. 9 and 10): no map, no second model, no extra pass.
+   from, and on its way WAAD and FAI of every response token (eqs. 9 and 10): no map, no second model, no extra forward.
 4. `rhythm_credit` turns the two into a factor a token (eqs. 14 to 19); it multiplies the advantages (eq. 13).
 5. `surrogate` is the clipped objective over these token advantages (eq. 12). One optimizer step.
 
@@ -166,13 +166,11 @@ def train(
 
     Args:
         questions: prompts as text, each with the function that rewards a completion; drawn in random order.
-        recipe: of its `grpo` group, the entries named in this file are obeyed and no others.
+        recipe: of its section `grpo`, the settings named in this file are obeyed and no others.
     """
     grpo, rhythm = recipe.grpo, recipe.rhythm
     if rhythm.mode in ("random", "entropy"):
-        raise RecipeError(
-            f"rhythm.mode is {rhythm.mode!r}: the reference loop knows local, global, coupled and uniform"
-        )
+        raise RecipeError(f"rhythm.mode must be one of local, global, coupled, uniform here, got {rhythm.mode!r}")
     torch.manual_seed(grpo.seed)
     order = torch.Generator().manual_seed(grpo.seed)
     optimizer = torch.optim.AdamW(
@@ -242,7 +240,7 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("usage: python -m training.reference_loop RECIPE [group.key=value ...]")
+        sys.exit("usage: python -m training.reference_loop RECIPE [section.key=value ...]")
     try:
         main(sys.argv[1:])
     except RecipeError as error:

@@ -48,8 +48,8 @@ def run(recipe: Recipe) -> Path:
     folder = Path(recipe.output.path)
     if recipe.rhythm.groups is not None and Path(recipe.rhythm.groups).resolve().is_relative_to(folder.resolve()):
         raise RecipeError(
-            f"rhythm.groups is {recipe.rhythm.groups}: it is in output.path, whose files this run moves away; copy it "
-            "to another folder"
+            f"rhythm.groups must be outside of output.path, got {recipe.rhythm.groups!r}: this run moves the files "
+            "there away; copy it to another folder"
         )
     checkpoints = folder / CHECKPOINTS
     with open_run(folder) as begin, TemporaryDirectory() as scratch:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from training.__main__ import main
-from training.arms import arm_rows, caution, group
+from training.arms import arm_rows, caution, collect_arms
 from training.folder import read_run
 from training.recipe import ROOT, load_recipe
 
@@ -63,7 +63,7 @@ def folders(tmp_path):
 
 
 def test_arms_by_hand(folders):
-    arms, repeated = group([read_run(folder) for folder in folders])
+    arms, repeated = collect_arms([read_run(folder) for folder in folders])
     assert [(arm.name, list(arm.runs)) for arm in arms] == [("uniform", [0, 1, 2]), ("coupled", [0, 1, 2, 3])]
     assert repeated == []
     assert arms[1].differences(arms[0], "sampled") == pytest.approx([0.01, -0.01, 0.06])
@@ -86,7 +86,7 @@ def test_arms_are_named_by_what_differs(tmp_path):
         leave(tmp_path / "d", "coupled", 0, 40, "rhythm.gamma_amp=1.2", "eval.seed=5"),
         leave(tmp_path / "e", "uniform", 0, 41),
     ]
-    arms, repeated = group([read_run(run) for run in runs])
+    arms, repeated = collect_arms([read_run(run) for run in runs])
     assert [arm.name for arm in arms] == [
         "uniform, gamma_amp=1.5, eval.seed=1234",
         "coupled, gamma_amp=1.2, eval.seed=1234",
@@ -94,7 +94,7 @@ def test_arms_are_named_by_what_differs(tmp_path):
     ]
     assert [list(arm.runs) for arm in arms] == [[0], [0, 1], [0]]
     assert [run.folder.name for run in repeated] == ["e"]
-    alone = group([read_run(run) for run in runs[1:3]])[0]
+    alone = collect_arms([read_run(run) for run in runs[1:3]])[0]
     assert [arm.name for arm in alone] == ["coupled"]
 
 
