@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rhythm_kernels import RhythmSettings
+
 from .reading import read_yaml
 from .settings import TRL_WORDS, LossType, RecipeError, checked, refuse
 from .tasks.countdown import SplitName
@@ -66,24 +68,6 @@ class Grpo:
 
 
 @dataclass
-class Rhythm:
-    """The fields of `RhythmGRPOConfig` without their prefix."""
-
-    mode: str = "coupled"
-    gamma_amp: float = 1.5
-    top: float = 0.4
-    alpha: float = 0.5
-    neighbors: int = 3
-    window: int = 10
-    horizon: tuple[int, int | None] = (10, 100)  # None, `null` in a file: to the end of the response
-    layers: str | list[int] = "middle5"
-    head_quantile: float = 0.3
-    groups: str | None = None
-    regroup_steps: int = 0
-    sign: str = "both"
-
-
-@dataclass
 class Eval:
     """How accuracy is measured, before and after."""
 
@@ -108,7 +92,7 @@ class Recipe:
     task: Task
     model: Model
     grpo: Grpo
-    rhythm: Rhythm
+    rhythm: RhythmSettings
     eval: Eval
     output: Output
 
@@ -157,6 +141,7 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     for section, kind in _SECTIONS.items():
         ours = typing.get_type_hints(kind)
         ours.pop("more", None)
+        ours |= _TYPED.get(section, {})
         kinds = _grpo_kinds(ours) if kind is Grpo else ours
         values: dict[str, Any] = {}
         for key, value in _settings(section, content).items():
@@ -165,7 +150,10 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
             _known(key, kinds, f"key of {section}")
             value = checked(f"{section}.{key}", value, kinds[key])
             (values if key in ours else values.setdefault("more", {}))[key] = value
-        sections[section] = kind(**values)
+        try:
+            sections[section] = kind(**values)
+        except (TypeError, ValueError) as error:  # of RhythmSettings, which check themselves
+            raise RecipeError(f"{section}.{error}") from error
     return Recipe(**sections)
 
 
@@ -189,11 +177,13 @@ def _grpo_kinds(ours: dict[str, Any]) -> dict[str, Any]:
     return ours | {name: TRL_WORDS.get(name, theirs[name]) for name in fields if name not in ours or ours[name] is str}
 
 
+# Types of settings that may be more in Python than in a file.
+_TYPED: dict[str, dict[str, Any]] = {"rhythm": {"layers": str | list[int], "groups": str | None}}
 _SECTIONS: dict[str, Any] = {
     "task": Task,
     "model": Model,
     "grpo": Grpo,
-    "rhythm": Rhythm,
+    "rhythm": RhythmSettings,
     "eval": Eval,
     "output": Output,
 }

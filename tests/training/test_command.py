@@ -187,7 +187,7 @@ def test_compare_refuses_different_questions(runs, tmp_path, capsys):
     [
         (["train", "nothing.yaml"], "nothing.yaml: No such file"),
         (["train", TINY, "grpo.max_step=1"], "did you mean max_steps"),
-        (["train", TINY, "rhythm.mode=couple"], "rhythm_mode is 'couple'"),
+        (["train", TINY, "rhythm.mode=couple"], "rhythm.mode must be one of local, global, "),
         (["train", TINY, "task.prompt=short"], "task.prompt must be one of tiny, base, chat, got 'short'"),
         (["train", TINY, "grpo.optimizer=lion"], "grpo.optimizer must be one of adamw, sgd, got 'lion'"),
         (["train", TINY, "grpo.rewards=[luck]"], "grpo.rewards must hold only score, correctness, "),
