@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -10,49 +9,13 @@ import threading
 from xml.etree import ElementTree
 
 import pytest
-import yaml
 
 from training.__main__ import main
 from training.arms import arm_rows, caution, collect_arms
 from training.folder import read_run
-from training.recipe import ROOT, load_recipe
+from training.recipe import ROOT
 
-TINY = ROOT / "training" / "recipes" / "countdown_tiny.yaml"
-
-
-def leave(folder, mode, seed, right, *overrides, model=True):
-    """The files of a finished run that answered `right` of 100 questions, sampled, and 10 more greedily."""
-    folder.mkdir(parents=True)
-    given = [f"rhythm.mode={mode}", f"grpo.seed={seed}", f"output.path={folder}", *overrides]
-    (folder / "config.yaml").write_text(yaml.safe_dump(load_recipe(TINY, given).to_dict(), sort_keys=False))
-
-    def figures(count):
-        answers = "1" * count + "0" * (100 - count)
-        return {
-            "instances": 100,
-            "accuracy": count / 100,
-            "standard_error": 0.05,
-            "tokens": 70.0 + seed,
-            "right": answers,
-        }
-
-    result = {
-        "mode": mode,
-        "seed": seed,
-        "split": "test",
-        "before": {"sampled": figures(30), "greedy": figures(40)},
-        "after": {"sampled": figures(right), "greedy": figures(right + 10)},
-        "seconds": {"training": 60.0},
-    }
-    (folder / "result.json").write_text(json.dumps(result))
-    lines = [
-        {"step": s, "accuracy": right / 100 + s / 1000, "response_tokens": 70.0, "entropy": 0.4} for s in (1, 2, 3)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if model:
-        (folder / "model").mkdir()
-    return folder
-
+from .runs import leave
 
 FIGURES = {"uniform": {0: 44, 1: 46, 2: 42}, "coupled": {0: 45, 1: 45, 2: 48, 3: 60}}
 

@@ -6,20 +6,15 @@ import dataclasses
 import json
 import os
 import re
-import resource
 import shutil
-import signal
-import sys
 import typing
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from training import train as training
 from training.__main__ import main
-from training.folder import replacing, saving
 from training.grpo import Recorder, build_trainer, trainer_config
 from training.models import load
 from training.puzzles import Countdown, reward_functions
@@ -27,13 +22,11 @@ from training.reading import read_yaml
 from training.recipe import ROOT, RecipeError, load_recipe
 from training.settings import _REFUSED, TRL_WORDS, LossType, checked
 from training.trials import try_out
-from training.warmstart.model import build_model, build_tokenizer
 
-TINY = str(ROOT / "training" / "recipes" / "countdown_tiny.yaml")
-FEW = ["task.numbers=[3]", "task.train_size=8", "eval.size=4", "grpo.per_device_train_batch_size=4"]
+from .runs import FEW, TINY, save_model
+
 HARD = ["grpo.lr_scheduler_type=cosine_with_restarts", "grpo.max_steps=3"]
 WORKER = "grpo.dataloader_num_workers=1"
-FEW += ["grpo.num_generations=2", "grpo.max_completion_length=8", "grpo.max_steps=1"]
 
 
 @pytest.fixture
@@ -78,11 +71,12 @@ def refused(tmp_path, monkeypatch, capsys):
         ("task.numbers=[9]", "numbers must be between 2 and 6, got [9]"),
         ("task.numbers=[0]", "numbers must be between 2 and 6, got [0]"),
         ("task.name=chess", "task.name must be one of countdown, got 'chess'"),
+        ("task.prompt=short", "task.prompt must be one of tiny, base, chat, got 'short'"),
         ("task.level=hard", "task.level must be one of paper, tiny, got 'hard'"),
         ("grpo.rewards=[]", "grpo.rewards must be a list of at least one, got []"),
         ("grpo.rewards=[corectness]", "must hold only score, correctness, format, answered, got 'corectness'"),
         ("grpo.rewards=correctness", "grpo.rewards must be a list, each entry a word, got 'correctness'"),
-        ("grpo.per_device_train_batch_size=5", "(5) must be divisible by num_generations (2)"),
+        ("grpo.per_device_train_batch_size=5", "grpo, rhythm: ... (5) must be divisible by num_generations (2)"),
         ("grpo.per_device_train_batch_size=0", "must be at least 1"),
         ("grpo.num_generations=1", "grpo.num_generations must be at least 2, got 1"),
         ("grpo.learning_rate=fast", "grpo.learning_rate must be a number, got 'fast'"),
@@ -124,7 +118,8 @@ def refused(tmp_path, monkeypatch, capsys):
         ("grpo.fsdp=full_shard", "grpo.fsdp must not be set ... a run is one process"),
         ("grpo.report_to=wandb", "grpo.report_to must not be set ... metrics are written to metrics.jsonl"),
         ("grpo.logging_strategy=epoch", "grpo.logging_strategy must not be set ... metrics are written"),
-        ("grpo.resume_from_checkpoint=nope", "runs cannot be resumed yet"),
+        ("grpo.resume_from_checkpoint=nope", "must not be set, got 'nope': runs cannot be resumed yet"),
+        ("grpo.resume_from_checkpoint=", "must not be set, got None: runs cannot be resumed yet"),
         ("grpo.eval_strategy=steps", "grpo.eval_strategy must not be set ... a run evaluates before and after"),
         ("grpo.load_best_model_at_end=true", "must not be set, got True: a run evaluates before and after"),
         ("grpo.per_device_eval_batch_size=2", "a run evaluates before and after"),
@@ -298,12 +293,7 @@ def test_the_words_are_those_of_the_installed_trl():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    build_model(tokenizer, hidden=16, layers=2, heads=2).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return save_model(tmp_path_factory.mktemp("model"), hidden=16, layers=2, heads=2)
 
 
 def test_what_the_model_and_the_trainer_refuse(refused, model, tmp_path):
@@ -377,195 +367,3 @@ def test_a_model_that_loads_but_does_not_run(refused, model, monkeypatch):
     assert refused(f"model.path={model}") == (
         "model: cannot run with attn_implementation=sdpa and dtype=float32: this kernel takes half precision only\n"
     )
-
-
-def test_faults_of_the_program_show_where(tmp_path, monkeypatch):
-    def wrong(*_):
-        raise AttributeError("a fault of ours")
-
-    monkeypatch.setattr(training, "load", wrong)
-    with pytest.raises(AttributeError, match="a fault of ours"):
-        main(["train", TINY, *FEW, f"output.path={tmp_path / 'run'}"])
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "error",
-    [ImportError("No module named 'trl'"), UnicodeError("no such\nletter"), OSError(28, "No space left", "a/file")],
-)
-def test_what_is_missing_is_one_line(tmp_path, monkeypatch, capsys, error):
-    def fail(*_):
-        raise error
-
-    for module, command in (
-        ("train.load", "train"),
-        ("evaluate_run.read_run", "evaluate"),
-        ("compare.read_run", "compare"),
-    ):
-        monkeypatch.setattr(f"training.{module}", fail)
-        words = [TINY, *FEW, f"output.path={tmp_path / 'run'}"] if command == "train" else [str(tmp_path)]
-        assert main([command, *words]) == 2
-        assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
-
-
-@pytest.fixture
-def small_disk():
-    """A disk on which no file grows beyond 4 kB."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, before)
-
-
-def test_a_full_disk_names_the_file(small_disk, tmp_path):
-    """Python's own writes, which know of no name, and torch's and safetensors', which are no `OSError`."""
-    from safetensors.torch import save_file
-
-    for write in (
-        lambda path: path.write_text("x" * 10_000),
-        lambda path: torch.save(torch.zeros(10_000), path),
-        lambda path: save_file({"x": torch.zeros(10_000)}, path),
-    ):
-        path = tmp_path / "file"
-        with pytest.raises(OSError, match=re.escape(str(path))), replacing(path) as partial:
-            write(partial)
-        assert list(tmp_path.iterdir()) == []
-    with pytest.raises(RuntimeError, match="another"), saving(path):
-        raise RuntimeError("another")
-
-
-def finished(folder: Path) -> Path:
-    """The files of a run that `compare` and `evaluate` read."""
-    folder.mkdir()
-    answers = {"accuracy": 0.5, "standard_error": 0.3, "tokens": 9.0, "instances": 2, "right": "10"}
-    kinds = {"sampled": answers, "greedy": answers}
-    result = {
-        "mode": "coupled",
-        "seed": 0,
-        "split": "test",
-        "before": kinds,
-        "after": kinds,
-        "seconds": {"training": 1.0},
-    }
-    (folder / "result.json").write_text(json.dumps(result))
-    (folder / "metrics.jsonl").write_text('{"step": 1, "accuracy": 0.5}\n')
-    (folder / "config.yaml").write_text(yaml.safe_dump(load_recipe(TINY).to_dict()))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("result.json", '{"half": '),
-        ("result.json", "{}"),
-        ("result.json", "[]"),
-        ("result.json", "\udcff"),
-        ("metrics.jsonl", "3\n"),
-        ("metrics.jsonl", '{"step": 1}\n{"st'),
-        ("config.yaml", "a: ["),
-        ("config.yaml", "{task: , model: , grpo: , rhythm: , eval: , output: }"),
-        ("config.yaml", "\udcff"),
-        ("config.yaml", "[" * 200),
-        ("config.yaml", "task: &a {x: *a}"),
-        ("config.yaml", ("grpo.seed", {})),
-        ("config.yaml", ("grpo.seed", [1])),
-        ("config.yaml", ("more", 3)),
-        ("result.json", "[" * 200_000),
-        ("metrics.jsonl", "[" * 200_000),
-        ("metrics.jsonl", '{"step": "one"}'),
-        ("metrics.jsonl", '{"step": 1, "accuracy": "half"}'),
-        *(
-            ("result.json", (name, value))
-            for name in ("before", "after", "after.sampled", "before.greedy", "seconds", "after.greedy.right", "split")
-            for value in (5, None, {}, [], "x")
-            if (name, value) != ("split", "x")
-        ),
-        *(("result.json", ("mode", value)) for value in (5, None, {}, [])),
-        ("result.json", ("after.sampled.accuracy", float("nan"))),
-        ("result.json", ("after.sampled.instances", 3)),
-        ("result.json", ("seconds.training", True)),
-    ],
-)
-def test_runs_whose_files_are_broken(tmp_path, capsys, name, content):
-    run = finished(tmp_path / "run")
-    page = ["--output", str(tmp_path / "page.html")]
-    assert main(["compare", str(run), *page]) == 0
-    if isinstance(content, tuple):  # one value of the whole, by its name
-        whole = yaml.safe_load((run / name).read_text())
-        *groups, last = content[0].split(".")
-        group = whole
-        for key in groups:
-            group = group[key]
-        group[last] = content[1]
-        content = json.dumps(whole)
-    (run / name).write_text(content, encoding="utf-8", errors="surrogateescape")
-    capsys.readouterr()
-    for words in (["compare", str(run), *page], ["evaluate", str(run)]):
-        assert main(words) == 2
-        error = capsys.readouterr().err
-        assert re.fullmatch(rf"error: {run}: no finished run \({re.escape(name)} .*\)\n", error)
-
-
-def test_evaluate_names_the_file_whose_setting_is_wrong(tmp_path, capsys):
-    run = finished(tmp_path / "run")
-    (run / "model").mkdir()
-    path = run / "config.yaml"
-    path.write_text(path.read_text().replace("dtype: float32", "dtype: int4"))
-    assert main(["evaluate", str(run)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {path}: model.dtype must be one of")
-
-
-def test_evaluate_takes_what_it_heeds(tmp_path, capsys):
-    run = finished(tmp_path / "run")
-    for override in ("grpo.max_steps=5", "rhythm.mode=uniform", "output.path=x", "model.path=y"):
-        assert main(["evaluate", str(run), override]) == 2
-        assert "an override of evaluate must begin with eval., task." in capsys.readouterr().err
-
-
-def test_pages_that_cannot_be_written(tmp_path, capsys, request):
-    run = finished(tmp_path / "run")
-    for output, file in ((tmp_path, tmp_path), (run / "result.json" / "page.html", run / "result.json")):
-        assert main(["compare", str(run), "--output", str(output)]) == 2
-        assert str(file) in capsys.readouterr().err
-    request.getfixturevalue("small_disk")
-    assert main(["compare", str(run), "--output", str(tmp_path / "page.html")]) == 2
-    assert re.fullmatch(rf"error: \[Errno 27\] .*: '{tmp_path / 'page.html'}'\n", capsys.readouterr().err)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
-
-
-def test_a_terminal_without_our_letters(tmp_path, monkeypatch):
-    """The table holds ±, which ASCII has not: a question mark is printed, and the status is 0."""
-    run, screen = finished(tmp_path / "run"), (tmp_path / "screen").open("w", encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", screen)
-    assert main(["compare", str(run), "--output", str(tmp_path / "page.html")]) == 0
-    screen.close()
-    assert "50.0% ? 30.0%" in (tmp_path / "screen").read_text()
-
-
-@pytest.mark.parametrize("name", [".", "..", "link", "project", "''", "dangling"])
-def test_nothing_of_others_is_deleted(tmp_path, monkeypatch, capsys, name):
-    """A run that gets as far as its first evaluation in folders that hold other things, reached in several ways."""
-    project = tmp_path / "project"
-    (project / "inside").mkdir(parents=True)
-    for path in (tmp_path / "mine.txt", project / "model.py", project / "inside" / "config.json"):
-        path.write_text("mine")
-    (project / "results").mkdir()
-    (tmp_path / "link").symlink_to(project)
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    before = {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
-
-    def cut(*_):
-        raise RecipeError("cut off")
-
-    for what in ("load", "check_model", "build_trainer"):
-        monkeypatch.setattr(training, what, lambda *_: (None, None))
-    monkeypatch.setattr(training, "_headline", lambda *_: "")
-    monkeypatch.setattr(training, "evaluate_both", cut)
-    monkeypatch.chdir(project / "inside" if name == ".." else project if name in (".", "''") else tmp_path)
-    for _ in range(2):
-        assert main(["train", TINY, *FEW, f"output.path={name}"]) == 2
-        assert ("cut off" in capsys.readouterr().err) == (name not in ("''", "dangling"))
-        after = {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
-        assert before.items() <= after.items()
