@@ -77,14 +77,14 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 ARM_HEAD = ["arm", "seeds", "", "before", "after, mean (sd)", "points against the first (se; 95%)", "pairs", "tokens"]
 
 
-def arm_rows(arms: Sequence[Arm]) -> list[list[str]]:
-    """Two lines an arm, sampled and greedy, under `ARM_HEAD`."""
-    rows = []
+def arm_lines(arms: Sequence[Arm]) -> list[list[str]]:
+    """Two lines for each arm, sampled and greedy, under `ARM_HEAD`."""
+    lines = []
     for i, arm in enumerate(arms):
         for kind in KINDS:
             found = spread(arm.accuracies(kind))
             gap = arm.differences(arms[0], kind) if i > 0 else []
-            rows.append(
+            lines.append(
                 [
                     *([arm.name, " ".join(map(str, arm.runs))] if kind == KINDS[0] else ["", ""]),
                     kind,
@@ -95,7 +95,7 @@ def arm_rows(arms: Sequence[Arm]) -> list[list[str]]:
                     f"{arm.mean('after', kind, 'tokens'):.1f}",
                 ]
             )
-    return rows
+    return lines
 
 
 def _points(gap: Spread) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from .arms import ARM_HEAD, KINDS, Arm, arm_rows, caution, collect_arms
+from .arms import ARM_HEAD, KINDS, Arm, arm_lines, caution, collect_arms
 from .charts import curves, forest, strip
 from .folder import MODEL, Run, read_run, write_text
 from .formats import interval, points, share
@@ -40,9 +40,9 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Path:
     else:
         write_text(output.resolve(), _page(runs, arms, notes))
     if arms:
-        print(_text([_SHORT_HEAD, *_short_rows(runs)]), _text([ARM_HEAD, *arm_rows(arms)]), sep="\n\n")
+        print(_text([_SHORT_HEAD, *_short_lines(runs)]), _text([ARM_HEAD, *arm_lines(arms)]), sep="\n\n")
     else:
-        print(_text([_HEAD, *_rows(runs)]))
+        print(_text([_HEAD, *_run_lines(runs)]))
     print(*notes, f"\n  page     {output}", sep="\n")
     return output
 
@@ -66,9 +66,9 @@ def _instances(run: Run) -> int:
 _HEAD = ["run", "mode", "seed", "", "before", "after", "against the first", "tokens", "minutes"]
 
 
-def _rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Two lines a run: sampled and greedy."""
-    rows = []
+def _run_lines(runs: Sequence[Run]) -> list[list[str]]:
+    """Two lines for each run, sampled and greedy, under `_HEAD`."""
+    lines = []
     for i, run in enumerate(runs):
         result = run.result
         for kind in KINDS:
@@ -76,7 +76,7 @@ def _rows(runs: Sequence[Run]) -> list[list[str]]:
             change = against(runs[0], run, kind)
             moved = f"{points(change.difference)} ({interval(change.low, change.high)})"
             name = [str(run.folder), result["mode"], str(result["seed"])] if kind == "sampled" else ["", "", ""]
-            rows.append(
+            lines.append(
                 [
                     *name,
                     kind,
@@ -87,14 +87,14 @@ def _rows(runs: Sequence[Run]) -> list[list[str]]:
                     f"{result['seconds']['training'] / 60:.1f}" if kind == "sampled" else "",
                 ]
             )
-    return rows
+    return lines
 
 
 _SHORT_HEAD = ["run", "mode", "seed", *KINDS, "tokens", "minutes"]
 
 
-def _short_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """One line a run, for comparisons whose figures are those of the arms."""
+def _short_lines(runs: Sequence[Run]) -> list[list[str]]:
+    """One line for each run, under `_SHORT_HEAD`, where the table of arms holds the comparison."""
     return [
         [
             str(run.folder),
@@ -123,11 +123,11 @@ def _notes(runs: Sequence[Run], arms: Sequence[Arm], repeated: Sequence[Run]) ->
     return [note for note in notes if note]
 
 
-def _text(rows: list[list[str]]) -> str:
-    """A table whose first row is its head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+def _text(lines: list[list[str]]) -> str:
+    """A table whose first line is its head."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
 
 
 def _page(runs: Sequence[Run], arms: Sequence[Arm], notes: Sequence[str]) -> str:
@@ -135,15 +135,15 @@ def _page(runs: Sequence[Run], arms: Sequence[Arm], notes: Sequence[str]) -> str
     warnings = "".join(f'<p class="wrong">{escape(note)}</p>' for note in notes)
     body = f"<header><p class='kicker'>rhythm-kernels</p><h1>{escape(title)}</h1></header>"
     if arms:
-        short = table(_SHORT_HEAD, _escaped(_short_rows(runs)))
+        short = table(_SHORT_HEAD, _escaped(_short_lines(runs)))
         body += section("Arms", _arm_charts(arms, runs[0]) + warnings) + section("Runs", short)
     else:
         body += section("Final models", _run_charts(runs) + warnings)
     return page(title, body + section("Learning", _learning(runs, arms)))
 
 
-def _escaped(rows: list[list[str]]) -> list[list[str]]:
-    return [[escape(cell) for cell in row] for row in rows]
+def _escaped(lines: list[list[str]]) -> list[list[str]]:
+    return [[escape(cell) for cell in line] for line in lines]
 
 
 def _questions(run: Run) -> str:
@@ -165,7 +165,7 @@ def _run_charts(runs: Sequence[Run]) -> str:
         )
         for kind in KINDS
     }
-    return f'{figures(bars)}{table(_HEAD, _escaped(_rows(runs)))}<p class="note">{note}</p>'
+    return f'{figures(bars)}{table(_HEAD, _escaped(_run_lines(runs)))}<p class="note">{note}</p>'
 
 
 def _arm_charts(arms: Sequence[Arm], run: Run) -> str:
@@ -185,26 +185,26 @@ def _arm_charts(arms: Sequence[Arm], run: Run) -> str:
         )
     for kind in KINDS:
         gaps = [(arm.name, [100 * d for d in arm.differences(arms[0], kind)]) for arm in arms]
-        rows = [(name, values, *_interval(values)) if values else None for name, values in gaps]
-        if any(row is not None for row in rows[1:]):
+        entries = [(name, values, *_interval(values)) if values else None for name, values in gaps]
+        if any(entry is not None for entry in entries[1:]):
             drawn[f"{kind}, points against {escape(arms[0].name)}, paired by seed"] = strip(
-                [None, *rows[1:]],
+                [None, *entries[1:]],
                 label=f"{kind} accuracy against {arms[0].name}, a ring a seed",
                 show="{:+.1f}".format,
                 tick=lambda points: f"{points:+g}" if points else "0",
                 zero=True,
             )
-    return f'{figures(drawn)}{table(ARM_HEAD, _escaped(arm_rows(arms)))}<p class="note">{note}</p>'
+    return f'{figures(drawn)}{table(ARM_HEAD, _escaped(arm_lines(arms)))}<p class="note">{note}</p>'
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the ends of its interval; the mean itself where one value has none."""
+    """The mean and the ends of its interval, which are the mean too where there is one value."""
     found = spread(values)
     return (found.mean, found.low, found.high) if found.count > 1 else (found.mean, found.mean, found.mean)
 
 
 def _learning(runs: Sequence[Run], arms: Sequence[Arm]) -> str:
-    """Training curves, a line a run, or a line an arm: the mean over its seeds at the steps that all of them have."""
+    """Training curves: a line for each run, or for each arm the mean over its seeds at the steps that all have."""
     sets = [(arm.name, list(arm.runs.values())) for arm in arms] or [(str(run.folder), [run]) for run in runs]
     names = [name for name, _ in sets]
     charts = {}

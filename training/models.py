@@ -1,4 +1,4 @@
-"""Loading what a recipe trains."""
+"""Load and check the model that a recipe trains."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def write_report(folder: Path) -> Path:
 
 
 def page(title: str, body: str) -> str:
-    """An HTML page that needs nothing beside itself."""
+    """An HTML page without links: no files, fonts or scripts."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
@@ -62,11 +62,11 @@ def page(title: str, body: str) -> str:
     )
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of ready HTML; the first column is text, the others are numbers."""
+def table(head: list[str], body: list[list[str]]) -> str:
+    """A table of cells that are HTML already; those on the left hold text, the others numbers."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in body)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def figures(charts: Mapping[str, str]) -> str:
@@ -76,7 +76,7 @@ def figures(charts: Mapping[str, str]) -> str:
 
 
 def section(title: str, body: str) -> str:
-    """A titled part of a page; nothing where its body is empty."""
+    """A titled part of a page; empty if its body is."""
     return f"<section><h2>{title}</h2>{body}</section>" if body else ""
 
 
@@ -112,19 +112,19 @@ def _lead(result: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def _accuracy(result: dict[str, Any]) -> str:
-    bars, rows = [], []
+    bars, body = [], []
     for kind in result["before"]:
         one, two, change = (result[key][kind] for key in ("before", "after", "difference"))
         bars.append((kind, one["accuracy"], one["standard_error"], two["accuracy"], two["standard_error"]))
         moved = f"{points(change['difference'])} ({interval(change['low'], change['high'])})"
-        rows.append([kind, share(one), share(two), moved, p_value(change["p_value"])])
+        body.append([kind, share(one), share(two), moved, p_value(change["p_value"])])
     note = (
         f"The {escape(result['split'])} split, {result['before']['sampled']['instances']} instances that cannot "
         "occur in training, one response each. ± is one binomial standard error, whiskers are 95%; the difference is "
         "paired by instance, p is McNemar's exact test."
     )
     head = ["", "before", "after", "points (95%)", "p"]
-    return f'<figure class="wide">{before_after(bars)}</figure>{table(head, rows)}<p class="note">{note}</p>'
+    return f'<figure class="wide">{before_after(bars)}</figure>{table(head, body)}<p class="note">{note}</p>'
 
 
 def _curves(lines: list[dict[str, float]], config: dict[str, Any]) -> str:
@@ -165,9 +165,9 @@ def _made_of(result: dict[str, Any]) -> str:
     before, after = result["before"]["sampled"], result["after"]["sampled"]
     if "attempts" not in before:
         return ""
-    rows = [[name, show(before[key]), show(after[key]), _ratio(before[key], after[key])] for key, name, show in _PARTS]
+    body = [[name, show(before[key]), show(after[key]), _ratio(before[key], after[key])] for key, name, show in _PARTS]
     head = ["sampled responses", "before", "after", "ratio"]
-    return f"{_decomposition(before, after)}{table(head, rows)}"
+    return f"{_decomposition(before, after)}{table(head, body)}"
 
 
 def _decomposition(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -214,7 +214,7 @@ def _examples(examples: list[dict[str, Any]], config: dict[str, Any]) -> str:
     horizon = f"{first} tokens to the end of the response" if last is None else f"{first} to {last} tokens"
     note = (
         f"Held-out responses of the trained model, measured in one forward pass: W = {rhythm['window']}, horizon "
-        f"{horizon}, &gamma; by the {examples[0]['mode']} rule. Bars "
+        f"{horizon}, &gamma; in mode {examples[0]['mode']}. Bars "
         "below each token, from the top: WAAD and FAI (of the response's largest), &gamma; &minus; 1. The words are "
         "coloured by the measure chosen above; a pointer over a word shows its numbers."
     )
@@ -247,28 +247,28 @@ def _tape(example: dict[str, Any]) -> str:
 def _cost(cost: dict[str, Any], config: dict[str, Any]) -> str:
     if not cost:
         return ""
-    rows = [["a step, generation included", f"{cost['step_seconds']:.2f} s"]]
+    body = [["a step, generation included", f"{cost['step_seconds']:.2f} s"]]
     if cost["measuring_seconds"]:
-        rows += [
+        body += [
             ["measuring WAAD and FAI and the credit, in that", f"{cost['measuring_seconds'] * 1e3:.1f} ms"],
             ["share of the step", f"{cost['measuring_share']:.2%}"],
             ["grouping the heads, once", f"{cost['calibration_seconds']:.2f} s"],
         ]
         did_not = "full attention maps of the largest batch, float32, all layers and heads: <em>not made</em>"
         tokens = config["grpo"]["per_device_train_batch_size"] * cost["largest_row_tokens"]
-        rows += [
+        body += [
             [did_not, size(cost["largest_map_bytes"])],
             ["the same over the whole run", size(cost["all_map_bytes"])],
             ["kept instead: two numbers a token", size(8 * tokens)],
         ]
         text = (
-            "No forward pass was added but the one that grouped the heads: q, k and the log-sum-exp are those of the "
+            "No forward was added but the one that grouped the heads: q, k and the log-sum-exp are those of the "
             "training forward, read band by band inside each attention call. The map sizes are computed, not measured: "
             "what <code>output_attentions=True</code> would have returned."
         )
     else:
         text = "This run measured nothing: its credit needs no attention."
-    return f"<p>{text}</p>{table(['', ''], rows)}"
+    return f"<p>{text}</p>{table(['', ''], body)}"
 
 
 def _settings(result: dict[str, Any], config: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> PairedDi
 
 
 def _mcnemar(gained: int, lost: int) -> float:
-    """Twice the tail of a fair coin, at most 1, summed in logarithms so that no count overflows."""
+    """Twice the tail of a fair coin, at most 1; each term from its logarithm, so that no count overflows."""
     n, fewer = gained + lost, min(gained, lost)
     tail = sum(
         math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))

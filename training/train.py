@@ -1,4 +1,4 @@
-"""`train`: evaluate, train by GRPO with rhythm credit, evaluate again, and leave a folder that says what happened."""
+"""`train`: evaluate, train by GRPO with rhythm credit, evaluate again, and leave a folder with the results."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(recipe: Recipe) -> Path:
         model, tokenizer = load(recipe)
         check_model(recipe, model, tokenizer, lambda: [task.text(instance, tokenizer) for instance in held_out])
         recorder = Recorder(folder / METRICS, recipe.grpo.max_steps)
-        made = Path(scratch, CHECKPOINTS)  # what the trainer makes comes to the run's folder once it is not refused
+        made = Path(scratch, CHECKPOINTS)  # the trainer writes here until nothing can be refused any more
         made.mkdir()
         config.output_dir = str(made)
         trainer = build_trainer(recipe, config, model, tokenizer, task, rewards, recorder)
@@ -101,7 +101,7 @@ def run(recipe: Recipe) -> Path:
             },
             "examples": examples(model, tokenizer, task, held_out, *sampled, recipe.rhythm, trainer.rhythm_groups),
         }
-        write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")  # small, and the point: before the model
+        write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")  # before the model, which may fill the disk
         try:
             write_report(folder)
         finally:
@@ -119,7 +119,7 @@ def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
 def evaluate_both(
     model: Any, tokenizer: Any, task: Countdown, instances: list[Instance], recipe: Recipe, when: str
 ) -> dict[str, Evaluation]:
-    """Sampled and greedy, a response each to every instance."""
+    """Evaluate twice, sampled and greedy: one response to every instance in each."""
     results = {}
     for kind, temperature in (("sampled", recipe.eval.temperature), ("greedy", 0.0)):
         with _bar(f"{when}, {kind}", len(instances)) as bar:
@@ -144,7 +144,7 @@ def _bar(name: str, total: int) -> Iterator[Any]:
 
 
 def cost(lines: list[dict[str, float]]) -> dict[str, Any]:
-    """What measuring took of the training, and how large the maps would have been that it did without."""
+    """The time that measuring took of the training, and the bytes that full attention maps would have taken."""
     if not lines:
         return {}
     total = sum(line["step_seconds"] for line in lines)
@@ -162,7 +162,7 @@ def cost(lines: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What a figure has to be reported with."""
+    """Versions and machine, which belong beside every figure."""
     import transformers
     import trl
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from training.__main__ import main
-from training.arms import arm_rows, caution, collect_arms
+from training.arms import arm_lines, caution, collect_arms
 from training.folder import read_run
 from training.recipe import ROOT
 
@@ -30,13 +30,13 @@ def test_arms_by_hand(folders):
     assert [(arm.name, list(arm.runs)) for arm in arms] == [("uniform", [0, 1, 2]), ("coupled", [0, 1, 2, 3])]
     assert repeated == []
     assert arms[1].differences(arms[0], "sampled") == pytest.approx([0.01, -0.01, 0.06])
-    rows = arm_rows(arms)
-    assert rows[0] == ["uniform", "0 1 2", "sampled", "30.0%", "44.0% (2.0)", "-", "", "71.0"]
+    lines = arm_lines(arms)
+    assert lines[0] == ["uniform", "0 1 2", "sampled", "30.0%", "44.0% (2.0)", "-", "", "71.0"]
     # 45, 45, 48, 60: mean 49.5, sd sqrt((20.25 + 20.25 + 2.25 + 110.25) / 3) = 7.14. Paired 1, -1, 6: mean 2,
     # sd sqrt((1 + 9 + 16) / 2) = 3.606, error 2.082, 4.3027 times that is 8.957
-    assert rows[2][:6] == ["coupled", "0 1 2 3", "sampled", "30.0%", "49.5% (7.1)", "+2.0 (2.1; -7.0 to +11.0)"]
-    assert rows[3][2:4] == ["greedy", "40.0%"]
-    assert rows[2][6:] == ["3", "71.5"]
+    assert lines[2][:6] == ["coupled", "0 1 2 3", "sampled", "30.0%", "49.5% (7.1)", "+2.0 (2.1; -7.0 to +11.0)"]
+    assert lines[3][2:4] == ["greedy", "40.0%"]
+    assert lines[2][6:] == ["3", "71.5"]
     assert caution(arms).startswith("3 seeds are few: ")
     assert "standard deviation of up to 7.1 points" in caution(arms)
 

@@ -145,7 +145,7 @@ def split(
         raise ValueError(f"numbers must be distinct counts, got {numbers!r}")
 
     ranges = LEVELS[level]
-    columns: list[list[Instance]] = []
+    pools: list[list[Instance]] = []
     for position, count in enumerate(counts):
         wanted = len(range(position, n, len(counts)))
         rng = random.Random(f"countdown/{level}/{name}/{count}/{seed}")
@@ -153,14 +153,14 @@ def split(
             source = _enumerated(name, count, ranges, rng)
         else:
             source = _drawn(name, count, ranges, rng, _DRAWS_PER_INSTANCE * (wanted + 100))
-        column = [instance for _, instance in zip(range(wanted), source, strict=False)]
-        if len(column) < wanted:
+        pool = [instance for _, instance in zip(range(wanted), source, strict=False)]
+        if len(pool) < wanted:
             raise ValueError(
-                f"the {name} pool of level {level!r} with {count} numbers gave {len(column)} instances, "
+                f"the {name} pool of level {level!r} with {count} numbers gave {len(pool)} instances, "
                 f"{wanted} were asked for"
             )
-        columns.append(column)
-    return [columns[i % len(counts)][i // len(counts)] for i in range(n)]
+        pools.append(pool)
+    return [pools[i % len(counts)][i // len(counts)] for i in range(n)]
 
 
 _QUESTION = (
