@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows: two runs at once in one folder are not refused there
     fcntl = None  # type: ignore[assignment]
 
-CONFIG, METRICS, RESULT, REPORT, GROUPS, MODEL, CHECKPOINTS, EVALUATION = (
+CONFIG, METRICS, RESULT, REPORT, HEADS, MODEL, CHECKPOINTS, EVALUATION = (
     "config.yaml",
     "metrics.jsonl",
     "result.json",
@@ -46,7 +46,7 @@ CONFIG, METRICS, RESULT, REPORT, GROUPS, MODEL, CHECKPOINTS, EVALUATION = (
 PREVIOUS = "previous"  # the earlier run, until the new one has finished
 _PARTIAL = ".partial"  # suffix of a file that is being written, and of `previous` while it is filled
 _REMOVED = "previous.removed"  # a `previous` that is being removed
-_MOVED = (RESULT, EVALUATION, REPORT, GROUPS, MODEL, METRICS, CHECKPOINTS, CONFIG)  # in this order
+_MOVED = (RESULT, EVALUATION, REPORT, HEADS, MODEL, METRICS, CHECKPOINTS, CONFIG)  # in this order
 _ANSWERS = {"instances": int, "accuracy": float, "standard_error": float, "tokens": float, "right": str}
 _BOTH = {"sampled": _ANSWERS, "greedy": _ANSWERS}
 _RESULT = {  # the keys that compare and evaluate read

@@ -21,7 +21,7 @@ import rhythm_kernels
 
 from .evaluate import Evaluation, evaluate
 from .examples import examples
-from .folder import CHECKPOINTS, CONFIG, GROUPS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
+from .folder import CHECKPOINTS, CONFIG, HEADS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
 from .formats import credit_name, interval, points, share, size
 from .grpo import Recorder, build_trainer, trainer_config
 from .models import check_model, load
@@ -77,7 +77,7 @@ def run(recipe: Recipe) -> Path:
         after = evaluate_both(model, tokenizer, task, held_out, recipe, "after")
 
         if trainer.rhythm_groups is not None:
-            with replacing(folder / GROUPS) as path:
+            with replacing(folder / HEADS) as path:
                 trainer.rhythm_groups.save(path)
         sampled = before["sampled"], after["sampled"]
         result = {
