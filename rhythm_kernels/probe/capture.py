@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from ..canonical import Canonical, canonical
 from ..reference import AttentionStats
 from . import attention, registry
+from .attention_call import AttentionCall, Observed, observing
 from .checks import Checks, Pending
 from .chunks import chunk_of, in_chunks, rows_after
 from .flash import FlashReturns
 from .inputs import as_attended, forward_inputs, refuse_cut, refuse_dropped, refuse_unsupported
 from .lse import LseObserver, as_batched
 from .masks import ForwardInputs, NamedWindow, Sequences, sequences_of, window_of_layer
+from .readers import LseFrom, reader_of
 from .structure import Decoder, bind_forward
 
 _CACHES = ("cache", "past_key_values")  # what models call a KV cache since transformers 5.24, and before
@@ -251,51 +253,21 @@ class Capture:
         mask: Any,
         kwargs: dict[str, Any],
     ) -> Any:
-        layer = self._layer_of[id(module)]
-        flash = "flash" in name
-        request: attention.Request | None = None
-        refuse_unsupported(self._decoder, layer, name, query, key, kwargs)
-        seen: LseObserver | FlashReturns | None
-        returned: FlashReturns | None = None
-        if flash:
-            with FlashReturns(name) as returned, LseObserver() as observed:
-                out = function(module, query, key, value, mask, **kwargs)
-            refuse_dropped(layer, name, returned, kwargs)
-            seen = observed if returned.lse is None else returned
-        elif name in ("sdpa", attention.NAME):
-            if name == attention.NAME:
-                request = self._request(layer, query)
-            with attention.asking(request), LseObserver() as seen:
-                out = function(module, query, key, value, mask, **kwargs)
-        else:  # eager computes none, and flex_attention's is rounded to the values' dtype
-            seen = None
+        call = AttentionCall(self._layer_of[id(module)], name, reader_of(name), module, query, key, mask, kwargs)
+        refuse_unsupported(self._decoder, call)
+        with observing(name, call.reader, self._request(call)) as seen:
             out = function(module, query, key, value, mask, **kwargs)
+        refuse_dropped(call, seen.package)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            self._measure(layer, module, name, query, key, mask, kwargs, seen, returned, request)
+            self._measure(call, seen)
         return out
 
-    def _measure(
-        self,
-        layer: int,
-        module: nn.Module,
-        name: str,
-        query: Tensor,
-        key: Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-        seen: LseObserver | FlashReturns | None,
-        returned: FlashReturns | None,
-        request: attention.Request | None,
-    ) -> None:
+    def _measure(self, call: AttentionCall, seen: Observed) -> None:
         """All that is done around one attention call once attention itself is through: ranges, checks, passes, sums.
 
         Benchmarks wrap this method to time it. No gradients, no autocast, and on CUDA no wait for the device.
-
-        Args:
-            seen: what observed the log-sum-exp, if anything could.
-            returned: what the flash-attention package was given; None under other implementations.
-            request: the statistics that the attention call was asked for.
         """
+        layer, query = call.layer, call.query
         if layer in self._met:
             raise RuntimeError(
                 f"layer {layer} attended twice in one forward; such models are not supported by the probe"
@@ -309,55 +281,52 @@ class Capture:
                 f"given {(self._inputs.batch, self._inputs.length)}: sequence-parallel layouts (Ulysses, ring "
                 "attention) and prompts prepended inside the model are not supported by the probe"
             )
-        flash = "flash" in name
         if self._sequences is None:
-            inputs = as_attended(self._inputs, flash, mask, returned)
-            self._sequences = sequences_of(inputs, self._response_mask, flash, self._checks)
+            inputs = as_attended(self._inputs, call, seen.package)
+            self._sequences = sequences_of(inputs, self._response_mask, call.reader.takes_lengths, self._checks)
         sequences = self._sequences
-        chunk = None if flash else chunk_of(module, sequences.length)  # flash: transformers refuses more than one chunk
+        # Without a (T, T) mask attention cannot end at a chunk; transformers refuses more than one chunk there.
+        chunk = None if call.reader.takes_lengths else chunk_of(call.module, sequences.length)
         if chunk is not None:
             sequences = in_chunks(sequences, chunk)
-        left = _left_window(sequences, module, name, mask, kwargs, flash, self._checks)
-        call = _layer_call(layer, query, key, seen, sequences, left, kwargs, self._checks)
-        call.first_head = self._first_head(layer, query)
+        left = _left_window(sequences, call, self._checks)
+        measured = _layer_call(call, seen.lse_seen, sequences, left, self._checks)
+        measured.first_head = self._first_head(call)
+        request = seen.request
         if request is not None and request.stats is not None:
-            response = call.sequences.response[:, None] if request.per_head else call.sequences.response
+            response = measured.sequences.response[:, None] if request.per_head else measured.sequences.response
             response = response.to(query.device)
-            call.stats = AttentionStats(*(torch.where(response, x, 0.0) for x in request.stats))
-        self._consumer.layer(call)
+            measured.stats = AttentionStats(*(torch.where(response, x, 0.0) for x in request.stats))
+        self._consumer.layer(measured)
 
-    def _first_head(self, layer: int, query: Tensor) -> int:
-        if self._decoder.shards is None or query.shape[1] == self._decoder.heads[layer]:
+    def _first_head(self, call: AttentionCall) -> int:
+        heads = call.query.shape[1]
+        if self._decoder.shards is None or heads == self._decoder.heads[call.layer]:
             return 0
-        return self._decoder.shards.rank * query.shape[1]
+        return self._decoder.shards.rank * heads
 
-    def _request(self, layer: int, query: Tensor) -> attention.Request | None:
-        wanted = self._consumer.wants(layer)
-        if wanted is None or not attention.is_one_pass(query.device):
+    def _request(self, call: AttentionCall) -> attention.Request | None:
+        """What to ask of our own attention function, where it gives statistics at no cost; else None."""
+        if call.reader.lse is not LseFrom.OURS:
             return None
-        heads = _present(wanted.heads, self._first_head(layer, query), query.shape[1])
+        wanted = self._consumer.wants(call.layer)
+        if wanted is None or not attention.is_one_pass(call.query.device):
+            return None
+        heads = _present(wanted.heads, self._first_head(call), call.query.shape[1])
         return attention.Request(heads, wanted.window, wanted.per_head) if heads else None
 
 
-def _left_window(
-    sequences: Sequences,
-    module: nn.Module,
-    name: str,
-    mask: Any,
-    kwargs: dict[str, Any],
-    flash: bool,
-    checks: Checks,
-) -> int:
+def _left_window(sequences: Sequences, call: AttentionCall, checks: Checks) -> int:
     """How many keys to the left of its own a query sees; -1: all."""
-    window = kwargs.get("sliding_window")
-    if flash:  # the kernel gets the window itself, and no mask but the padding
+    window = call.kwargs.get("sliding_window")
+    if call.reader.takes_window:  # it gets no mask but the padding
         return -1 if window is None or window >= sequences.length else window - 1
-    config = module.config
-    hints = [window, getattr(module, "sliding_window", None), getattr(config, "sliding_window", None)]
+    module = call.module
+    hints = [window, getattr(module, "sliding_window", None), getattr(module.config, "sliding_window", None)]
     known = [h for h in hints if isinstance(h, int) and h > 0]
-    named = _named_window(module, kwargs, sequences.length)
-    left = window_of_layer(sequences, mask, known, name, checks, named)
-    if not named.sure and mask is not None:
+    named = _named_window(module, call.kwargs, sequences.length)
+    left = window_of_layer(sequences, call.mask, known, call.name, checks, named)
+    if not named.sure and call.mask is not None:
         _windows_read[module] = left + 1 if left >= 0 else None
     return left
 
@@ -382,16 +351,9 @@ def _named_window(module: nn.Module, kwargs: dict[str, Any], length: int) -> Nam
 
 
 def _layer_call(
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    seen: LseObserver | FlashReturns | None,
-    sequences: Sequences,
-    left: int,
-    kwargs: dict[str, Any],
-    checks: Checks,
+    call: AttentionCall, seen: LseObserver | FlashReturns | None, sequences: Sequences, left: int, checks: Checks
 ) -> LayerCall:
-    sinks = kwargs.get("s_aux")
+    query, key, sinks = call.query, call.key, call.sinks
     lse = None
     if seen is not None and seen.lse is not None and (sinks is None or seen.has_sinks):
         lse = as_batched(seen.lse, query.shape[0], query.shape[1], query.shape[2], sequences.live, checks)
@@ -404,10 +366,10 @@ def _layer_call(
         q, k = q.flatten(0, 1), k.flatten(0, 1)
         lse = None if lse is None else lse.transpose(0, 1).flatten(1, 2)
     score = {
-        "softmax_scale": kwargs.get("scaling"),
+        "softmax_scale": call.kwargs.get("scaling"),
         "window_size": (left, 0),
-        "softcap": float(kwargs.get("softcap") or 0.0),
+        "softcap": call.softcap,
         "sinks": None if sinks is None else sinks.detach().float().contiguous(),
     }
     lse = None if lse is None else lse.detach().float()
-    return LayerCall(layer, q, k, lse, source or "streamed from q and k", score, sequences)
+    return LayerCall(call.layer, q, k, lse, source or "streamed from q and k", score, sequences)

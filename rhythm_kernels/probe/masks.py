@@ -30,7 +30,7 @@ class ForwardInputs:
     `attention_mask` is `(B, T)` bool or None; `position_ids` `(B, T)` or None; `cu_seqlens` int `(S + 1,)` or None, of
     sequences with at most `max_seqlen` tokens where that is known; `logits_to_keep` as it was given.
     `packs_positions`: whether the model may have told packed sequences by `position_ids` alone.
-    `shown_whole`: whether attention was given no mask, although there is an `attention_mask`: it must be all True.
+    `unmasked_under`: the implementation that was given no mask, so that an `attention_mask` must be all True.
     """
 
     batch: int
@@ -41,7 +41,7 @@ class ForwardInputs:
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
     packs_positions: bool = True
-    shown_whole: bool = False
+    unmasked_under: str | None = None
     logits_to_keep: Any = None
 
 
@@ -110,29 +110,29 @@ def ends(mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.minimum(first, end), end
 
 
-def sequences_of(inputs: ForwardInputs, response_mask: Tensor | None, flash: bool, checks: Checks) -> Sequences:
+def sequences_of(inputs: ForwardInputs, response_mask: Tensor | None, takes_lengths: bool, checks: Checks) -> Sequences:
     """The sequences of a forward pass.
 
     Args:
         response_mask: `(B, T)` bool: R of each sequence runs from its first to its last True token; None: all of it.
-        flash: whether the implementation is one of the flash-attention package, which alone reads `cu_seqlens`, and
-            packs by positions even beside an attention mask that is all True.
+        takes_lengths: of the implementation's `Reader`: it alone reads `cu_seqlens`, and packs by positions even beside
+            an attention mask that is all True.
     """
     mask = inputs.attention_mask
     if mask is not None and reads_now(mask.device) and bool(mask.all()):
         mask = None
-    if mask is not None and inputs.shown_whole and not reads_now(mask.device):
-        checks.require(mask.all(), _given_no_mask("flash"))
+    if mask is not None and inputs.unmasked_under is not None and not reads_now(mask.device):
+        checks.require(mask.all(), _given_no_mask(inputs.unmasked_under))
         mask = None
     if mask is None:
-        if inputs.cu_seqlens is not None and flash:
+        if inputs.cu_seqlens is not None and takes_lengths:
             starts = inputs.cu_seqlens[:-1].to(inputs.device, torch.int64)
             return _packed(inputs, starts, inputs.max_seqlen, response_mask)
-        if inputs.packs_positions and (inputs.attention_mask is None or (flash and inputs.batch == 1)):
+        if inputs.packs_positions and (inputs.attention_mask is None or (takes_lengths and inputs.batch == 1)):
             found = _packed_starts(inputs)
             if found is not None:
                 return _packed(inputs, *found, response_mask)
-    if inputs.cu_seqlens is not None and not flash and inputs.cu_seqlens.numel() > 2:
+    if inputs.cu_seqlens is not None and not takes_lengths and inputs.cu_seqlens.numel() > 2:
         raise ValueError(
             "cu_seq_lens_q: only flash attention reads it; with other implementations pass packed position_ids, "
             "attention_mask=None and use_cache=False"
