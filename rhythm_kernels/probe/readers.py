@@ -14,10 +14,10 @@ from fnmatch import fnmatchcase
 class LseFrom(Enum):
     """Where the log-sum-exp of an attention call comes from."""
 
-    OPERATOR = "the operator of torch that computes attention returns it"
-    OURS = "our operator returns it, and statistics too where they are asked for"
-    PACKAGE = "the function of the flash-attention package returns it when asked, or its operator does"
-    NOTHING = "nothing returns it: it is streamed from q and k"
+    OPERATOR = "the attention operator that torch chose, which returns it beside the output"
+    OURS = "our attention operator, which also gives statistics where they are asked for"
+    PACKAGE = "the flash-attention package's function, by a flag of its own; else the operator under it"
+    NOTHING = "our streaming pass over q and k"
 
 
 @dataclass(frozen=True)
