@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..heads import HeadGroups
 from ..probe import RhythmProbe
 from ..probe.calibration import Calibration
-from ..probe.capture import LayerCall
-from ..probe.masks import ForwardInputs
+from ..probe.forward_sequences import ForwardInputs
+from ..probe.layer_call import LayerCall
 
 __all__ = ["MeasuredPass", "PassCalibration", "PassProbe"]
 

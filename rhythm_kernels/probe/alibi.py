@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attentions import forward_names
+from .measurable import forward_names
 
 WAY_OUT = "rk.waad and rk.fai measure q and k of your own with alibi_slopes=..."
 

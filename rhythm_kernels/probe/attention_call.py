@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import attention
+from . import rhythm_attention
 from .flash import FlashReturns
 from .lse import LseObserver
 from .readers import LseFrom, Reader
@@ -62,7 +62,7 @@ class Observed:
 
     operators: LseObserver | None
     package: FlashReturns | None
-    request: attention.Request | None
+    request: rhythm_attention.Request | None
 
     @property
     def lse_seen(self) -> LseObserver | FlashReturns | None:
@@ -72,13 +72,13 @@ class Observed:
 
 
 @contextmanager
-def observing(name: str, reader: Reader, request: attention.Request | None) -> Iterator[Observed]:
+def observing(name: str, reader: Reader, request: rhythm_attention.Request | None) -> Iterator[Observed]:
     """Around one call of the attention function: have looking on what its reader says."""
     package = FlashReturns(name) if reader.lse is LseFrom.PACKAGE else None
     operators = None if reader.lse is LseFrom.NOTHING else LseObserver()
     with ExitStack() as stack:
         if reader.lse is LseFrom.OURS:
-            stack.enter_context(attention.asking(request))
+            stack.enter_context(rhythm_attention.asking(request))
         for observer in (package, operators):
             if observer is not None:
                 stack.enter_context(observer)

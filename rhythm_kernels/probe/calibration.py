@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from ..heads import Head, HeadGroups, architecture
 from ..passes import column_moments, span
-from .capture import Capture, LayerCall, Wanted
+from .capture import Capture, Wanted
 from .checks import on_device
 from .chunks import rows_after
-from .masks import ForwardInputs
+from .forward_sequences import ForwardInputs
+from .layer_call import LayerCall
 from .structure import attention_layers, find_decoder
 
 _DISTANCE = 4  # of the nearest later token whose attention counts as received

@@ -10,7 +10,6 @@ is not met again; forwards that are given a KV cache (`generate`, decoding) are 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,83 +18,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..canonical import Canonical, canonical
-from ..reference import AttentionStats
-from . import attention, registry
+from . import rhythm_attention, taps
 from .attention_call import AttentionCall, Observed, observing
 from .checks import Checks, Pending
-from .chunks import chunk_of, in_chunks, rows_after
-from .flash import FlashReturns
+from .chunks import chunk_of, in_chunks
+from .forward_sequences import ForwardInputs, Sequences, sequences_of
 from .inputs import as_attended, forward_inputs, refuse_cut, refuse_dropped, refuse_unsupported
-from .lse import LseObserver, as_batched
-from .masks import ForwardInputs, NamedWindow, Sequences, sequences_of, window_of_layer
+from .layer_call import LayerCall, layer_call, present
+from .layer_window import left_window
 from .readers import LseFrom, reader_of
 from .structure import Decoder, bind_forward
 
 _CACHES = ("cache", "past_key_values")  # what models call a KV cache since transformers 5.24, and before
 
 _watching: dict[int, list[Capture]] = {}  # id of a decoder -> who watches it; the last one is told of its forwards
-
-
-@dataclass
-class LayerCall:
-    """One attention call of one layer, in the layout of the public functions.
-
-    Attributes:
-        q, k: `(B, T, H, D)` and `(B, T, H_kv, D)`, or `(B * T, ...)` for packed batches; views of the model's own.
-        lse: `(B, H, T)` / `(H, B * T)` float32 as the model's attention operator computed it, or None.
-        source: where lse comes from, in words.
-        first_head: which of the layer's query heads q begins with: above 0 on later ranks of a tensor-parallel model.
-        score: the score rule, and `sequences` the live ranges, both as keyword arguments of the public functions.
-        stats: WAAD and span of what the consumer wanted of this layer, `(B, T)` or `(B, H_selected, T)`, 0 outside R,
-            where the attention call itself gave them.
-    """
-
-    layer: int
-    q: Tensor
-    k: Tensor
-    lse: Tensor | None
-    source: str
-    score: dict[str, Any]
-    sequences: Sequences
-    first_head: int = 0
-    stats: AttentionStats | None = None
-
-    def present(self, heads: Sequence[int]) -> list[int]:
-        """Those of `heads` that q holds, counted within q."""
-        return _present(heads, self.first_head, self.q.shape[-2])
-
-    def form(self, heads: Sequence[int]) -> Canonical:
-        """The canonical form of the call for heads of q, as the functions of :mod:`rhythm_kernels.passes` take it."""
-        table = self.sequences.table.to(self.q.device)
-        return canonical(self.q, self.k, self.lse, heads=list(heads), **self.score, table=table)
-
-    def measure(self, function: Callable[..., Tensor], heads: Sequence[int], **options: Any) -> Tensor:
-        """Call one of the passes on heads of q: `(B, T)` float32, or `(B, Hs, T)` with `per_head=True`."""
-        return self.unpack(function(self.form(heads), **options))
-
-    def of_all_rows(self, mean: Tensor, low: int, high: int | None) -> Tensor:
-        """A mean over the rows `low..high` after each token, as the passes give it, over all such rows in R.
-
-        In chunked attention the passes see the rows of the token's chunk; the others have A = 0.
-        """
-        counts = rows_after(self.sequences, low, high)
-        if counts is None:
-            return mean
-        inside, of_all = (x.to(mean.device) for x in counts)
-        share = inside / of_all.clamp(min=1)
-        return mean * (share if mean.dim() == 2 else share[:, None])
-
-    def unpack(self, result: Tensor) -> Tensor:
-        """Undo the flattening of a packed batch: `(..., B * T) -> (B, ..., T)`."""
-        if not self.sequences.packed:
-            return result
-        result = result.unflatten(-1, (self.sequences.batch, self.sequences.length))
-        return result.movedim(-2, 0)
-
-
-def _present(heads: Sequence[int], first: int, count: int) -> list[int]:
-    return [head - first for head in heads if 0 <= head - first < count]
 
 
 @dataclass(frozen=True)
@@ -132,14 +68,14 @@ class Capture:
     """
 
     def __init__(self, decoder: Decoder, layers: Sequence[int], consumer: Consumer, aside: bool = False) -> None:
-        attention.register()
+        rhythm_attention.register()
         self._decoder = decoder
         self._consumer = consumer
         self._aside = aside
         self._layer_of = decoder.layer_of
         self._layers: list[int] = []
         self._modules: list[nn.Module] = []
-        self._taps: dict[int, registry.Tap] = {}
+        self._taps: dict[int, taps.Tap] = {}
         self._undo: list[Callable[[], None]] = []
         self._used: list[tuple[Any, str]] | None = None  # what is installed, while a forward is being measured
         self._depth = 0
@@ -212,7 +148,7 @@ class Capture:
         self._sequences = None
         self._checks = Checks()
         self._met = set()
-        self._used = registry.install(self._taps, self._modules)
+        self._used = taps.install(self._taps, self._modules)
 
     def _after(self, failed: bool) -> None:
         self._depth = max(self._depth - 1, 0)
@@ -239,12 +175,12 @@ class Capture:
 
     def _disarm(self) -> None:
         if self._used is not None:
-            registry.uninstall(self._taps, self._used)
+            taps.uninstall(self._taps, self._used)
         self._used = self._inputs = self._sequences = self._response_mask = None
 
     def _tap(
         self,
-        function: registry.AttentionFunction,
+        function: taps.AttentionFunction,
         name: str,
         module: nn.Module,
         query: Tensor,
@@ -289,15 +225,8 @@ class Capture:
         chunk = None if call.reader.takes_lengths else chunk_of(call.module, sequences.length)
         if chunk is not None:
             sequences = in_chunks(sequences, chunk)
-        left = _left_window(sequences, call, self._checks)
-        measured = _layer_call(call, seen.lse_seen, sequences, left, self._checks)
-        measured.first_head = self._first_head(call)
-        request = seen.request
-        if request is not None and request.stats is not None:
-            response = measured.sequences.response[:, None] if request.per_head else measured.sequences.response
-            response = response.to(query.device)
-            measured.stats = AttentionStats(*(torch.where(response, x, 0.0) for x in request.stats))
-        self._consumer.layer(measured)
+        left = left_window(sequences, call, self._checks)
+        self._consumer.layer(layer_call(call, seen, sequences, left, self._first_head(call), self._checks))
 
     def _first_head(self, call: AttentionCall) -> int:
         heads = call.query.shape[1]
@@ -305,71 +234,12 @@ class Capture:
             return 0
         return self._decoder.shards.rank * heads
 
-    def _request(self, call: AttentionCall) -> attention.Request | None:
+    def _request(self, call: AttentionCall) -> rhythm_attention.Request | None:
         """What to ask of our own attention function, where it gives statistics at no cost; else None."""
         if call.reader.lse is not LseFrom.OURS:
             return None
         wanted = self._consumer.wants(call.layer)
-        if wanted is None or not attention.is_one_pass(call.query.device):
+        if wanted is None or not rhythm_attention.is_one_pass(call.query.device):
             return None
-        heads = _present(wanted.heads, self._first_head(call), call.query.shape[1])
-        return attention.Request(heads, wanted.window, wanted.per_head) if heads else None
-
-
-def _left_window(sequences: Sequences, call: AttentionCall, checks: Checks) -> int:
-    """How many keys to the left of its own a query sees; -1: all."""
-    window = call.kwargs.get("sliding_window")
-    if call.reader.takes_window:  # it gets no mask but the padding
-        return -1 if window is None or window >= sequences.length else window - 1
-    module = call.module
-    hints = [window, getattr(module, "sliding_window", None), getattr(module.config, "sliding_window", None)]
-    known = [h for h in hints if isinstance(h, int) and h > 0]
-    named = _named_window(module, call.kwargs, sequences.length)
-    left = window_of_layer(sequences, call.mask, known, call.name, checks, named)
-    if not named.sure and call.mask is not None:
-        _windows_read[module] = left + 1 if left >= 0 else None
-    return left
-
-
-# What the masks of layers showed that name no window while their configuration has one.
-_windows_read: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
-
-
-def _named_window(module: nn.Module, kwargs: dict[str, Any], length: int) -> NamedWindow:
-    """The sliding window that a layer names to its attention function, as flash attention needs it, or as its own.
-
-    The configuration's alone says nothing: some models keep one and do not use it, and a few use it without naming it
-    (phimoe). Their mask is read once, in the first forward in which it matters.
-    """
-    if "sliding_window" in kwargs or hasattr(module, "sliding_window"):
-        named = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-        return NamedWindow(named if isinstance(named, int) and named > 0 else None)
-    kept = getattr(module.config, "sliding_window", None)
-    if not isinstance(kept, int) or not 0 < kept < length:
-        return NamedWindow(None)
-    return NamedWindow(_windows_read.get(module), sure=module in _windows_read)
-
-
-def _layer_call(
-    call: AttentionCall, seen: LseObserver | FlashReturns | None, sequences: Sequences, left: int, checks: Checks
-) -> LayerCall:
-    query, key, sinks = call.query, call.key, call.sinks
-    lse = None
-    if seen is not None and seen.lse is not None and (sinks is None or seen.has_sinks):
-        lse = as_batched(seen.lse, query.shape[0], query.shape[1], query.shape[2], sequences.live, checks)
-    # The measures must be of the q and k that gave the lse: autocast lowers them inside of the attention function.
-    dtype = seen.dtype if lse is not None and seen is not None else torch.promote_types(query.dtype, key.dtype)
-    dtype = torch.float32 if dtype == torch.float64 else dtype
-    q, k = (x.detach().to(dtype).transpose(1, 2) for x in (query, key))
-    source = seen.source if lse is not None and seen is not None else None
-    if sequences.packed:
-        q, k = q.flatten(0, 1), k.flatten(0, 1)
-        lse = None if lse is None else lse.transpose(0, 1).flatten(1, 2)
-    score = {
-        "softmax_scale": call.kwargs.get("scaling"),
-        "window_size": (left, 0),
-        "softcap": call.softcap,
-        "sinks": None if sinks is None else sinks.detach().float().contiguous(),
-    }
-    lse = None if lse is None else lse.detach().float()
-    return LayerCall(call.layer, q, k, lse, source or "streamed from q and k", score, sequences)
+        heads = present(wanted.heads, self._first_head(call), call.query.shape[1])
+        return rhythm_attention.Request(heads, wanted.window, wanted.per_head) if heads else None

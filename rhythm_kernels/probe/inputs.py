@@ -11,8 +11,8 @@ from .alibi import WAY_OUT
 from .attention_call import AttentionCall
 from .checks import on_device, reads_now
 from .flash import FlashReturns
-from .masks import ForwardInputs
-from .ranges import RangeMask
+from .forward_sequences import ForwardInputs
+from .range_mask import RangeMask
 from .structure import Decoder
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from ..arguments import check_horizon, check_window
 from ..heads import HeadGroups
 from ..passes import fai, waad
-from .capture import Capture, LayerCall
+from .capture import Capture
 from .checks import on_device
-from .masks import ForwardInputs
+from .forward_sequences import ForwardInputs
+from .layer_call import LayerCall
 from .structure import find_decoder
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..heads import HeadGroups
 from .alibi import refuse_alibi
-from .attentions import find_attentions, makes_masks
+from .measurable import find_attentions, makes_masks
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[bool], None]

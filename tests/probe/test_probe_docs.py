@@ -11,6 +11,7 @@ import torch
 from rhythm_kernels import RhythmProbe
 from rhythm_kernels.integrations.transformers import NAME
 from rhythm_kernels.probe import lse
+from rhythm_kernels.probe.layer_call import STREAMED
 from rhythm_kernels.probe.readers import READERS, LseFrom, reader_of
 
 from . import probe_models as models
@@ -95,7 +96,7 @@ def test_the_table_of_implementations_is_the_codes():
 
 def test_the_table_names_every_source_that_the_probe_reports():
     named = {source for row in table_of_implementations() for source in re.findall(r"`([^`]+)`", row[2])}
-    assert named == {*lse._ATEN_SOURCES.values(), *lse._FLASH_SOURCES.values(), "streamed from q and k"}
+    assert named == {*lse._ATEN_SOURCES.values(), *lse._FLASH_SOURCES.values(), STREAMED}
 
 
 @pytest.mark.parametrize(

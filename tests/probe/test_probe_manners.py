@@ -345,7 +345,7 @@ def test_packing_beside_a_mask(model):
     left[1, :7] = 0
     with torch.no_grad(), RhythmProbe(model, GROUPS) as probe:
         for mask in (whole, padded):
-            with pytest.raises(ValueError, match="start again within a row"):
+            with pytest.raises(ValueError, match="start again within one"):
                 model(**batch, attention_mask=mask, use_cache=False)
         # Positions of padding may be anything.
         positions = (left.cumsum(1) - 1).masked_fill(left == 0, 1)

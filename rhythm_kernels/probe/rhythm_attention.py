@@ -19,8 +19,8 @@ from .. import ops
 from ..canonical import DTYPES, MAX_HEAD_SIZE
 from ..functional import attention_with_rhythm
 from ..reference import AttentionStats
-from .ranges import RangeMask, rhythm_mask
-from .registry import eager_function
+from .range_mask import RangeMask, rhythm_mask
+from .taps import eager_function
 
 NAME = "rhythm"
 
