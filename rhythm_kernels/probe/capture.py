@@ -4,8 +4,8 @@
 attention registry, lets every attention call run as it would, and hands a consumer one `LayerCall` per chosen layer,
 under `no_grad` and without autocast. Nothing of it outlives the call: the consumer reduces q and k and returns.
 
-Outside of that span nothing is installed. Recomputation by gradient checkpointing happens in the backward pass, so it
-is not met again; forwards that are given a KV cache (`generate`, decoding) are not met at all.
+Outside of a forward nothing is installed, so the recomputation of gradient checkpointing, in the backward pass, is not
+measured a second time. Forwards that are given a KV cache (`generate`, decoding) are not measured.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Consumer(Protocol):
 class Capture:
     """Watch `layers` of a decoder for `consumer`, inside a `with` block.
 
-    With `aside=True` it may be entered inside of another's block, between two forwards: that one then sees none of the
-    forwards until this one is left.
+    With `aside=True` it may be entered inside of another capture's block, between two forwards: the other then sees no
+    forwards until this one's block is left.
     """
 
     def __init__(self, decoder: Decoder, layers: Sequence[int], consumer: Consumer, aside: bool = False) -> None:
@@ -112,7 +112,7 @@ class Capture:
         for undo in self._undo:
             undo()
         self._undo = []
-        self._disarm()
+        self._uninstall()
         self._depth = 0
         watchers = _watching[id(self._decoder.module)]
         watchers.remove(self)
@@ -122,17 +122,17 @@ class Capture:
             self.examine()
 
     def examine(self, wait: bool = False) -> None:
-        """Raise what the checks of earlier forwards found, as far as the host knows; with `wait` it knows all."""
+        """Raise what the checks of earlier forwards found, as far as the answers have arrived; `wait`: wait for all."""
         while self._pending and self._pending[0].known(wait):
             self._pending.pop(0).raise_first()
 
     def valid(self, *results: Tensor) -> tuple[Tensor, ...]:
-        """The results of this forward, NaN where a check failed that could not raise yet."""
+        """The results of this forward; all NaN if one of its checks failed whose answer the host cannot read yet."""
         answers = self._checks.answers(results[0].device)
         if answers is None:
             return results
-        held = answers.all()
-        return tuple(torch.where(held, x, float("nan")) for x in results)
+        all_hold = answers.all()
+        return tuple(torch.where(all_hold, x, float("nan")) for x in results)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
@@ -141,7 +141,7 @@ class Capture:
         self.examine()
         given = bind_forward(module, args, kwargs)
         if any(given.get(name) is not None for name in _CACHES):
-            self._consumer.abandon("it was given a KV cache, as generate does; only forwards without one are")
+            self._consumer.abandon("it was given a KV cache, as generate does; only forwards without one are measured")
             return
         self._inputs = forward_inputs(given)
         self._response_mask = self._consumer.begin(self._inputs)
@@ -155,7 +155,7 @@ class Capture:
         if self._depth or self._used is None:
             return
         inputs = self._inputs
-        self._disarm()
+        self._uninstall()
         if failed:
             self._consumer.abandon("it raised an exception")
             return
@@ -173,7 +173,7 @@ class Capture:
         if pending is not None:
             self._pending.append(pending)
 
-    def _disarm(self) -> None:
+    def _uninstall(self) -> None:
         if self._used is not None:
             taps.uninstall(self._taps, self._used)
         self._used = self._inputs = self._sequences = self._response_mask = None

@@ -1,4 +1,4 @@
-"""What a forward and its attention calls were given, and what of it cannot be measured: errors that name it."""
+"""What a forward and its attention calls were given, and the errors that name what of it cannot be measured."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def forward_inputs(given: dict[str, Any]) -> ForwardInputs:
     if tokens is None:
         tokens = given.get("inputs_embeds")
     if not isinstance(tokens, Tensor):
-        raise ValueError("the measured forward must be given input_ids or inputs_embeds")
+        raise ValueError(f"input_ids or inputs_embeds must be a tensor, got {type(tokens).__name__}")
     mask = given.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        found = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask: {found}; the probe needs the two-dimensional (B, T) mask from which transformers makes "
-            "its own (models that make their masks outside of their language model are not supported)"
+            "attention_mask must be the two-dimensional (B, T) mask from which transformers makes its own, got "
+            f"{found}: models that make their masks outside of their language model are not supported by the probe"
         )
     if tokens.device.type == "meta":
-        raise ValueError("the measured forward runs on the meta device, where there is nothing to measure")
+        raise ValueError("input_ids must hold values, got a tensor on the meta device: there is nothing to measure")
     batch, length = tokens.shape[:2]
     if mask is not None and tuple(mask.shape) != (batch, length):
-        raise ValueError(f"attention_mask: shape {tuple(mask.shape)}, must be {(batch, length)} like the tokens")
+        raise ValueError(f"attention_mask must have the tokens' shape {(batch, length)}, got {tuple(mask.shape)}")
     return ForwardInputs(
         batch=batch,
         length=length,
@@ -47,11 +47,11 @@ def forward_inputs(given: dict[str, Any]) -> ForwardInputs:
 
 
 def as_attended(inputs: ForwardInputs, call: AttentionCall, package: FlashReturns | None) -> ForwardInputs:
-    """The forward's inputs, and what the first measured attention call shows of how they were understood.
+    """The forward's inputs, as the first measured attention call shows that transformers understood them.
 
-    Where the host may not read from the device, that tells it what transformers found there.
+    Where the host may not read from the device, the call's mask tells it what transformers found there.
     """
-    if package is not None and package.called:  # whatever was asked for, these sequences were kept apart
+    if package is not None and package.called:  # the sequences that the kernel kept apart are those it was given
         inputs = replace(inputs, cu_seqlens=package.cu_seqlens, max_seqlen=package.max_seqlen, packs_positions=False)
     if reads_now(inputs.device):
         return inputs
@@ -82,12 +82,12 @@ def refuse_unsupported(decoder: Decoder, call: AttentionCall) -> None:
 
 
 def refuse_cut(layer: int, query: Tensor, inputs: ForwardInputs) -> None:
-    """Raise where a layer is given, of the tokens, those that logits are wanted of."""
+    """Raise where a layer computes only the tokens that logits are wanted of."""
     kept = inputs.logits_to_keep
     if isinstance(kept, int) and query.shape[2] == kept < inputs.length:
         raise ValueError(
-            f"logits_to_keep={kept}: this model computes layer {layer} for the last {kept} of {inputs.length} tokens "
-            "alone, and the measures are of all: leave logits_to_keep out of a measured forward, and slice the logits"
+            f"logits_to_keep must be left out of this model's measured forwards, got {kept}: it computes layer {layer} "
+            f"for the last {kept} of {inputs.length} tokens alone, and the measures are of all; slice the logits"
         )
 
 

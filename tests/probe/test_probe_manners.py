@@ -249,8 +249,8 @@ def test_no_change_in_the_middle_of_a_forward(model):
 @pytest.mark.parametrize(
     ("local", "message"),
     [
-        ([(4, 0)], "layer 4 has no softmax attention"),
-        ([(0, 4)], "it has 4 query heads"),
+        ([(4, 0)], r"groups\.local must be of layers with softmax attention to measure, got layer 4"),
+        ([(0, 4)], "got head 4 of layer 0, which has 4"),
     ],
 )
 def test_wrong_groups(model, local, message):
@@ -397,7 +397,7 @@ def test_layers_without_softmax_attention():
     )
     groups = head_groups(model, [{"input_ids": models.tokens(2, 40)}], layers="all")
     assert {layer for layer, _ in groups.local + groups.global_} <= {1, 3}
-    with pytest.raises(ValueError, match=r"layer 0 has no softmax attention.*\[1, 3\]"):
+    with pytest.raises(ValueError, match=r"softmax attention to measure, got layer 0: .*\[1, 3\]"):
         head_groups(model, [{"input_ids": models.tokens(2, 40)}], layers=[0, 1])
     with torch.no_grad(), RhythmProbe(model, groups) as probe:
         model(models.tokens(2, 40))
