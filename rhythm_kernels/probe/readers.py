@@ -1,7 +1,7 @@
 """The attention implementations of transformers that the probe can read, as a table with one entry a kind.
 
 What differs between implementations is here and nowhere else: a new one is one more entry of `READERS`, and one more
-row of the table in docs/probe.md, which is tested against this one.
+line in the table of docs/probe.md, which is tested against this one.
 """
 
 from __future__ import annotations
