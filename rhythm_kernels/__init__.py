@@ -17,9 +17,9 @@ from .settings import RhythmSettings
 
 if TYPE_CHECKING:
     from .backend.extension import build_info
-    from .batch_credit import RhythmCredit
     from .credit import rhythm_credit, shape_advantages
     from .heads import HeadGroups
+    from .measured_credit import RhythmCredit
     from .probe import RhythmProbe, head_groups
 
 __version__ = "0.1.0"
@@ -47,7 +47,7 @@ __all__ = [
 
 _LAZY = {
     "HeadGroups": "heads",
-    "RhythmCredit": "batch_credit",
+    "RhythmCredit": "measured_credit",
     "RhythmProbe": "probe",
     "build_info": "backend.extension",
     "head_groups": "probe",

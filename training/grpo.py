@@ -150,6 +150,9 @@ _NAMES = {  # ours, short: TRL's
     "boosted_share": "rhythm/boosted_share",
     "waad_mean": "rhythm/waad_mean",
     "fai_mean": "rhythm/fai_mean",
+    "certain_share": "rhythm/certain_share",
+    "bonus_certain_share": "rhythm/bonus_certain_share",
+    "bonus_entropy_ratio": "rhythm/bonus_entropy_ratio",
     "row_tokens": "row_tokens",
     "map_bytes": "map_bytes",
 }

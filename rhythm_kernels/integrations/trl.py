@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from ..batch_credit import GROUPS_FILE, RhythmCredit
 from ..heads import HeadGroups
+from ..measured_credit import GROUPS_FILE, RhythmCredit
 from .trl_config import RhythmGRPOConfig
 from .trl_inputs import last_token, log_prob_arguments, response_mask
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rhythm_kernels as rk
-from rhythm_kernels.batch_credit import GROUPS_FILE, NEAR_CERTAIN
+from rhythm_kernels.measured_credit import GROUPS_FILE, NEAR_CERTAIN
 
 from .probe.probe_models import padded_batch, tiny_model
 
