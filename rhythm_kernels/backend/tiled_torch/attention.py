@@ -42,8 +42,9 @@ def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, Ten
     for b, start, end, _ in table:
         if end > start:
             live = slice(start, end)
-            sequence_out, sequence_lse = _flash_whole(*(x[b : b + 1, live] for x in (q, k, v)), rule)
-            out[b, live], lse[b, :, live] = sequence_out[0], sequence_lse[0]
+            part = (slice(b, b + 1), live)
+            part_out, part_lse = _flash_whole(q[part], k[part], v[part], rule)
+            out[b, live], lse[b, :, live] = part_out[0], part_lse[0]
     return out, lse
 
 
@@ -67,7 +68,8 @@ def _flash_whole(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> tuple[Tensor, T
     for b in doubt.any(dim=2).any(dim=1).nonzero()[:, 0].tolist() if bool(doubt.any()) else ():
         until = slice(0, 1 + int(doubt[b].any(dim=0).nonzero()[-1]))
         whole = rule._replace(seqs=torch.tensor([[0, 0, until.stop, 0]]))
-        again, lse_again = _tiled(*(x[b : b + 1, until] for x in (q, k, v)), whole)
+        part = (slice(b, b + 1), until)
+        again, lse_again = _tiled(q[part], k[part], v[part], whole)
         again_at = doubt[b, :, until]  # (H, T up to there)
         out[b, until] = torch.where(again_at.T[..., None], again[0], out[b, until])
         lse[b, :, until] = torch.where(again_at, lse_again[0], lse[b, :, until])
