@@ -21,31 +21,31 @@ SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942
 SPILLS = 0 if triton.__version__.startswith("3.8.") else 64
 # An empty kernel compiles without an error, to 4 registers; the least that a kernel of ours takes is 64.
 REGISTERS = 40
-EVERY_RULE = "softcap,window,sinks"
-# (architecture, inputs, head sizes of q and k and of v, rules): every architecture with 16-bit and 32-bit inputs, every
-# kind of head size (one chunk, two, a masked one) and both ends of the rules, without their product.
+FULL_RULE = "softcap,sliding_window,sinks"
+# (architecture, inputs, head sizes of q and k and of v, rule): every architecture with 16-bit and 32-bit inputs, every
+# kind of head size (one chunk, two, a masked one), the plain rule and the full one, but not all their combinations.
 POINTS = [
-    ("sm_80", "bf16", "16", EVERY_RULE),
+    ("sm_80", "bf16", "16", FULL_RULE),
     ("sm_80", "bf16", "112", ""),
-    ("sm_80", "fp32", "160", EVERY_RULE),
-    ("sm_90", "bf16", "128", EVERY_RULE),
+    ("sm_80", "fp32", "160", FULL_RULE),
+    ("sm_90", "bf16", "128", FULL_RULE),
     ("sm_90", "bf16", "256", ""),
     ("sm_90", "fp32", "112", ""),
-    ("sm_100", "bf16", "128", EVERY_RULE),
+    ("sm_100", "bf16", "128", FULL_RULE),
     ("sm_100", "fp16", "64", ""),
     ("sm_100", "fp32", "80", ""),
-    ("gfx942", "bf16", "128", EVERY_RULE),
+    ("gfx942", "bf16", "128", FULL_RULE),
     ("gfx942", "fp16", "192", ""),
-    ("gfx942", "fp32", "64", EVERY_RULE),
+    ("gfx942", "fp32", "64", FULL_RULE),
 ]
 # Attention has launch choices for more head sizes and rules, some of whose kernels once spilled, and unequal sizes.
 ATTENTION = {"attention", "attention_alone", "attention_dq", "attention_dkv"}
 ATTENTION_POINTS = [
-    ("sm_80", "bf16", "144", EVERY_RULE),
+    ("sm_80", "bf16", "144", FULL_RULE),
     ("sm_80", "bf16", "192,128", ""),
     ("sm_90", "fp16", "112", ""),
-    ("sm_90", "bf16", "128", "window"),
-    ("sm_90", "bf16", "160", EVERY_RULE),
+    ("sm_90", "bf16", "128", "sliding_window"),
+    ("sm_90", "bf16", "160", FULL_RULE),
     ("sm_100", "bf16", "192", ""),
 ]
 
@@ -80,15 +80,15 @@ def test_every_kernel_for_hopper() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("arch", "dtype", "sizes", "rules"), POINTS)
-def test_every_target(arch: str, dtype: str, sizes: str, rules: str) -> None:
-    point = ("--arch", arch, "--dtype", dtype, "--head-size", sizes, "--feature", rules)
+@pytest.mark.parametrize(("arch", "dtype", "sizes", "rule"), POINTS)
+def test_every_target(arch: str, dtype: str, sizes: str, rule: str) -> None:
+    point = ("--arch", arch, "--dtype", dtype, "--head-size", sizes, "--feature", rule)
     check(compile_kernels(*point), set(configs.TILES[arch]))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("arch", "dtype", "sizes", "rules"), ATTENTION_POINTS)
-def test_attention_at_other_head_sizes(arch: str, dtype: str, sizes: str, rules: str) -> None:
-    point = ("--arch", arch, "--dtype", dtype, "--head-size", sizes, "--feature", rules)
+@pytest.mark.parametrize(("arch", "dtype", "sizes", "rule"), ATTENTION_POINTS)
+def test_attention_at_other_head_sizes(arch: str, dtype: str, sizes: str, rule: str) -> None:
+    point = ("--arch", arch, "--dtype", dtype, "--head-size", sizes, "--feature", rule)
     chosen = [argument for name in sorted(ATTENTION) for argument in ("--kernel", name)]
     check(compile_kernels(*point, *chosen), ATTENTION)
