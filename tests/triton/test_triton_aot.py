@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import triton
 
 from rhythm_kernels.backend.triton import configs
 
-ROOT = Path(__file__).resolve().parents[2]
+from . import compiling
+
 # Shared memory a block may use, in bytes; the table of sm_80 also serves sm_86, sm_89 and sm_120.
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Instructions that spill: none with the Triton that the launch choices were made with. Other versions bring other
@@ -52,17 +49,7 @@ ATTENTION_POINTS = [
 
 def compile_kernels(*arguments: str) -> list[dict]:
     """Reports of the script, in a process that does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.triton.aot_compile", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in compiling.output("aot_compile", *arguments).splitlines()]
 
 
 def check(reports: list[dict], kernels: set[str]) -> None:
