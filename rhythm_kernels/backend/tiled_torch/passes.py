@@ -117,7 +117,6 @@ def column_stats(
 
     Central moments are merged tile by tile (Chan, Golub and LeVeque; Pébay for the third and fourth): power sums
     would cancel. They are taken of `A 2^24`: the fourth power of a deviation of 1e-10 leaves float32's range.
-    (Triton's are of `A 2^20`; its column_moments.py says where that differs.)
     """
     batch, length = q.shape[:2]
     tokens = token_table(rule.seqs, batch, length)

@@ -15,10 +15,9 @@ from .launch import UNSPECIALIZED
 from .score import known, logit, nothing, rule_of_head, visible, weight
 from .tokens import listed_head, load_lse, load_tokens, locate, products
 
-# Moments are taken of 2^20 A: the fourth power of a deviation of 1e-10 would leave float32's range. The torch and CPU
-# backends take 2^24 for the same reason. A power of two changes no bit inside that range, so the two scales differ only
-# for a key whose A all lie within some 2e-16 of each other: its fourth powers underflow sooner with 2^20.
-UNITS = tl.constexpr(2.0**20)
+# Moments are taken of 2^24 A on every backend: the fourth power of a deviation of 1e-10 would leave float32's range. A
+# power of two changes no bit inside that range.
+UNITS = tl.constexpr(2.0**24)
 
 
 @triton.jit
