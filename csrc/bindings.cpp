@@ -14,7 +14,7 @@
 namespace rhythm {
 namespace {
 
-float* output(const Tensor& tensor, const Problem& p, bool per_head, int64_t planes, float fill) {
+float* output(const Tensor& tensor, const CpuInputs& p, bool per_head, int64_t planes, float fill) {
   const int64_t size = planes * p.batch * (per_head ? p.n_heads : 1) * p.tokens;
   float* const data = result(tensor, size);
   std::fill_n(data, size, fill); // what no task owns: prompts, padding
@@ -36,30 +36,30 @@ void draw_tasks(int64_t n, int64_t bytes, const Task& task) {
   });
 }
 
-// The call's problem and the groups it points to.
+// The inputs of one call, and the kv groups that they point to.
 struct Call {
-  Problem p{};
-  std::vector<HeadGroup> groups;
+  CpuInputs p{};
+  std::vector<KvGroup> kv_groups;
 
   Call(const Tensor& q, const Tensor& k, const Tensor* lse, RHYTHM_RULE_PARAMETERS, bool per_head) {
-    const int64_t lse_rows = set_tensors(p, q, k, lse), query_heads = q.size(2);
+    const int64_t lse_heads = set_tensors(p, q, k, lse), query_heads = q.size(2);
     set_rule(p, query_heads, RHYTHM_RULE);
     p.per_head = per_head;
     for (int64_t i = 0; i < p.n_seqs; ++i) {
       const Sequence& s = p.seqs[i];
-      STD_TORCH_CHECK(0 <= s.row && s.row < p.batch && 0 <= s.start && s.start <= s.response_start &&
+      STD_TORCH_CHECK(0 <= s.batch_row && s.batch_row < p.batch && 0 <= s.start && s.start <= s.response_start &&
                           s.response_start <= s.end && s.end <= p.tokens,
                       "sequence ", i, " is outside q");
     }
     for (int64_t i = 0; i < p.n_heads; ++i) {
       const Head& h = p.heads[i];
-      STD_TORCH_CHECK(0 <= h.query && h.query < query_heads && 0 <= h.lse_row && h.lse_row < lse_rows, "head ", i,
+      STD_TORCH_CHECK(0 <= h.query && h.query < query_heads && 0 <= h.lse_index && h.lse_index < lse_heads, "head ", i,
                       " is out of range");
     }
-    groups = group_heads(p.heads, p.n_heads, query_heads / k.size(2));
-    p.groups = groups.data(), p.n_groups = int64_t(groups.size());
+    kv_groups = kv_groups_of(p.heads, p.n_heads, query_heads / k.size(2));
+    p.kv_groups = kv_groups.data(), p.n_kv_groups = int64_t(kv_groups.size());
   }
-  Call(const Call&) = delete; // p points into groups
+  Call(const Call&) = delete; // p points into kv_groups
 
   void run(TileTask Passes::*pass, int64_t tile_size, int64_t scratch, bool together, bool last_first) const {
     const char* const requested = std::getenv("RHYTHM_CPU_CAPABILITY");
@@ -112,9 +112,9 @@ void column_stats(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RU
 void credit(const Tensor& waad, const Tensor& fai, std::optional<Tensor> score, const Tensor& mask, std::string mode,
             double top, int64_t neighbors, bool bottom, std::optional<double> tau_waad,
             std::optional<double> tau_delta, std::vector<double> levels, const Tensor& out) {
-  const CreditProblem p =
-      credit_problem(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out);
-  draw_tasks(p.batch, credit_scratch(p), [&](int64_t row, char* own) { credit_response(p, row, own); });
+  const CreditInputs p =
+      credit_inputs(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out);
+  draw_tasks(p.batch, credit_scratch(p), [&](int64_t batch_row, char* own) { credit_response(p, batch_row, own); });
 }
 
 STABLE_TORCH_LIBRARY(rhythm_kernels_native, m) {

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "rhythm/credit.h"
-#include "rhythm/problem.h"
+#include "rhythm/inputs.h"
 
 namespace rhythm {
 
@@ -30,12 +30,12 @@ inline Dtype dtype_of(const Tensor& tensor) {
 }
 
 // Check an (n, width) int32 table and return its rows.
-template <typename Row>
-const Row* table(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) * 4 == int64_t(sizeof(Row)) &&
+template <typename Entry>
+const Entry* table(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) * 4 == int64_t(sizeof(Entry)) &&
                       tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous(),
-                  name, " must be a contiguous int32 table with ", sizeof(Row) / 4, " columns");
-  return static_cast<const Row*>(tensor.const_data_ptr());
+                  name, " must be a contiguous int32 table with ", sizeof(Entry) / 4, " columns");
+  return static_cast<const Entry*>(tensor.const_data_ptr());
 }
 
 // The memory of a contiguous float32 result of `size` elements.
@@ -45,7 +45,7 @@ inline float* result(const Tensor& tensor, int64_t size) {
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
-// q, k and lse of a call; the number of rows of lse (unbounded without one).
+// q, k and lse of a call; the heads that lse has (unbounded without one).
 inline int64_t set_tensors(Inputs& p, const Tensor& q, const Tensor& k, const Tensor* lse) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be (B, T, H, D)");
   p.batch = q.size(0), p.tokens = q.size(1), p.head_dim = q.size(3);
@@ -57,14 +57,14 @@ inline int64_t set_tensors(Inputs& p, const Tensor& q, const Tensor& k, const Te
   STD_TORCH_CHECK(dtype_of(k) == p.dtype, "q and k must have the same dtype");
   STD_TORCH_CHECK(p.head_dim <= 1 || (q.stride(3) == 1 && k.stride(3) == 1),
                   "the last dimension of q and k must be contiguous");
-  p.q = q.const_data_ptr(), p.q_row = q.stride(0), p.q_token = q.stride(1), p.q_head = q.stride(2);
-  p.k = k.const_data_ptr(), p.k_row = k.stride(0), p.k_token = k.stride(1), p.k_head = k.stride(2);
+  p.q = q.const_data_ptr(), p.q_batch = q.stride(0), p.q_token = q.stride(1), p.q_head = q.stride(2);
+  p.k = k.const_data_ptr(), p.k_batch = k.stride(0), p.k_token = k.stride(1), p.k_head = k.stride(2);
   if (lse == nullptr) return std::numeric_limits<int64_t>::max();
   STD_TORCH_CHECK(lse->dim() == 3 && lse->size(0) == p.batch && lse->size(2) == p.tokens &&
                       lse->scalar_type() == ScalarType::Float,
                   "lse must be float32 (B, X, T)");
   p.lse = static_cast<const float*>(lse->const_data_ptr());
-  p.lse_row = lse->stride(0), p.lse_head = lse->stride(1), p.lse_token = lse->stride(2);
+  p.lse_batch = lse->stride(0), p.lse_head = lse->stride(1), p.lse_token = lse->stride(2);
   return lse->size(1);
 }
 
@@ -93,7 +93,7 @@ inline const float* head_numbers(const std::optional<Tensor>& numbers, int64_t r
   return static_cast<const float*>(numbers->const_data_ptr());
 }
 
-// Fold the flat rule of a call for `query_heads` heads into its problem, whose tensors are set.
+// Fold the flat rule of a call for `query_heads` heads into its inputs, whose tensors are set.
 inline void set_rule(Inputs& p, int64_t query_heads, RHYTHM_RULE_PARAMETERS) {
   p.seqs = table<Sequence>(seqs, "seqs"), p.n_seqs = seqs.size(0);
   p.heads = table<Head>(heads, "heads"), p.n_heads = heads.size(0);
@@ -116,11 +116,11 @@ inline CreditMode mode_of(const std::string& mode) {
   return CreditMode::kScore;
 }
 
-inline CreditProblem credit_problem(const Tensor& waad, const Tensor& fai, const std::optional<Tensor>& score,
-                                    const Tensor& mask, const std::string& mode, double top, int64_t neighbors,
-                                    bool bottom, std::optional<double> tau_waad, std::optional<double> tau_delta,
-                                    const std::vector<double>& levels, const Tensor& out) {
-  CreditProblem p{};
+inline CreditInputs credit_inputs(const Tensor& waad, const Tensor& fai, const std::optional<Tensor>& score,
+                                  const Tensor& mask, const std::string& mode, double top, int64_t neighbors,
+                                  bool bottom, std::optional<double> tau_waad, std::optional<double> tau_delta,
+                                  const std::vector<double>& levels, const Tensor& out) {
+  CreditInputs p{};
   STD_TORCH_CHECK(waad.dim() == 2, "waad must be (B, T)");
   p.batch = waad.size(0), p.tokens = waad.size(1);
   STD_TORCH_CHECK(p.tokens <= std::numeric_limits<int32_t>::max(), "a response must have less than 2^31 tokens");

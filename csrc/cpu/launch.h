@@ -28,6 +28,6 @@ class Tiles {
 };
 
 // The selected heads, those of one kv head side by side, so that its keys are read once for all of them.
-std::vector<HeadGroup> group_heads(const Head* heads, int64_t count, int64_t queries_per_kv);
+std::vector<KvGroup> kv_groups_of(const Head* heads, int64_t count, int64_t queries_per_kv);
 
 } // namespace rhythm

@@ -26,7 +26,7 @@ struct Running {
 static_assert(sizeof(Running) == 7 * kRowTile * sizeof(float), "row_stats_scratch counts these");
 
 // Take in the keys s0 .. s0 + count - 1 of one vector of rows starting at token t: dots[n * kRowTile + lane].
-static void take_keys(const Problem& p, const HeadRule& rule, int64_t t, int64_t s0, int64_t count, float* dots,
+static void take_keys(const CpuInputs& p, const HeadRule& rule, int64_t t, int64_t s0, int64_t count, float* dots,
                       Running& state, int64_t r) {
   const Int lanes = lane_index();
   const Vec minus_inf = splat(-__builtin_inff());
@@ -67,10 +67,10 @@ static void take_keys(const Problem& p, const HeadRule& rule, int64_t t, int64_t
 }
 
 // lse, WAAD and span of `rows` rows of one head, from what was carried.
-static void finish(const Problem& p, const HeadRule& rule, const Tile& tile, int32_t entry, const Running& state,
+static void finish(const CpuInputs& p, const HeadRule& rule, const Tile& tile, int32_t entry, const Running& state,
                    float* waad_mean, float* span_mean) {
-  const int64_t rows = tile.last - tile.first, row = tile.seq.row;
-  const int64_t at = (row * p.n_heads + entry) * p.tokens + tile.first;
+  const int64_t rows = tile.last - tile.first, batch_row = tile.seq.batch_row;
+  const int64_t at = (batch_row * p.n_heads + entry) * p.tokens + tile.first;
   float whole[kRowTile], waad[kRowTile], span[kRowTile];
   for (int64_t r = 0; r < rows; r += kLanes) {
     const Vec sum = load(state.sum + r);
@@ -93,8 +93,8 @@ static void finish(const Problem& p, const HeadRule& rule, const Tile& tile, int
 }
 
 template <typename T>
-static void run(const Problem& p, const Tile& tile, float* scratch) {
-  const int64_t t0 = tile.first, rows = tile.last - tile.first, row = tile.seq.row;
+static void run(const CpuInputs& p, const Tile& tile, float* scratch) {
+  const int64_t t0 = tile.first, rows = tile.last - tile.first, batch_row = tile.seq.batch_row;
   const int64_t ld_rows = padded(kRowTile), step = p.head_dim * ld_rows;
   float* const queries = scratch;
   float* const keys = queries + kMaxGroup * step;
@@ -107,22 +107,22 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
   const int64_t width = whole_vectors(rows);
   const int64_t first_key =
       p.score.window_left < t0 - tile.seq.start ? t0 - p.score.window_left : tile.seq.start;
-  for (int64_t i = 0; i < p.n_groups; ++i) {
-    const HeadGroup& group = p.groups[i];
+  for (int64_t i = 0; i < p.n_kv_groups; ++i) {
+    const KvGroup& group = p.kv_groups[i];
     HeadRule rules[kMaxGroup];
     for (int g = 0; g < group.count; ++g) {
       const Head head = p.heads[group.entry[g]];
-      load_transposed(head_of<T>(p.q, row, p.q_row, head.query, p.q_head), p.q_token, p.head_dim, t0, width, t0,
+      load_transposed(head_of<T>(p.q, batch_row, p.q_batch, head.query, p.q_head), p.q_token, p.head_dim, t0, width, t0,
                       tile.last, queries + g * step, ld_rows);
       __builtin_memset(&states[g], 0, sizeof(Running));
       rules[g] = rule_of(p, tile, head.query);
       for (int64_t r = 0; r < kRowTile; ++r) states[g].maximum[r] = rules[g].sink;
     }
-    const T* const kv = head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head);
+    const T* const kv = head_of<T>(p.k, batch_row, p.k_batch, group.kv_head, p.k_head);
     for (int64_t s = first_key; s < tile.last; s += kChunk) {
       const int64_t count = smaller(kChunk, tile.last - s);
-      const int64_t whole = (count + kOuterRows - 1) / kOuterRows * kOuterRows;
-      load_rows(kv, p.k_token, p.head_dim, s, whole, tile.last, keys);
+      const int64_t whole = (count + kOuterTokens - 1) / kOuterTokens * kOuterTokens;
+      load_tokens(kv, p.k_token, p.head_dim, s, whole, tile.last, keys);
       const int64_t seeing = s > t0 ? (s - t0) / kLanes * kLanes : 0; // the vectors of rows before see none of these
       for (int g = 0; g < group.count; ++g) {
         outer_product(queries + g * step + seeing, ld_rows, width - seeing, keys, whole, p.head_dim, dots + seeing,
@@ -135,8 +135,8 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
   }
   if (!p.per_head)
     for (int64_t r = 0; r < rows; ++r) {
-      p.out[row * p.tokens + t0 + r] = waad_mean[r] / (float)p.n_heads;
-      p.out_span[row * p.tokens + t0 + r] = span_mean[r] / (float)p.n_heads;
+      p.out[batch_row * p.tokens + t0 + r] = waad_mean[r] / (float)p.n_heads;
+      p.out_span[batch_row * p.tokens + t0 + r] = span_mean[r] / (float)p.n_heads;
     }
 }
 

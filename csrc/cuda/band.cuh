@@ -15,7 +15,7 @@ namespace rhythm {
 constexpr int kMaxWarps = 16; // of a block
 
 struct Band {
-  DeviceProblem p;
+  CudaInputs p;
   int tiles; // of a sequence, a block each
   int slabs, lanes;
 };
@@ -35,9 +35,9 @@ constexpr int kSlab = 8 * kHalves;
 // Zeros where no block writes a result: from the sequence before this one in its row to this one's response, and after
 // the last sequence of a row. The sequence's blocks share them; nobody has to fill the output before the launch.
 __device__ inline void clear_others(const Band& band, const Sequence& seq, int index, int part, int64_t tile_tokens) {
-  const DeviceProblem& p = band.p;
-  const bool first = index == 0 || p.seqs[index - 1].row != seq.row;
-  const bool last = index + 1 == p.n_seqs || p.seqs[index + 1].row != seq.row;
+  const CudaInputs& p = band.p;
+  const bool first = index == 0 || p.seqs[index - 1].batch_row != seq.batch_row;
+  const bool last = index + 1 == p.n_seqs || p.seqs[index + 1].batch_row != seq.batch_row;
   const int64_t reached = seq.response_start + band.tiles * tile_tokens;
   const int64_t ranges[2][2] = {{first ? 0 : p.seqs[index - 1].end, seq.response_start},
                                 {reached < seq.end ? reached : seq.end, last ? p.tokens : seq.end}};
@@ -47,7 +47,7 @@ __device__ inline void clear_others(const Band& band, const Sequence& seq, int i
 #pragma unroll 1
     for (int64_t t = range[0] + part * blockDim.x + threadIdx.x; t < range[1]; t += int64_t(band.tiles) * blockDim.x)
 #pragma unroll 1
-      for (int plane = 0; plane < planes; ++plane) p.out[seq.row * p.out_row + plane * p.out_head + t] = 0.0f;
+      for (int plane = 0; plane < planes; ++plane) p.out[seq.batch_row * p.out_batch + plane * p.out_head + t] = 0.0f;
 }
 
 // Tiles vary fastest, so that neighbouring blocks share tokens in the L2 cache. Everything is on grid x: y and z end at
@@ -77,15 +77,15 @@ __device__ inline float over_columns(float x) {
 }
 
 template <typename T>
-__device__ inline Tokens<T> tokens_of(const void* base, int64_t row, int64_t row_stride, int64_t head,
+__device__ inline Tokens<T> tokens_of(const void* base, int64_t batch_row, int64_t batch_stride, int64_t head,
                                       int64_t head_stride, int64_t stride, int last, int head_dim) {
-  const T* const from = static_cast<const T*>(base) + row * row_stride + head * head_stride;
+  const T* const from = static_cast<const T*>(base) + batch_row * batch_stride + head * head_stride;
   return {reinterpret_cast<const char*>(from), static_cast<uint64_t>(stride) * sizeof(T), last, head_dim};
 }
 
 // The log-sum-exp of an entry of the head table, as tokens of one number.
-__device__ inline Tokens<float> lse_of(const DeviceProblem& p, const Work& work, Head head, int last) {
-  return tokens_of<float>(p.lse, work.seq.row, p.lse_row, head.lse_row, p.lse_head, p.lse_token, last, 1);
+__device__ inline Tokens<float> lse_of(const CudaInputs& p, const Work& work, Head head, int last) {
+  return tokens_of<float>(p.lse, work.seq.batch_row, p.lse_batch, head.lse_index, p.lse_head, p.lse_token, last, 1);
 }
 
 // Of a lane's values of one resident token each, that of the token row + 8 column: the columns share the stores.
@@ -101,7 +101,7 @@ __device__ inline float of_column(const float (&value)[kHalves], Lane lane) {
 template <int kHalves>
 __device__ inline void store_head(const Band& band, const Work& work, Lane lane, int entry,
                                   const float (&value)[kHalves]) {
-  float* const out = band.p.out + work.seq.row * band.p.out_row + entry * band.p.out_head;
+  float* const out = band.p.out + work.seq.batch_row * band.p.out_batch + entry * band.p.out_head;
   const int token = work.first + lane.row + 8 * lane.column;
   if (lane.column < kHalves && token < work.seq.end) out[token] = of_column(value, lane);
 }
@@ -119,15 +119,15 @@ __device__ inline void store_mean(const Band& band, const Work& work, Lane lane,
     float sum = 0.0f;
     for (int l = 0; l < band.lanes; ++l) sum += sums[l * band.slabs + slab][i % kTokens];
     if (token < work.seq.end)
-      band.p.out[work.seq.row * band.p.out_row + token] = sum / static_cast<float>(band.p.n_heads);
+      band.p.out[work.seq.batch_row * band.p.out_batch + token] = sum / static_cast<float>(band.p.n_heads);
   }
 }
 
 // Whether rows of q and k can be read 16 bytes at a time.
-inline bool aligned_to_sixteen(const DeviceProblem& p) {
+inline bool aligned_to_sixteen(const CudaInputs& p) {
   const int64_t size = p.dtype == Dtype::kFloat32 ? 4 : 2;
   const int64_t all = reinterpret_cast<intptr_t>(p.q) | reinterpret_cast<intptr_t>(p.k) |
-                      size * (p.q_row | p.q_token | p.q_head | p.k_row | p.k_token | p.k_head | p.head_dim);
+                      size * (p.q_batch | p.q_token | p.q_head | p.k_batch | p.k_token | p.k_head | p.head_dim);
   return all % 16 == 0;
 }
 
@@ -135,7 +135,7 @@ inline bool aligned_to_sixteen(const DeviceProblem& p) {
 constexpr int64_t kMultiprocessors = 128;
 
 template <typename Instance>
-int launch_instance(const DeviceProblem& p, void* stream) {
+int launch_instance(const CudaInputs& p, void* stream) {
   Band band{p, 0, 4, 1};
   const auto blocks = [&] {
     const int64_t tokens = band.slabs * kSlab<Instance::kHalves>;
@@ -155,7 +155,7 @@ int launch_instance(const DeviceProblem& p, void* stream) {
 
 // Pick the instance of a pass, `Pass<Variant, T, kChunks, kWhole>`; whole: the head fills its chunks.
 template <template <typename, typename, int, bool> class Pass, typename Variant>
-int launch_variant(const DeviceProblem& p, void* stream) {
+int launch_variant(const CudaInputs& p, void* stream) {
   const bool aligned = aligned_to_sixteen(p);
   const auto chunks = [&](auto type, auto number) {
     using T = decltype(type);
@@ -179,7 +179,7 @@ int launch_variant(const DeviceProblem& p, void* stream) {
 }
 
 template <template <typename, typename, int, bool> class Pass>
-int launch_band(const DeviceProblem& p, void* stream) {
+int launch_band(const CudaInputs& p, void* stream) {
   return for_variant(p.score, [&](auto variant) { return launch_variant<Pass, decltype(variant)>(p, stream); });
 }
 

@@ -25,17 +25,17 @@
 namespace rhythm {
 namespace {
 
-// Keys are resident, rows pass: a slab of 16 kGroups keys meets its own number and hi - lo rows of each head, a chunk
+// Keys are resident, rows pass: a slab of 16 kKeySets keys meets its own number and hi - lo rows of each head, a chunk
 // of 8 kTiles at a time, and stays in registers for all query heads that follow each other in the table and read its
 // kv head.
 //
 // A chunk's registers are free once it is multiplied, before its exponentials are taken: the loads of the next chunk go
 // out there, or those of the next head's first chunk and keys, and are under way while this warp takes the exponentials
 // and others multiply.
-template <typename Variant, typename T, int kChunks, bool kWhole, int kGroups, int kTiles, int kThreads, int kBlocks>
+template <typename Variant, typename T, int kChunks, bool kWhole, int kKeySets, int kTiles, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const Band band) {
-  constexpr int kHalves = 2 * kGroups, kStep = kPassing * kTiles;
-  const DeviceProblem& p = band.p;
+  constexpr int kHalves = 2 * kKeySets, kStep = kPassing * kTiles;
+  const CudaInputs& p = band.p;
   Work work;
   if (!locate<kHalves>(band, work)) return;
   const Lane lane(threadIdx.x % 32);
@@ -59,17 +59,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
     const int64_t final = reach < end - 1 ? reach : end - 1;
     const bool any = far >= lo && int64_t(work.first) + lo <= final;
     const int rows_from = any ? work.first + lo : 0, last = any ? static_cast<int>(final) : -1;
-    Resident<T, kChunks> keys[kGroups];
+    Resident<T, kChunks> keys[kKeySets];
     Passing<T, kChunks, kTiles> queries;
     float lse[kTiles][2];
-    const auto kv_head = [&](Head head) { return head.query / static_cast<int>(p.kv_group); };
+    const auto kv_head = [&](Head head) { return head.query / static_cast<int>(p.queries_per_kv); };
     const auto load_keys = [&](int kv) {
-      const Tokens<T> k = tokens_of<T>(p.k, work.seq.row, p.k_row, kv, p.k_head, p.k_token, last_key, head_dim);
+      const Tokens<T> k = tokens_of<T>(p.k, work.seq.batch_row, p.k_batch, kv, p.k_head, p.k_token, last_key, head_dim);
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) keys[group].load(k, work.first + kResident * group, lane);
+      for (int set = 0; set < kKeySets; ++set) keys[set].load(k, work.first + kResident * set, lane);
     };
     const auto rows_of = [&](Head head) {
-      return tokens_of<T>(p.q, work.seq.row, p.q_row, head.query, p.q_head, p.q_token, last, head_dim);
+      return tokens_of<T>(p.q, work.seq.batch_row, p.q_batch, head.query, p.q_head, p.q_token, last, head_dim);
     };
     const Head first = p.heads[work.heads_from];
     Tokens<T> q = rows_of(first);
@@ -91,9 +91,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
       if (any && kv != held) load_keys(kv);
       held = kv, kv = kv_head(next);
       for (int t0 = rows_from; t0 <= last; t0 += kStep) {
-        float x[kGroups][kTiles][4], row_lse[kTiles][2];
+        float x[kKeySets][kTiles][4], row_lse[kTiles][2];
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) products(keys[group], queries, head_dim, x[group]);
+        for (int set = 0; set < kKeySets; ++set) products(keys[set], queries, head_dim, x[set]);
 #pragma unroll
         for (int i = 0; i < 2 * kTiles; ++i) row_lse[i / 2][i % 2] = known(lse[i / 2][i % 2], zero);
         const bool last_chunk = last - t0 < kStep;
@@ -102,22 +102,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
         }
         if (!last_chunk || !last_head) load_rows(last_chunk ? rows_from : t0 + kStep);
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          const int apart = t0 - (work.first + kResident * group); // the first row from the first key
+        for (int set = 0; set < kKeySets; ++set) {
+          const int apart = t0 - (work.first + kResident * set); // the first row from the first key
           if (apart - far >= kResident || lo - apart >= kStep) continue;
           const auto row = [&](int tile, int i) { return kPassing * tile + 2 * lane.column + i % 2; };
           const auto distance = [&](int tile, int i) { return apart + row(tile, i) - (lane.row + 8 * (i / 2)); };
-          exponents<Variant>(x[group], rule, p.score, distance, [&](int tile, int i) { return row_lse[tile][i % 2]; });
+          exponents<Variant>(x[set], rule, p.score, distance, [&](int tile, int i) { return row_lse[tile][i % 2]; });
           if (apart - lo >= kResident - 1 && far - apart >= kStep - 1 && last - t0 >= kStep - 1) { // all in it
 #pragma unroll
-            for (int i = 0; i < 4 * kTiles; ++i) sum[2 * group + i % 4 / 2] += exp_of(x[group][i / 4][i % 4]);
+            for (int i = 0; i < 4 * kTiles; ++i) sum[2 * set + i % 4 / 2] += exp_of(x[set][i / 4][i % 4]);
           } else {
 #pragma unroll
             for (int i = 0; i < 4 * kTiles; ++i) {
               const int past_lo = distance(i / 4, i % 4) - lo;
               const bool inside = static_cast<unsigned>(past_lo) <= static_cast<unsigned>(far - lo);
               const bool there = row(i / 4, i % 4) <= last - t0;
-              sum[2 * group + i % 4 / 2] += inside && there ? exp_of(x[group][i / 4][i % 4]) : 0.0f;
+              sum[2 * set + i % 4 / 2] += inside && there ? exp_of(x[set][i / 4][i % 4]) : 0.0f;
             }
           }
         }
@@ -137,21 +137,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_columns_kernel(const B
 
 template <typename Variant, typename T, int kChunks, bool kWhole>
 struct BandColumns {
-  static constexpr int kGroups = kChunks == 2 || kChunks == 4 ? 2 : 1;
-  static constexpr int kHalves = 2 * kGroups;
+  static constexpr int kKeySets = kChunks == 2 || kChunks == 4 ? 2 : 1;
+  static constexpr int kHalves = 2 * kKeySets;
   // As many as have the registers.
   static constexpr bool kFits = kChunks == 2 || (kChunks == 4 && kWhole && std::is_same_v<Variant, Plain>);
   static constexpr int kWarps = kFits ? 12 : 8;
   static constexpr int kTiles = 2;
   static constexpr int kBlocks = kChunks > 0 ? 1 : 2; // a multiprocessor: bounds the registers
   static auto kernel() {
-    return band_columns_kernel<Variant, T, kChunks, kWhole, kGroups, kTiles, 32 * kWarps, kBlocks>;
+    return band_columns_kernel<Variant, T, kChunks, kWhole, kKeySets, kTiles, 32 * kWarps, kBlocks>;
   }
 };
 
 } // namespace
 } // namespace rhythm
 
-extern "C" int rhythm_cuda_band_columns(const rhythm::DeviceProblem* problem, void* stream) {
-  return rhythm::launch_band<rhythm::BandColumns>(*problem, stream);
+extern "C" int rhythm_cuda_band_columns(const rhythm::CudaInputs* inputs, void* stream) {
+  return rhythm::launch_band<rhythm::BandColumns>(*inputs, stream);
 }

@@ -21,14 +21,14 @@ namespace {
 // table and read the same kv head find its keys still in registers, where the band fits one chunk of 8 kTiles keys.
 template <typename Variant, typename T, int kChunks, bool kWhole, int kTiles, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band band) {
-  const DeviceProblem& p = band.p;
+  const CudaInputs& p = band.p;
   Work work;
   if (!locate<2>(band, work)) return;
   const Lane lane(threadIdx.x % 32);
   float total[2] = {0.0f, 0.0f};
   if (work.first < work.seq.end) {
     const int head_dim = kWhole ? 32 * kChunks : static_cast<int>(p.head_dim);
-    const int window = static_cast<int>(p.window);
+    const int window = static_cast<int>(p.window), b = work.seq.batch_row;
     const int far = visible_far(p.window - 1, p.score);
     const int last = work.first + kResident < work.seq.end ? work.first + kResident - 1 : work.seq.end - 1;
     const int keys_from = work.first - far > work.seq.start ? work.first - far : work.seq.start;
@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
     for (int entry = work.heads_from; entry < work.heads_to; ++entry) {
       const Head head = p.heads[entry];
       const HeadRule rule = rule_of<Variant>(p.score, work.sequence, head.query);
-      const int kv_head = head.query / static_cast<int>(p.kv_group);
-      const Tokens<T> q = tokens_of<T>(p.q, work.seq.row, p.q_row, head.query, p.q_head, p.q_token, last, head_dim);
-      const Tokens<T> k = tokens_of<T>(p.k, work.seq.row, p.k_row, kv_head, p.k_head, p.k_token, last, head_dim);
+      const int kv_head = head.query / static_cast<int>(p.queries_per_kv);
+      const Tokens<T> q = tokens_of<T>(p.q, b, p.q_batch, head.query, p.q_head, p.q_token, last, head_dim);
+      const Tokens<T> k = tokens_of<T>(p.k, b, p.k_batch, kv_head, p.k_head, p.k_token, last, head_dim);
       // All loads go out before the first is waited for, which is where the rows become fragments: keys first.
       if (kv_head != held) keys.load(k, keys_from, lane);
       held = one_chunk ? kv_head : -1;
@@ -108,6 +108,6 @@ struct BandRows {
 } // namespace
 } // namespace rhythm
 
-extern "C" int rhythm_cuda_band_rows(const rhythm::DeviceProblem* problem, void* stream) {
-  return rhythm::launch_band<rhythm::BandRows>(*problem, stream);
+extern "C" int rhythm_cuda_band_rows(const rhythm::CudaInputs* inputs, void* stream) {
+  return rhythm::launch_band<rhythm::BandRows>(*inputs, stream);
 }

@@ -96,15 +96,15 @@ __device__ Cut<Key> largest(const Key* keys, int n, int wanted) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) credit_kernel(const CreditProblem p, unsigned char* const all_scratch) {
+__global__ void __launch_bounds__(kMaxThreads) credit_kernel(const CreditInputs p, unsigned char* const all_scratch) {
   typedef typename Ordered<T>::Key Key;
-  const int64_t row = blockIdx.x, start = row * p.tokens;
+  const int64_t batch_row = blockIdx.x, start = batch_row * p.tokens;
   const int64_t step = blockDim.x, chunk = step * kItems;
   const bool by_fai = p.mode == CreditMode::kGlobal || p.mode == CreditMode::kCoupled;
   const bool by_delta = p.mode == CreditMode::kLocal || p.mode == CreditMode::kCoupled;
 
   // By place in the response.
-  Key* const waad = reinterpret_cast<Key*>(all_scratch + row * credit_scratch(p));
+  Key* const waad = reinterpret_cast<Key*>(all_scratch + batch_row * credit_scratch(p));
   Key* const delta = waad + p.tokens;
   Key* const rank = delta + p.tokens;
   int32_t* const token = reinterpret_cast<int32_t*>(rank + p.tokens);
@@ -223,9 +223,9 @@ __global__ void __launch_bounds__(kMaxThreads) credit_kernel(const CreditProblem
 } // namespace
 } // namespace rhythm
 
-extern "C" int rhythm_cuda_credit(const rhythm::CreditProblem* problem, void* scratch, void* stream) {
+extern "C" int rhythm_cuda_credit(const rhythm::CreditInputs* inputs, void* scratch, void* stream) {
   using namespace rhythm;
-  const CreditProblem& p = *problem;
+  const CreditInputs& p = *inputs;
   if (p.batch == 0) return 0;
   int threads = 128;
   while (threads < kMaxThreads && threads * kItems < p.tokens) threads *= 2;

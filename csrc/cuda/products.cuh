@@ -17,7 +17,7 @@
 #include <type_traits>
 
 #include "launch.h"
-#include "rhythm/problem.h"
+#include "rhythm/inputs.h"
 
 namespace rhythm {
 

@@ -26,8 +26,8 @@ _CANARY = 64  # bytes on either side of what the kernel writes
 _POINTER = ctypes.c_void_p
 
 
-class CreditProblem(ctypes.Structure):
-    """`rhythm::CreditProblem` of csrc/include/rhythm/credit.h."""
+class CreditInputs(ctypes.Structure):
+    """`rhythm::CreditInputs` of csrc/include/rhythm/credit.h."""
 
     _fields_ = (
         ("wide", ctypes.c_bool), ("waad", _POINTER), ("fai", _POINTER), ("score", _POINTER), ("mask", _POINTER),
@@ -55,14 +55,14 @@ def emulated_credit(
     scratch, out = (
         torch.full((n + 2 * _CANARY,), 0xA5, dtype=torch.uint8) for n in (batch * bytes_a_response, 4 * mask.numel())
     )
-    problem = CreditProblem(
+    inputs = CreditInputs(
         wide=wide, waad=waad.data_ptr(), fai=fai.data_ptr(), score=None if score is None else score.data_ptr(),
         mask=mask.data_ptr(), batch=batch, tokens=tokens, mode=_MODES[mode], top=top, neighbors=neighbors,
         lowest=bottom, given_tau_waad=tau_waad is not None, given_tau_delta=tau_delta is not None,
         tau_waad=tau_waad or 0.0, tau_delta=tau_delta or 0.0,
         levels=(ctypes.c_float * 6)(*levels), out=out.data_ptr() + _CANARY,
     )  # fmt: skip
-    library().call("rhythm_cuda_credit", ctypes.byref(problem), ctypes.c_void_p(scratch.data_ptr() + _CANARY), None)
+    library().call("rhythm_cuda_credit", ctypes.byref(inputs), ctypes.c_void_p(scratch.data_ptr() + _CANARY), None)
     for written in (scratch, out):
         assert (written[:_CANARY] == 0xA5).all() and (written[-_CANARY:] == 0xA5).all()
     return out[_CANARY:-_CANARY].clone().view(torch.float32).view(batch, tokens)

@@ -7,7 +7,7 @@
 // the tensors' device current. Nothing here synchronises or reads device memory on the host: CUDA graphs capture it.
 #pragma once
 
-#include "rhythm/problem.h"
+#include "rhythm/inputs.h"
 
 namespace rhythm {
 
@@ -16,16 +16,16 @@ namespace rhythm {
 //
 // Every position of `out` is written, those outside the responses with 0; without sequences or tokens (n_seqs or
 // max_seqlen 0) nothing is launched and nothing written. (tests/cuda/passes.py mirrors this struct.)
-struct DeviceProblem : Inputs {
-  int64_t kv_group; // query heads a kv head
-  int64_t out_row, out_head;
+struct CudaInputs : Inputs {
+  int64_t queries_per_kv; // query heads a kv head
+  int64_t out_batch, out_head;
 };
 
 } // namespace rhythm
 
 // Each returns 0, or the cudaError_t of a launch that failed.
-extern "C" int rhythm_cuda_band_rows(const rhythm::DeviceProblem* problem, void* stream);
-extern "C" int rhythm_cuda_band_columns(const rhythm::DeviceProblem* problem, void* stream);
+extern "C" int rhythm_cuda_band_rows(const rhythm::CudaInputs* inputs, void* stream);
+extern "C" int rhythm_cuda_band_columns(const rhythm::CudaInputs* inputs, void* stream);
 
 // The CUDA runtime's words for a value returned above.
 extern "C" const char* rhythm_cuda_error(int code);

@@ -6,7 +6,7 @@
 // mask what is left.
 #pragma once
 
-#include "rhythm/problem.h"
+#include "rhythm/inputs.h"
 #include "rhythm/vec.h"
 
 namespace rhythm {
@@ -19,7 +19,7 @@ struct HeadRule {
 };
 
 // (Sequences that differ in slopes share no tile.)
-RHYTHM_INLINE HeadRule rule_of(const Problem& p, const Tile& tile, int32_t query_head) {
+RHYTHM_INLINE HeadRule rule_of(const CpuInputs& p, const Tile& tile, int32_t query_head) {
   const ScoreRule& rule = p.score;
   const int64_t sequence = tile.sequences - p.seqs;
   return {rule.sinks == nullptr ? -__builtin_inff() : rule.sinks[query_head],

@@ -24,18 +24,18 @@ constexpr int64_t kMaxLanes = 16;    // the widest vector of any capability
 constexpr int kMaxGroup = 4;         // query heads that share one reading of a kv head
 
 struct Sequence {
-  int32_t row, start, end, response_start;
+  int32_t batch_row, start, end, response_start;
 };
 
 // Selected heads that read the same kv head: at most kMaxGroup of them, `entry` indexing the head table.
-struct HeadGroup {
+struct KvGroup {
   int32_t kv_head;
   int32_t count;
   int32_t entry[kMaxGroup];
 };
 
 struct Head {
-  int32_t query, lse_row;
+  int32_t query, lse_index;
 };
 
 // x = scale * (q . k), softcapped, less slope * (t - s); visible iff start <= s <= t and t - s <= window_left. What it
@@ -55,12 +55,12 @@ struct Inputs {
   Dtype dtype;
   const void* q;
   const void* k;
-  int64_t q_row, q_token, q_head; // strides
-  int64_t k_row, k_token, k_head;
+  int64_t q_batch, q_token, q_head; // strides
+  int64_t k_batch, k_token, k_head;
   int64_t head_dim, batch, tokens;
 
   const float* lse; // null for row_stats
-  int64_t lse_row, lse_head, lse_token;
+  int64_t lse_batch, lse_head, lse_token;
 
   // Sequences are in the order of their tokens and apart from each other.
   const Sequence* seqs;
@@ -78,9 +78,9 @@ struct Inputs {
 };
 
 // On the CPU.
-struct Problem : Inputs {
-  const HeadGroup* groups;
-  int64_t n_groups;
+struct CpuInputs : Inputs {
+  const KvGroup* kv_groups;
+  int64_t n_kv_groups;
   int64_t min_distance; // column_stats
   bool moments;         // column_stats: five planes instead of the mean alone
   float* out_lse;       // row_stats: (B, n_heads, T)
