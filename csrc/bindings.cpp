@@ -17,12 +17,12 @@ namespace {
 float* output(const Tensor& tensor, const CpuInputs& p, bool per_head, int64_t planes, float fill) {
   const int64_t size = planes * p.batch * (per_head ? p.n_heads : 1) * p.tokens;
   float* const data = result(tensor, size);
-  std::fill_n(data, size, fill); // what no task owns: prompts, padding
+  std::fill_n(data, size, fill); // prompts and padding, which no task writes
   return data;
 }
 
-// Draw tasks 0 .. n - 1 from one counter, for they differ in cost and threads in speed: `task(i, scratch)`, with memory
-// of `bytes` that belongs to the thread, aligned to 64 and not cleared: tasks write what they read.
+// Run task(i, scratch) for i from 0 to n - 1. Threads take the next task from one counter, as tasks differ in cost and
+// threads in speed. scratch: `bytes` of the thread's own, aligned to 64; not cleared, since tasks write before they read.
 template <typename Task>
 void draw_tasks(int64_t n, int64_t bytes, const Task& task) {
   const int64_t workers = std::min<int64_t>(n, torch::stable::get_num_threads());
@@ -49,12 +49,13 @@ struct Call {
       const Sequence& s = p.seqs[i];
       STD_TORCH_CHECK(0 <= s.batch_row && s.batch_row < p.batch && 0 <= s.start && s.start <= s.response_start &&
                           s.response_start <= s.end && s.end <= p.tokens,
-                      "sequence ", i, " is outside q");
+                      "seqs[", i, "] must lie in q with start <= response_start <= end, got batch row ", s.batch_row,
+                      ", start ", s.start, ", end ", s.end, ", response_start ", s.response_start);
     }
     for (int64_t i = 0; i < p.n_heads; ++i) {
       const Head& h = p.heads[i];
-      STD_TORCH_CHECK(0 <= h.query && h.query < query_heads && 0 <= h.lse_index && h.lse_index < lse_heads, "head ", i,
-                      " is out of range");
+      STD_TORCH_CHECK(0 <= h.query && h.query < query_heads && 0 <= h.lse_index && h.lse_index < lse_heads,
+                      "heads[", i, "] must be a head of q and one of lse, got ", h.query, " and ", h.lse_index);
     }
     kv_groups = kv_groups_of(p.heads, p.n_heads, query_heads / k.size(2));
     p.kv_groups = kv_groups.data(), p.n_kv_groups = int64_t(kv_groups.size());
@@ -64,7 +65,8 @@ struct Call {
   void run(TileTask Passes::*pass, int64_t tile_size, int64_t scratch, bool together, bool last_first) const {
     const char* const requested = std::getenv("RHYTHM_CPU_CAPABILITY");
     const Passes* const passes = choose_passes(requested);
-    STD_TORCH_CHECK(passes != nullptr, "RHYTHM_CPU_CAPABILITY names what this machine or build does not have: ",
+    STD_TORCH_CHECK(passes != nullptr,
+                    "RHYTHM_CPU_CAPABILITY must be one that build_info() lists as running here, got ",
                     requested == nullptr ? "" : requested);
     const TileTask task = passes->*pass;
     const Tiles tiles(p.seqs, p.n_seqs, tile_size, together && p.score.slope_stride == 0);

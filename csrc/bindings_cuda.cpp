@@ -54,7 +54,7 @@ CudaInputs inputs(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RU
                   const Tensor& out) {
   CudaInputs p{};
   set_tensors(p, q, k, &lse);
-  STD_TORCH_CHECK(1 <= p.head_dim && p.head_dim <= 256, "q must have a head size of 1 to 256");
+  STD_TORCH_CHECK(1 <= p.head_dim && p.head_dim <= 256, "q must have D from 1 to 256, got ", p.head_dim);
   set_rule(p, q.size(2), RHYTHM_RULE);
   p.queries_per_kv = q.size(2) / k.size(2);
   p.per_head = per_head;
@@ -86,7 +86,8 @@ void credit(const Tensor& waad, const Tensor& fai, std::optional<Tensor> score, 
       credit_inputs(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out);
   STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Byte && scratch.is_contiguous() &&
                       scratch.numel() >= p.batch * credit_scratch(p),
-                  "scratch must be contiguous uint8 with at least ", p.batch * credit_scratch(p), " elements");
+                  "scratch must be contiguous uint8 with at least ", p.batch * credit_scratch(p), " elements, got ",
+                  described(scratch));
   const Device device(waad);
   check(rhythm_cuda_credit(&p, scratch.mutable_data_ptr(), device.stream()), "credit");
 }

@@ -54,7 +54,7 @@ class Response {
   }
 
  private:
-  // The response's tokens and their WAAD; false where there is nothing to give credit by.
+  // Collect the masked tokens and their keys; false where there are none, or a measure is not finite.
   bool gather() {
     const bool* const mask = p_.mask + first_;
     for (int64_t t = 0; t < p_.tokens; ++t)
@@ -116,7 +116,7 @@ class Response {
   const CreditInputs& p_;
   const int64_t first_;
   int64_t n_ = 0;
-  // By place in the response:
+  // [n_], by place in the response (the masked tokens alone):
   Key* const waad_;
   Key* const delta_;
   Key* const rank_;

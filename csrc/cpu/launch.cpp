@@ -24,9 +24,9 @@ Tiles::Tiles(const Sequence* sequences, int64_t count, int64_t tile_size, bool t
       if (response_of(seq) == 0) continue;
       const int64_t tokens = int64_t(seq.end) - first.response_start;
       alone += vectors(response_of(seq));
-      // Prompts between responses fill lanes too: then two tiles may take less.
+      // Prompts between responses take lanes too: with long ones, separate tiles take fewer vectors.
       if (seq.batch_row != first.batch_row || seq.start < end || tokens > tile_size || vectors(tokens) > alone) break;
-      if (next - i > 2 * tile_size) break; // empty responses between are walked over by every tile and head
+      if (next - i > 2 * tile_size) break; // every tile and head walks over the empty responses between
       end = seq.end;
       stop = next + 1;
     }

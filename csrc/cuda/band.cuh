@@ -1,8 +1,8 @@
-// What both bands share: which tokens and heads a warp has, how the heads' sums meet, and the choice of an instance.
+// What both band passes share: which tokens and heads a warp has, how heads are summed, and which kernel is launched.
 //
-// A warp owns a slab of 16 tokens, or of twice 16, and a run of the head table. A block has `slabs` neighbouring slabs,
-// whose bands overlap and meet in its L1 cache, and `lanes` runs of heads, whose sums meet in shared memory in a fixed
-// order: the mean over the heads needs neither atomics nor a second kernel, and is the same bits every time.
+// A warp owns a slab of 16 or 32 tokens and a run of the head table. A block has `slabs` neighbouring slabs, whose bands
+// overlap and so share loads in the L1 cache, and `lanes` runs of heads, whose sums are added in shared memory in index
+// order: the mean over the heads needs neither atomics nor a second kernel, and has the same bits every time.
 #pragma once
 
 #include "launch.h"
@@ -28,12 +28,12 @@ struct Work {
   int heads_from, heads_to;
 };
 
-// A lane has `halves` tokens of its slab: first + row + 8 half.
+// Tokens of a slab. A lane has kHalves of them: first + lane.row + 8 half.
 template <int kHalves>
 constexpr int kSlab = 8 * kHalves;
 
-// Zeros where no block writes a result: from the sequence before this one in its row to this one's response, and after
-// the last sequence of a row. The sequence's blocks share them; nobody has to fill the output before the launch.
+// Write zeros where there is no result: from the end of the sequence before this one in its batch row to this one's
+// response, and after the last sequence of a batch row. The sequence's blocks share the work; the output may be unset.
 __device__ inline void clear_others(const Band& band, const Sequence& seq, int index, int part, int64_t tile_tokens) {
   const CudaInputs& p = band.p;
   const bool first = index == 0 || p.seqs[index - 1].batch_row != seq.batch_row;
@@ -59,7 +59,7 @@ __device__ inline bool locate(const Band& band, Work& work) {
   work.sequence = blockIdx.x / band.tiles;
   work.seq = band.p.seqs[work.sequence];
   clear_others(band, work.seq, work.sequence, part, tile_tokens);
-  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); // the same in all lanes: said so
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); // of all lanes
   work.slab = warp % band.slabs, work.lane = warp / band.slabs;
   const int64_t tile = work.seq.response_start + part * tile_tokens;
   if (tile >= work.seq.end) return false;
@@ -70,7 +70,7 @@ __device__ inline bool locate(const Band& band, Work& work) {
   return true;
 }
 
-// The sum over the four lanes that share a resident token.
+// The sum over the four lanes (columns) that share a resident token.
 __device__ inline float over_columns(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
@@ -88,7 +88,7 @@ __device__ inline Tokens<float> lse_of(const CudaInputs& p, const Work& work, He
   return tokens_of<float>(p.lse, work.seq.batch_row, p.lse_batch, head.lse_index, p.lse_head, p.lse_token, last, 1);
 }
 
-// Of a lane's values of one resident token each, that of the token row + 8 column: the columns share the stores.
+// All four columns of a row hold the same value[kHalves]; column h gives value[h], so that they share the stores.
 template <int kHalves>
 __device__ inline float of_column(const float (&value)[kHalves], Lane lane) {
   float chosen = value[0];
@@ -110,7 +110,7 @@ __device__ inline void store_head(const Band& band, const Work& work, Lane lane,
 template <int kHalves>
 __device__ inline void store_mean(const Band& band, const Work& work, Lane lane, const float (&total)[kHalves]) {
   constexpr int kTokens = kSlab<kHalves>;
-  __shared__ float sums[kMaxWarps][kTokens];
+  __shared__ float sums[kMaxWarps][kTokens]; // [lane of heads, slab; token]
   const int warp = work.lane * band.slabs + work.slab;
   if (lane.column < kHalves) sums[warp][lane.row + 8 * lane.column] = of_column(total, lane);
   __syncthreads();
@@ -142,7 +142,7 @@ int launch_instance(const CudaInputs& p, void* stream) {
     band.tiles = static_cast<int>((p.max_seqlen + tokens - 1) / tokens);
     return band.tiles * p.n_seqs;
   };
-  // Wide blocks read less twice; narrow ones, with the heads in more runs, are more of them.
+  // Blocks of more slabs load fewer tokens twice; where there are too few blocks, heads are split into more runs instead.
   while (blocks() < kMultiprocessors * Instance::kBlocks && band.slabs > 1) band.slabs /= 2;
   const int64_t runs = Instance::kWarps / band.slabs;
   band.lanes = static_cast<int>(p.n_heads < runs ? p.n_heads : runs);

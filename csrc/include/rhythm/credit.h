@@ -1,4 +1,4 @@
-// Credit (eqs. 14 to 19) as the kernels see it: what one call is about, and the arithmetic that CPU and CUDA share, so
+// Credit (eqs. 14 to 19) as the kernels see it: the inputs of one call, and the arithmetic that CPU and CUDA share, so
 // that both give the reference's bits. No LibTorch here.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace rhythm {
 // What tokens are chosen by: delta; FAI above 0; FAI above 0 and handed on to intro tokens; the score that is given.
 enum class CreditMode : int { kLocal, kGlobal, kCoupled, kScore };
 
-// (B, T) contiguous; measures are float32, or float64 where `wide`. A response is the masked tokens of a row.
+// (B, T) contiguous; measures are float32, or float64 where `wide`. A response is the masked tokens of a batch row.
 struct CreditInputs {
   bool wide;
   const void* waad;
@@ -96,7 +96,7 @@ RHYTHM_ANYWHERE inline int64_t set_size(double top, int64_t n) {
 #endif
 }
 
-// Of the lower median, counted from the largest: 1 .. n.
+// Rank of the lower median, counted from the largest: 1 .. n.
 RHYTHM_ANYWHERE inline int64_t median_rank(int64_t n) { return n - (n - 1) / 2; }
 
 // Bytes of scratch of one response: by place in it, three keys, two indices and a role.

@@ -1,5 +1,5 @@
-// The register-tiled product of the two passes over all pairs. One side is a transposed tile (row d holds dimension d
-// of consecutive tokens, a lane is a token), the other is read a number at a time.
+// The register-tiled product of the two passes over all pairs. `columns` is transposed, [head_dim, width], a lane a
+// token; `tokens` [count, head_dim] is read a number at a time.
 #pragma once
 
 #include "rhythm/vec.h"

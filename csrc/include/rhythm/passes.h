@@ -14,11 +14,11 @@ struct Passes {
   TileTask band_rows, band_columns, row_stats, column_stats;
 };
 
-// Scratch of a task in floats, the same for every capability; one vector more than a tile where loads are unaligned.
-// (static: see padded.)
+// Scratch of a task in floats, the buffers of the pass's run() one after the other, the same for every capability; one
+// vector more than a tile where loads are unaligned. (static: see padded.)
 
-// Rows that band_rows takes through all heads at a time: a strip reads strip + W - 1 keys, so a wide band wants wide ones,
-// and so do heads that are mostly alone with their keys (measured: 0.83 to 0.98 of the time).
+// Rows of a strip, which band_rows takes through all heads at a time. It reads strip + W - 1 keys: strips are long for a
+// large W, and where few heads share a kv head (measured: 0.83 to 0.98 of the time).
 static inline int64_t band_rows_strip(const CpuInputs& p) {
   if (p.n_heads < 2 * p.n_kv_groups) return kMaxStrip;
   const int64_t wanted = (p.window - 1 + kMaxLanes - 1) / kMaxLanes * kMaxLanes;

@@ -1,4 +1,4 @@
-// Bringing a few tokens of one head into scratch as float32: transposed (lanes run over tokens) or as rows.
+// Tokens of one head copied to scratch as float32: transposed, [head_dim, tokens], or as they are, [tokens, head_dim].
 #pragma once
 
 #include "rhythm/inputs.h"
@@ -11,8 +11,8 @@ namespace RHYTHM_CAPABILITY {
 // Dimensions that transpose_block turns at a time.
 constexpr int kBlockDims = kLanes == 4 ? 4 : kLanes / 2;
 
-// The next token's place. Left alone, GCC works out the distance to each of a block's tokens beforehand and, as there are
-// too few registers for so many, stores and loads them all: that took longer than the transposition itself.
+// Move to the next token. Without the asm GCC computes the addresses of all of a block's tokens beforehand, runs out of
+// registers and spills them: that took longer than the transposition itself.
 template <typename T>
 RHYTHM_INLINE void advance(const T*& token, int64_t stride) {
   token += stride;
@@ -42,8 +42,8 @@ RHYTHM_INLINE void load_block(const T* const* tokens, int64_t d, Vec (&block)[kB
   }
 }
 
-// Ask for kLanes tokens that are wanted a little later. Into the second cache alone: tokens often lie a multiple of 4 KB
-// apart, so that the first has room for eight of a dimension, and the next block's would push out this one's.
+// Prefetch kLanes tokens that come next, into the L2 cache alone: tokens often lie a multiple of 4 KB apart, where L1
+// holds eight of them at most, and the next block's would evict this one's.
 template <typename T>
 RHYTHM_INLINE void ask_for(const T* source, int64_t stride) {
 #pragma GCC unroll 16
@@ -93,7 +93,7 @@ __attribute__((noinline)) static void transpose_scattered(const T* const* tokens
 }
 
 // out[d * ld + c] = source[(first + c) * stride + d] for c < columns; where first + c is outside [begin, end), which is
-// not empty, the nearest token inside: lanes that nobody reads, from memory that is there.
+// not empty, the nearest token inside fills a lane that nobody reads.
 // `source` is token 0 of the head; columns is rounded up to whole vectors, which `out` must have room for.
 template <typename T>
 static void load_transposed(const T* source, int64_t stride, int64_t dim, int64_t first, int64_t columns,
@@ -140,7 +140,7 @@ static void load_tokens(const T* source, int64_t stride, int64_t dim, int64_t fi
   }
 }
 
-// out[c] = lse of token first + c, as known() has it, 0 outside [begin, end): a lane that no one reads.
+// out[c] = known(lse) of token first + c; 0 outside [begin, end), lanes that nobody reads.
 RHYTHM_INLINE void load_lse(const CpuInputs& p, int64_t batch_row, Head head, const HeadRule& rule, int64_t first,
                             int64_t count, int64_t begin, int64_t end, float* out) {
   const float* source = p.lse + batch_row * p.lse_batch + head.lse_index * p.lse_head;
@@ -157,7 +157,7 @@ RHYTHM_INLINE const T* head_of(const void* base, int64_t batch_row, int64_t batc
   return (const T*)base + batch_row * batch_stride + head * head_stride;
 }
 
-// What the sequences of a tile are to its lanes: table[c] = of(sequence) where token first + c is in its response, else
+// Give each lane a number of its sequence: table[c] = of(sequence) where token tile.first + c is in its response, else
 // `none`, for c < count.
 template <typename Of>
 RHYTHM_INLINE void spread(const Tile& tile, int64_t count, int32_t none, int32_t* table, const Of& of) {
