@@ -111,11 +111,8 @@ void column_stats(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RU
   call.run(&Passes::column_stats, kStatsTile, column_stats_scratch(call.p), false, false);
 }
 
-void credit(const Tensor& waad, const Tensor& fai, std::optional<Tensor> score, const Tensor& mask, std::string mode,
-            double top, int64_t neighbors, bool bottom, std::optional<double> tau_waad,
-            std::optional<double> tau_delta, std::vector<double> levels, const Tensor& out) {
-  const CreditInputs p =
-      credit_inputs(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out);
+void credit(RHYTHM_CREDIT_PARAMETERS, const Tensor& out) {
+  const CreditInputs p = credit_inputs(RHYTHM_CREDIT, out);
   draw_tasks(p.batch, credit_scratch(p), [&](int64_t batch_row, char* own) { credit_response(p, batch_row, own); });
 }
 
@@ -128,7 +125,7 @@ STABLE_TORCH_LIBRARY(rhythm_kernels_native, m) {
         "int window, bool per_head, Tensor(a!) lse, Tensor(b!) waad, Tensor(c!) span) -> ()");
   m.def("column_stats(Tensor q, Tensor k, Tensor lse, " RHYTHM_RULE_SCHEMA
         "int min_distance, bool moments, bool per_head, Tensor(a!) out) -> ()");
-  m.def("credit(" RHYTHM_CREDIT "Tensor(a!) out) -> ()");
+  m.def("credit(" RHYTHM_CREDIT_SCHEMA "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rhythm_kernels_native, CPU, m) {

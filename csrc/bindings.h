@@ -126,10 +126,17 @@ inline CreditMode mode_of(const std::string& mode) {
   return CreditMode::kScore;
 }
 
-inline CreditInputs credit_inputs(const Tensor& waad, const Tensor& fai, const std::optional<Tensor>& score,
-                                  const Tensor& mask, const std::string& mode, double top, int64_t neighbors,
-                                  bool bottom, std::optional<double> tau_waad, std::optional<double> tau_delta,
-                                  const std::vector<double>& levels, const Tensor& out) {
+// What the credit ops of either device begin with: in the schema, as parameters, and handed on to credit_inputs().
+#define RHYTHM_CREDIT_SCHEMA                                                                                          \
+  "Tensor waad, Tensor fai, Tensor? score, Tensor mask, str mode, float top, int neighbors, bool bottom, "            \
+  "float? tau_waad, float? tau_delta, float[] levels, "
+#define RHYTHM_CREDIT_PARAMETERS                                                                                      \
+  const Tensor &waad, const Tensor &fai, std::optional<Tensor> score, const Tensor &mask, std::string mode,           \
+      double top, int64_t neighbors, bool bottom, std::optional<double> tau_waad, std::optional<double> tau_delta,     \
+      std::vector<double> levels
+#define RHYTHM_CREDIT waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels
+
+inline CreditInputs credit_inputs(RHYTHM_CREDIT_PARAMETERS, const Tensor& out) {
   CreditInputs p{};
   STD_TORCH_CHECK(waad.dim() == 2, "waad must be (B, T), got ", described(waad));
   p.batch = waad.size(0), p.tokens = waad.size(1);
@@ -162,10 +169,5 @@ inline CreditInputs credit_inputs(const Tensor& waad, const Tensor& fai, const s
   p.out = result(out, p.batch * p.tokens);
   return p;
 }
-
-// What the credit ops of either device begin with.
-#define RHYTHM_CREDIT                                                                                                  \
-  "Tensor waad, Tensor fai, Tensor? score, Tensor mask, str mode, float top, int neighbors, bool bottom, "            \
-  "float? tau_waad, float? tau_delta, float[] levels, "
 
 } // namespace rhythm

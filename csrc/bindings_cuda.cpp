@@ -79,11 +79,8 @@ void band_columns(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RU
   check(rhythm_cuda_band_columns(&p, device.stream()), "band_columns");
 }
 
-void credit(const Tensor& waad, const Tensor& fai, std::optional<Tensor> score, const Tensor& mask, std::string mode,
-            double top, int64_t neighbors, bool bottom, std::optional<double> tau_waad,
-            std::optional<double> tau_delta, std::vector<double> levels, const Tensor& scratch, const Tensor& out) {
-  const CreditInputs p =
-      credit_inputs(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out);
+void credit(RHYTHM_CREDIT_PARAMETERS, const Tensor& scratch, const Tensor& out) {
+  const CreditInputs p = credit_inputs(RHYTHM_CREDIT, out);
   STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Byte && scratch.is_contiguous() &&
                       scratch.numel() >= p.batch * credit_scratch(p),
                   "scratch must be contiguous uint8 with at least ", p.batch * credit_scratch(p), " elements, got ",
@@ -97,7 +94,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(RHYTHM_CUDA_LIBRARY, m) {
         "int window, bool per_head, Tensor(a!) out) -> ()");
   m.def("cuda_band_columns(Tensor q, Tensor k, Tensor lse, " RHYTHM_RULE_SCHEMA
         "int lo, int hi, bool per_head, Tensor(a!) out) -> ()");
-  m.def("cuda_credit(" RHYTHM_CREDIT "Tensor(a!) scratch, Tensor(b!) out) -> ()");
+  m.def("cuda_credit(" RHYTHM_CREDIT_SCHEMA "Tensor(a!) scratch, Tensor(b!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(RHYTHM_CUDA_LIBRARY, RHYTHM_CUDA_KEY, m) {

@@ -17,9 +17,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 import rhythm_kernels as rk
-from rhythm_kernels import ops
 from rhythm_kernels.backend import cuda, extension
-from rhythm_kernels.ops import dispatch
 from rhythm_kernels.rule import Choice, Rule
 
 from ..cases import BANDS, CASES, Case, check
@@ -55,14 +53,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def cuda_serves_the_cpu(emulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = dispatch.choose
-
-    def choose_cuda(pass_name: str, backend: str | None, device: torch.device) -> str:
-        return "cuda" if backend == "cuda" else choose(pass_name, backend, device)
-
-    for module in (ops, dispatch):
-        monkeypatch.setattr(module, "choose", choose_cuda)
+def emulated_extension(emulated: None, cuda_serves_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "registered", lambda: torch.ops.rhythm_kernels_emulated)
 
 

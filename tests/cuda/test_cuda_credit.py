@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rhythm_kernels import reference
+from rhythm_kernels.backend import cuda
 from rhythm_kernels.credit import CREDIT_MODES, rhythm_credit
 from rhythm_kernels.ops import dispatch
 from rhythm_kernels.rule import Choice
@@ -50,14 +51,13 @@ def emulated_credit(
     """The `credit` of every backend."""
     mode, top, neighbors, bottom, tau_waad, tau_delta, levels = choice
     batch, tokens = mask.shape
-    wide = waad.dtype == torch.float64
-    bytes_a_response = (tokens * (3 * (8 if wide else 4) + 9) + 63) // 64 * 64
     scratch, out = (
-        torch.full((n + 2 * _CANARY,), 0xA5, dtype=torch.uint8) for n in (batch * bytes_a_response, 4 * mask.numel())
+        torch.full((n + 2 * _CANARY,), 0xA5, dtype=torch.uint8) for n in (cuda._credit_scratch(waad), 4 * mask.numel())
     )
     inputs = CreditInputs(
-        wide=wide, waad=waad.data_ptr(), fai=fai.data_ptr(), score=None if score is None else score.data_ptr(),
-        mask=mask.data_ptr(), batch=batch, tokens=tokens, mode=_MODES[mode], top=top, neighbors=neighbors,
+        wide=waad.dtype == torch.float64, waad=waad.data_ptr(), fai=fai.data_ptr(),
+        score=None if score is None else score.data_ptr(), mask=mask.data_ptr(),
+        batch=batch, tokens=tokens, mode=_MODES[mode], top=top, neighbors=neighbors,
         lowest=bottom, given_tau_waad=tau_waad is not None, given_tau_delta=tau_delta is not None,
         tau_waad=tau_waad or 0.0, tau_delta=tau_delta or 0.0,
         levels=(ctypes.c_float * 6)(*levels), out=out.data_ptr() + _CANARY,

@@ -62,7 +62,7 @@ struct Inputs {
   const float* lse; // null for row_stats
   int64_t lse_batch, lse_head, lse_token;
 
-  // Sequences are in the order of batch rows and tokens, and do not overlap.
+  // Those of a batch row follow each other in the order of their tokens and do not overlap.
   const Sequence* seqs;
   int64_t n_seqs, max_seqlen; // max_seqlen: no sequence is longer
   const Head* heads;
