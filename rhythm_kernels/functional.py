@@ -49,6 +49,7 @@ from . import ops, passes, reference
 from .arguments import check_horizon, check_int, check_tensor, check_window, holds, same_shape
 from .canonical import MAX_HEAD_SIZE, Canonical, canonical
 from .reference import AttentionStats, ColumnMoments
+from .settings import RhythmSettings
 
 __all__ = ["attention_lse", "attention_with_rhythm", "column_moments", "fai", "span", "waad"]
 
@@ -144,7 +145,7 @@ def waad(
     k: Tensor,
     lse: Tensor | None = None,
     *,
-    window: int = 10,
+    window: int = RhythmSettings.window,
     per_head: bool = False,
     backend: str | None = None,
     **options: Unpack[Options],
@@ -170,7 +171,7 @@ def fai(
     k: Tensor,
     lse: Tensor | None = None,
     *,
-    horizon: tuple[int, int | None] = (10, 100),
+    horizon: tuple[int, int | None] = RhythmSettings.horizon,
     per_head: bool = False,
     backend: str | None = None,
     **options: Unpack[Options],
@@ -265,7 +266,7 @@ def attention_with_rhythm(
     k: Tensor,
     v: Tensor,
     *,
-    window: int = 10,
+    window: int = RhythmSettings.window,
     per_head: bool = False,
     backend: str | None = None,
     **options: Unpack[Options],

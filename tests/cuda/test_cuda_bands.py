@@ -119,7 +119,7 @@ def test_what_is_not_finite_stays_where_it_is(
 
 
 def test_offsets_are_64_bit(cuda_on_cpu: Emulated) -> None:
-    """Strides as of a huge batch: tokens, heads and batch rows lie 2^31 elements and more apart, in untouched memory."""
+    """Strides as of a huge batch: tokens, heads and batch rows lie 2^31 elements or more apart, in untouched memory."""
     shape, kv_shape = (2, 20, 2, 8), (2, 20, 1, 8)
     q, k = torch.randn(shape), torch.randn(kv_shape)
     lse = reference.attention_lse(q.double(), k.double()).float()

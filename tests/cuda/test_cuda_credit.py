@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rhythm_kernels import reference
 from rhythm_kernels.backend import cuda
-from rhythm_kernels.credit import CREDIT_MODES, rhythm_credit
+from rhythm_kernels.credit import rhythm_credit
 from rhythm_kernels.ops import dispatch
 from rhythm_kernels.rule import Choice
+from rhythm_kernels.settings import CREDIT_MODES
 from tests.credit_cases import credit_cases, many_tokens
 
 from .emulated import KERNELS, ORDERS, SANITIZED, Emulated, build
