@@ -36,6 +36,8 @@ class HeadGroups:
     def __post_init__(self) -> None:
         self.local = _heads_of("local", self.local)
         self.global_ = _heads_of("global_", self.global_)
+        if self.provenance is not None and not isinstance(self.provenance, dict):
+            raise TypeError(f"provenance must be a dict or None, got {type(self.provenance).__name__}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON with the keys `local`, `global` and, where there is one, `provenance`."""

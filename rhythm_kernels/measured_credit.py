@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_int, check_tensor, same_shape
+from .arguments import check_int, check_tensor, readable, same_shape
 from .credit import rhythm_credit, shape_advantages
 from .heads import HeadGroups
+from .packed_credit import bounds_of, sequence_by_sequence
 from .probe.calibration import evaluating, head_groups
-from .probe.split_batch import BatchCalibration, BatchProbe
+from .probe.checks import on_device
+from .probe.split_batch import BatchCalibration, BatchProbe, over_tokens
 from .probe.structure import attention_layers, find_decoder
 from .settings import RhythmSettings
 
@@ -33,12 +36,15 @@ NEAR_CERTAIN = 0.05
 
 @dataclass
 class _Batch:
-    """The measured batch: its response mask, and what was made of it so far."""
+    """The measured batch, and what was made of it so far."""
 
+    settings: RhythmSettings  # as they were when it was measured
     mask: Tensor
     probe: BatchProbe | None = None
     measures: tuple[Tensor, Tensor] | None = None
+    packed: tuple[Tensor, int] | None = None  # as of `BatchProbe.packed_bounds`
     gamma: Tensor | None = None
+    credited: Tensor | None = None  # bool, the tokens that gamma is of
     entropy: Tensor | None = None
     credit_seconds: float = 0.0
 
@@ -55,16 +61,16 @@ class RhythmCredit:
             advantages = credit.shape(advantages)            # (B,) or (B, T) -> (B, T)
             log(credit.statistics())
 
-    The measured forwards must be those of the policy that wrote the responses: the pass for the old log-probs, or the
-    first training forward where there is no such pass. In modes that read no attention (`uniform`, `random`,
-    `entropy`) nothing is calibrated or measured, and the same lines of a trainer work.
+    The measured forwards must be those of the policy that wrote the responses: those for the old log-probs, or the
+    first training forward where there are none. In modes that read no attention (`uniform`, `random`, `entropy`)
+    nothing is calibrated or measured, and the same lines of a trainer work; `entropy` and `random` take what they
+    choose by in :meth:`gamma` or :meth:`shape`. Of several processes each measures its own part of the batch, and all
+    must use the head groups of one: after a calibration, `credit.groups = broadcast(credit.groups)`.
 
     Args:
         model: as for :class:`rhythm_kernels.RhythmProbe`. The attribute may be set anew where a trainer wraps it.
-        settings: a :class:`rhythm_kernels.RhythmSettings`; its defaults where None.
-
-    Attributes:
-        model, settings: as given.
+        settings: a :class:`rhythm_kernels.RhythmSettings`; its defaults where None. The attribute may be set anew, for
+            the batches that are measured from then on.
 
     Raises:
         TypeError, ValueError: at construction, for settings that do not fit the model: layers that cannot be measured,
@@ -72,17 +78,30 @@ class RhythmCredit:
     """
 
     def __init__(self, model: nn.Module, settings: RhythmSettings | None = None) -> None:
-        settings = RhythmSettings() if settings is None else settings
+        self.model = model
+        self._settings: RhythmSettings | None = None
+        self._groups: HeadGroups | None = None
+        self._step = 0
+        self._grouped_at: int | None = 0  # None: before the next step that is asked about
+        self._batch: _Batch | None = None
+        self.settings = RhythmSettings() if settings is None else settings
+
+    @property
+    def settings(self) -> RhythmSettings:
+        """The settings of the next batch."""
+        assert self._settings is not None
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: RhythmSettings) -> None:
         if not isinstance(settings, RhythmSettings):
             raise TypeError(f"settings must be a RhythmSettings, got {type(settings).__name__}")
-        self.model, self.settings = model, settings
-        self._groups: HeadGroups | None = None
-        self._step = self._grouped_at = 0
-        self._batch: _Batch | None = None
-        if settings.reads_attention:
-            attention_layers(find_decoder(model), settings.layers)  # raises for a wrong choice
-            if (groups := settings.load_groups()) is not None:
-                self.groups = groups
+        before, self._settings = self._settings, settings
+        if settings == before or not settings.reads_attention:
+            return
+        attention_layers(find_decoder(self.model), settings.layers)  # raises for a wrong choice
+        if settings.groups is not None and (self._groups is None or settings.groups != getattr(before, "groups", None)):
+            self.groups = cast(HeadGroups, settings.load_groups())
 
     @property
     def groups(self) -> HeadGroups | None:
@@ -97,18 +116,25 @@ class RhythmCredit:
         self._groups, self._grouped_at = groups, self._step
 
     def calibration_due(self, step: int) -> bool:
-        """Whether to calibrate before this step of training: while there are no groups, and every `regroup_steps`."""
+        """Whether to calibrate before this step of training: while there are no groups, and every `regroup_steps`.
+
+        Groups that are made or set count from the step of the latest such question.
+        """
         self._step = check_int("step", step, 0)
+        if self._grouped_at is None:
+            self._grouped_at = self._step
         every = self.settings.regroup_steps
         return self.settings.reads_attention and (self._groups is None or 0 < every <= self._step - self._grouped_at)
 
     def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> HeadGroups | None:
         """Tell local from global heads by forwards over some batches; see :func:`rhythm_kernels.head_groups`.
 
+        A `response_mask` among the inputs of a batch may be that of the responses alone, as in :meth:`measuring`.
         Nothing is done, and None returned, in modes that read no attention.
         """
         if self.settings.reads_attention:
-            self.groups = head_groups(self.model, batches, self.settings.layers, self.settings.head_quantile)
+            layers, quantile = self.settings.layers, self.settings.head_quantile
+            self.groups = head_groups(self.model, map(_with_whole_mask, batches), layers, quantile)
         return self._groups
 
     @contextmanager
@@ -122,6 +148,9 @@ class RhythmCredit:
             ValueError: no response token was met.
             RuntimeError: the forwards did not cover the batch.
         """
+        if not self.settings.reads_attention:
+            yield
+            return
         layers, quantile = self.settings.layers, self.settings.head_quantile
         calibration = BatchCalibration(self.model, layers, quantile, response_mask)
         with evaluating(self.model), calibration:
@@ -132,21 +161,26 @@ class RhythmCredit:
     def measuring(self, response_mask: Tensor) -> Iterator[None]:
         """Measure the model's forwards inside this block, which are made as they always are, gradients included.
 
-        One forward, or several that take the rows of the batch in order.
+        One forward, or several that take the batch rows in order. They may be of different lengths where the mask is
+        `(B, C)`, as long as each ends where the batch does.
 
         Args:
             response_mask: `(B, T)`, bool or 0/1, of all tokens of the batch; or `(B, C)` of the last C tokens of each
-                batch row, as trainers keep responses, and so is everything that is made of it.
+                batch row, as trainers keep responses, and so is everything that is made of it. `(1, total)` of packed
+                sequences, each of which is then a response of its own.
 
         Raises:
             RuntimeError: no groups yet; forwards that did not cover the batch (at the end of the block), which is what
                 happens where none of them went through `model`.
-            TypeError, ValueError: a mask of another type or shape, and whatever a probe refuses.
+            TypeError, ValueError: a mask of another type or shape, and whatever a probe refuses. What cannot be told on
+                a GPU without waiting for it is raised by :meth:`statistics`, or by the next block; gamma is 1 there.
         """
-        self._batch = None
+        before, self._batch = self._batch, None
+        if before is not None and before.probe is not None:
+            before.probe.examine()
         if check_tensor("response_mask", response_mask).dim() != 2:
             raise ValueError(f"response_mask must be (B, T), got shape {tuple(response_mask.shape)}")
-        batch = _Batch(response_mask)
+        batch = _Batch(self.settings, response_mask)
         if not self.settings.reads_attention:
             yield
         elif self._groups is None:
@@ -159,7 +193,7 @@ class RhythmCredit:
             batch.probe = BatchProbe(self.model, self._groups, window, horizon, response_mask)
             with batch.probe:
                 yield
-            batch.measures = batch.probe.measures()
+            batch.measures, batch.packed = batch.probe.measures(), batch.probe.packed_bounds()
         self._batch = batch
 
     @property
@@ -178,48 +212,80 @@ class RhythmCredit:
         generator: torch.Generator | None = None,
         *,
         response_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """The factors of the measured batch (eqs. 14 to 19), float32 of the response mask's shape, 1 outside of it.
 
         Args:
             entropy: of each token's distribution, in nats, of the same shape: read by `mode="entropy"`, and by
                 :meth:`statistics` in every mode.
-            generator: for `mode="random"`.
+            generator: for `mode="random"`; torch's default one where None.
             response_mask: the tokens that get credit, where they are known better than when the batch was measured:
-                without those that a tool wrote. Of the same shape.
+                without those that a tool wrote. Of the same shape, and True nowhere else.
+            cu_seqlens: `(S + 1,)` int, where packed sequences begin and end in the flattened batch. A measured forward
+                tells it by itself; modes that read no attention must be told.
 
         Raises:
             RuntimeError: no batch was measured.
             TypeError, ValueError: as :func:`rhythm_kernels.rhythm_credit`.
         """
         batch, started = self._measured(), time.perf_counter()
-        if response_mask is not None:
-            if not same_shape(check_tensor("response_mask", response_mask).shape, batch.mask.shape):
-                wanted, found = tuple(batch.mask.shape), tuple(response_mask.shape)
-                raise ValueError(f"response_mask must be of shape {wanted} like that of measuring, got {found}")
-            batch.mask = response_mask
-        if batch.measures is None:  # in modes that read neither
-            waad = fai = torch.zeros(batch.mask.shape, device=batch.mask.device)
-        else:
+        if batch.measures is not None:
             waad, fai = batch.measures
-        batch.mask, batch.entropy = batch.mask.to(waad.device), entropy
-        options = self.settings.credit_options()
-        batch.gamma = rhythm_credit(waad, fai, batch.mask, entropy=entropy, generator=generator, **options)
+        else:  # in modes that read neither
+            device = batch.mask.device if entropy is None else entropy.device
+            waad = fai = torch.zeros(batch.mask.shape, device=device)
+        measured = on_device(batch.mask, waad.device)
+        mask = measured if response_mask is None else self._better_known(measured, response_mask)
+        if entropy is not None:
+            entropy = check_tensor("entropy", entropy).detach()  # not the graph that it came from
+            if not same_shape(entropy.shape, mask.shape):
+                wanted, found = tuple(mask.shape), tuple(entropy.shape)
+                raise ValueError(f"entropy must have the shape of the response mask, {wanted}, got {found}")
+        packed = batch.packed if cu_seqlens is None else bounds_of(cu_seqlens, mask.numel())
+        options = batch.settings.credit_options()
+        credit: Callable[..., Tensor] = partial(rhythm_credit, generator=generator, **options)
+        if packed is None:
+            batch.gamma = credit(waad, fai, mask, entropy=entropy)
+        else:
+            batch.gamma = sequence_by_sequence(credit, waad, fai, mask, entropy, *packed)
+        batch.credited, batch.entropy = mask, entropy
         batch.credit_seconds = time.perf_counter() - started
         return batch.gamma
 
-    def shape(self, advantages: Tensor, gamma: Tensor | None = None) -> Tensor:
+    def _better_known(self, measured: Tensor, response_mask: Tensor) -> Tensor:
+        """A response mask as bool beside the `measured` one, of which it must be a part."""
+        if not same_shape(check_tensor("response_mask", response_mask).shape, measured.shape):
+            wanted, found = tuple(measured.shape), tuple(response_mask.shape)
+            raise ValueError(f"response_mask must be of shape {wanted} like that of measuring, got {found}")
+        mask = on_device(response_mask, measured.device)
+        if readable(mask) and (mask & ~measured).any():
+            places = int((mask & ~measured).sum())
+            raise ValueError(f"response_mask must be True only where that of measuring is, got {places} other places")
+        return mask
+
+    def shape(
+        self,
+        advantages: Tensor,
+        gamma: Tensor | None = None,
+        *,
+        entropy: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """The shaped advantages of eq. 13, of the signs that `settings.sign` names: `(B, T)`, detached.
 
         Args:
             advantages: `(B,)`, one a response, or `(B, T)`.
             gamma: of an earlier batch, which a trainer kept beside its advantages; None: that of the measured batch.
+            entropy, generator: as for :meth:`gamma`, which is called where it was not yet.
         """
         if gamma is None:
             gamma = self._measured().gamma
-        return shape_advantages(advantages, self.gamma() if gamma is None else gamma, self.settings.sign)
+        if gamma is None:
+            gamma = self.gamma(entropy, generator)
+        return shape_advantages(advantages, gamma, self.settings.sign)
 
-    def statistics(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+    def statistics(self, reduce: Callable[[Tensor], Tensor | None] = lambda sums: sums) -> dict[str, float]:
         """What a log should show of the latest gamma, over the response tokens. The host waits for the device.
 
         ===================== ========================================================================================
@@ -234,29 +300,34 @@ class RhythmCredit:
         ===================== ========================================================================================
 
         Args:
-            reduce: sums a float32 vector over the processes that share a batch, which then all must call this:
-                `lambda sums: accelerator.reduce(sums, "sum")`, for example.
+            reduce: sums a float32 vector over the processes that share a batch, all of which then must call this, and
+                returns it or works in place: `torch.distributed.all_reduce`, for example.
 
         Raises:
             RuntimeError: no gamma was made of the measured batch.
+            ValueError: something of the batch could not be measured, which only now is known (on a GPU).
         """
         batch = self._measured()
-        if batch.gamma is None:
+        if batch.gamma is None or batch.credited is None:
             raise RuntimeError("there is no gamma yet: call gamma() or shape(advantages) before statistics()")
-        mask, gamma = batch.mask, batch.gamma
+        if batch.probe is not None:
+            batch.probe.examine(wait=True)
+        mask, gamma = batch.credited, batch.gamma
         of_tokens = {"gamma_mean": gamma, "boosted_share": gamma != 1}
         of_bonus: dict[str, Tensor] = {}
         if batch.measures is not None:
             of_tokens |= dict(zip(("waad_mean", "fai_mean"), batch.measures))
         if batch.entropy is not None:
-            entropy = batch.entropy.detach().where(mask != 0, 0.0).float()
+            entropy = batch.entropy.where(mask, 0.0).float()
             of_tokens |= {"certain_share": entropy < NEAR_CERTAIN, "entropy": entropy}
             of_bonus = {"bonus_certain_share": entropy < NEAR_CERTAIN, "bonus_entropy": entropy}
         bonus = (gamma - 1).abs()
         summed = [mask, bonus, *of_tokens.values(), *(bonus * x for x in of_bonus.values())]
-        sums = reduce(torch.stack([(x * mask).sum().float() for x in summed])).tolist()
-        tokens, bonuses = max(sums[0], 1), sums[1]
-        found = {name: total / tokens for name, total in zip(of_tokens, sums[2:])}
+        local = torch.stack([(x * mask).sum().float() for x in summed])
+        reduced = reduce(local)
+        sums = (local if reduced is None else reduced).tolist()
+        tokens, bonuses = sums[:2]
+        found = {name: total / tokens for name, total in zip(of_tokens, sums[2:]) if tokens}
         if bonuses:
             found |= {name: total / bonuses for name, total in zip(of_bonus, sums[2 + len(of_tokens) :])}
         mean, weighted = found.pop("entropy", 0.0), found.pop("bonus_entropy", 0.0)
@@ -286,7 +357,8 @@ class RhythmCredit:
         """
         if self.settings.reads_attention:
             self.groups = groups = HeadGroups.load(Path(folder) / GROUPS_FILE)
-            self._grouped_at = (groups.provenance or {}).get("step", 0)
+            step = (groups.provenance or {}).get("step")
+            self._grouped_at = step if isinstance(step, int) else None
 
     def _measured(self) -> _Batch:
         if self._batch is None:
@@ -298,3 +370,13 @@ class RhythmCredit:
         if measures is None:
             raise RuntimeError(f"mode {self.settings.mode!r} reads no attention: it has neither WAAD nor FAI")
         return measures
+
+
+def _with_whole_mask(batch: Any) -> Any:
+    """A batch for :func:`head_groups`, with its `response_mask` over all tokens where it was over the last ones."""
+    if not isinstance(batch, Mapping):
+        return batch  # which says what a batch is
+    mask, tokens = batch.get("response_mask"), batch.get("input_ids", batch.get("inputs_embeds"))
+    if not (isinstance(mask, Tensor) and isinstance(tokens, Tensor) and mask.dim() == 2):
+        return batch
+    return {**batch, "response_mask": over_tokens(mask, tokens.shape[1])}

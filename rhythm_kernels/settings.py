@@ -9,7 +9,7 @@ import math
 import operator
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from .arguments import check_horizon, check_int, check_number, check_window
@@ -32,13 +32,14 @@ def _help(meaning: str) -> dict[str, str]:
 class RhythmSettings:
     """What is measured of a model and what credit is made of it: checks itself, and `dataclasses.replace` changes it.
 
-    :func:`rhythm_kernels.rhythm_credit` says what `mode` to `neighbors` do, :class:`rhythm_kernels.RhythmProbe` what
-    `window` and `horizon`, :func:`rhythm_kernels.head_groups` what `layers` and `head_quantile` do, and
-    :func:`rhythm_kernels.shape_advantages` what `sign` does. `groups` is a file of `HeadGroups.save`, or the groups;
-    without either, they are calibrated before the first step.
+    More on `mode` to `neighbors` is at :func:`rhythm_kernels.rhythm_credit`, on `window` and `horizon` at
+    :class:`rhythm_kernels.RhythmProbe`, on `layers` and `head_quantile` at :func:`rhythm_kernels.head_groups`, and on
+    `sign` at :func:`rhythm_kernels.shape_advantages`.
 
     Raises:
         TypeError, ValueError: a setting that is out of its range or of another type.
+
+    Attributes:
     """
 
     mode: CreditMode = field(
@@ -56,7 +57,9 @@ class RhythmSettings:
     layers: str | Sequence[int] = field(default="middle5", metadata=_help("`middle5`, `all`, or a list of layers."))
     head_quantile: float = field(default=0.3, metadata=_help("Share of the heads of these layers in each head group."))
     groups: str | os.PathLike[str] | HeadGroups | None = field(
-        default=None, metadata=_help("File of head groups; without one, the first batch calibrates them.")
+        default=None,
+        hash=False,
+        metadata=_help("Head groups, or a file of them; else the first batch calibrates."),
     )
     regroup_steps: int = field(default=0, metadata=_help("Calibrate again every so many steps; 0: never."))
     sign: Sign = field(
@@ -65,16 +68,21 @@ class RhythmSettings:
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
-        check_amounts(*(check_number(name, getattr(self, name)) for name in ("gamma_amp", "top", "alpha")))
-        check_int("neighbors", self.neighbors, 1)
-        check_window(self.window)
-        for name, value in (("horizon", check_horizon(self.horizon)), ("layers", _check_layers(self.layers))):
-            object.__setattr__(self, name, value)  # tuples, where a file gave lists
-        check_quantile("head_quantile", self.head_quantile)
-        if self.groups is not None and not isinstance(self.groups, str | os.PathLike | HeadGroups):
-            raise TypeError(f"groups must be HeadGroups or a file of them, got {type(self.groups).__name__}")
-        check_int("regroup_steps", self.regroup_steps, 0)
+        amounts = {name: float(check_number(name, getattr(self, name))) for name in ("gamma_amp", "top", "alpha")}
+        check_amounts(**amounts)
         check_sign(self.sign)
+        plain = {  # what a file, NumPy or a path gave, as it is written to files
+            **amounts,
+            "neighbors": check_int("neighbors", self.neighbors, 1),
+            "window": check_window(self.window),
+            "horizon": check_horizon(self.horizon),
+            "layers": _check_layers(self.layers),
+            "head_quantile": check_quantile("head_quantile", self.head_quantile),
+            "groups": _check_groups(self.groups),
+            "regroup_steps": check_int("regroup_steps", self.regroup_steps, 0),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     @property
     def reads_attention(self) -> bool:
@@ -95,11 +103,15 @@ class RhythmSettings:
             said: Any = error.strerror
         except (ValueError, TypeError, RecursionError) as error:
             said = error
-        raise ValueError(f"groups must be a file that HeadGroups.save wrote, got {os.fspath(self.groups)!r}: {said}")
+        raise ValueError(f"groups must be a file that HeadGroups.save wrote, got {self.groups!r}: {said}")
 
     def credit_options(self) -> dict[str, Any]:
         """The keyword arguments of `rhythm_credit`."""
         return {name: getattr(self, name) for name in ("mode", "gamma_amp", "top", "alpha", "neighbors")}
+
+
+_MEANINGS = (f"{setting.name}: {setting.metadata['help']}" for setting in fields(RhythmSettings))
+RhythmSettings.__doc__ = f"{RhythmSettings.__doc__}    " + "\n        ".join(["", *_MEANINGS]) + "\n    "
 
 
 def check_mode(mode: object) -> None:
@@ -120,7 +132,7 @@ def check_amounts(gamma_amp: float, top: float, alpha: float) -> None:
 
 def check_quantile(name: str, quantile: Any) -> float:
     """The share of the heads in a head group, in (0, 1]."""
-    quantile = check_number(name, quantile)
+    quantile = float(check_number(name, quantile))
     if not 0 < quantile <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {quantile}")
     return quantile
@@ -142,3 +154,11 @@ def _check_layers(layers: Any) -> str | tuple[int, ...]:
     except TypeError:
         pass
     raise ValueError(f"layers must be 'middle5', 'all' or a list of layer indices, got {layers!r}")
+
+
+def _check_groups(groups: Any) -> str | HeadGroups | None:
+    if groups is None or isinstance(groups, HeadGroups):
+        return groups
+    if isinstance(groups, str | os.PathLike):
+        return str(os.fspath(groups))
+    raise TypeError(f"groups must be HeadGroups or a file of them, got {type(groups).__name__}")

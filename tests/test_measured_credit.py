@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import rhythm_kernels as rk
 from rhythm_kernels.measured_credit import GROUPS_FILE, NEAR_CERTAIN
 
-from .probe.probe_models import padded_batch, tiny_model
+from .probe.probe_models import packed_batch, padded_batch, tiny_model
 
 SETTINGS = rk.RhythmSettings(window=4, horizon=(2, 8), layers=[1, 2])
 PROMPT = 20
@@ -178,8 +179,7 @@ def test_statistics_by_hand(model):
     with credit.measuring(mask):
         pass
     entropy = torch.tensor([[1.0, 0.2, math.nan], [NEAR_CERTAIN / 2, NEAR_CERTAIN / 4, 9.0]])
-    credit.gamma(entropy.where(mask, 0.0))
-    credit._batch.entropy = entropy  # what lies outside of the responses counts for nothing
+    credit.gamma(entropy)  # what lies outside of the responses counts for nothing
     assert credit.statistics() == pytest.approx(
         {
             "gamma_mean": 2.0,
@@ -275,10 +275,10 @@ def test_what_was_not_done_is_said(model):
     for ask in (credit.gamma, lambda: credit.shape(torch.ones(4)), credit.statistics, lambda: credit.fai):
         with pytest.raises(RuntimeError, match="there is no measured batch"):
             ask()
-    message = r"response_mask must cover .*, got shape \(4, 72\) where they had 0 rows"
+    message = r"response_mask must have as many batch rows .*, got shape \(4, 72\) for 0 batch rows"
     with pytest.raises(RuntimeError, match=message), credit.measuring(mask):
         pass  # the forward went elsewhere
-    with pytest.raises(RuntimeError, match="where they had 3 rows"), torch.no_grad(), credit.measuring(mask):
+    with pytest.raises(RuntimeError, match="for 3 batch rows"), torch.no_grad(), credit.measuring(mask):
         forward(model, batch, slice(0, 3))
     with pytest.raises(RuntimeError, match="there is no measured batch"):
         credit.gamma()
@@ -290,6 +290,162 @@ def test_what_was_not_done_is_said(model):
         _ = 1 / 0
     with pytest.raises(RuntimeError, match="there is no measured batch"):
         credit.gamma()
+
+
+def test_packed_sequences_are_responses_of_their_own(model):
+    """Told by a measured forward; where none is measured, by `cu_seqlens`."""
+    batch, bounds = packed_batch()
+    mask = torch.ones(1, 84, dtype=torch.bool)
+    for _, start, end in bounds:
+        mask[:, start : min(start + 5, end)] = False
+    offsets = torch.tensor([0, *(end for _, _, end in bounds)], dtype=torch.int32)
+    entropy = torch.rand(1, 84)
+    for mode in ("coupled", "entropy"):
+        credit = calibrated(model, mode=mode)
+        with torch.no_grad(), credit.measuring(mask):
+            forward(model, batch)
+        gamma = credit.gamma(entropy, cu_seqlens=offsets if mode == "entropy" else None)
+        measures = (credit.waad, credit.fai) if mode == "coupled" else (torch.zeros(1, 84),) * 2
+        for _, start, end in bounds:
+            alone = [x[:, start:end] for x in (*measures, mask)]
+            expected = rk.rhythm_credit(*alone, mode, entropy=entropy[:, start:end])
+            assert torch.equal(gamma[:, start:end], expected)
+        assert not torch.equal(gamma, rk.rhythm_credit(*measures, mask, mode, entropy=entropy))
+        assert torch.equal(credit.gamma(entropy, cu_seqlens=offsets), gamma)
+    assert credit.statistics()["boosted_share"] == pytest.approx((gamma > 1)[mask].float().mean().item())
+    credit = calibrated(model)
+    message = r"response_mask must have all 84 tokens of packed batch rows, got shape \(1, 40\)"
+    with pytest.raises(ValueError, match=message), torch.no_grad(), credit.measuring(mask[:, 44:]):
+        forward(model, batch)
+    with torch.no_grad(), credit.measuring(mask):
+        forward(model, batch)
+    with pytest.raises(ValueError, match=r"cu_seqlens must be \(S \+ 1,\), got shape \(1,\)"):
+        credit.gamma(cu_seqlens=torch.zeros(1, dtype=torch.int32))
+
+
+def test_calibration_takes_masks_of_the_responses_alone(model):
+    batch, mask = batch_of()
+    credit = rk.RhythmCredit(model, SETTINGS)
+    credit.calibrate([{**batch, "response_mask": mask[:, PROMPT:]}])
+    assert credit.groups == calibrated(model).groups
+    idle = rk.RhythmCredit(model, replace(SETTINGS, mode="uniform"))
+    with idle.calibrating(mask):
+        pass
+    assert idle.groups is None
+
+
+def test_what_a_mode_chooses_by_goes_through_shape(model):
+    _, mask = batch_of()
+    advantages, entropy = torch.tensor([1.0, -1.0, 0.5, -2.0]), torch.rand(mask.shape)
+    for mode in ("entropy", "random"):
+        credit = rk.RhythmCredit(model, replace(SETTINGS, mode=mode))
+        with credit.measuring(mask):
+            pass
+        given = {"entropy": entropy, "generator": torch.Generator().manual_seed(1)}
+        before = torch.get_rng_state()
+        shaped = credit.shape(advantages, **given)
+        assert torch.equal(torch.get_rng_state(), before)
+        given["generator"] = torch.Generator().manual_seed(1)
+        assert torch.equal(shaped, rk.shape_advantages(advantages, credit.gamma(**given)))
+
+
+def test_an_entropy_keeps_no_graph(model):
+    _, mask = batch_of()
+    credit = rk.RhythmCredit(model, replace(SETTINGS, mode="entropy"))
+    with credit.measuring(mask):
+        pass
+    logits = torch.rand(mask.shape, requires_grad=True)
+    entropy = logits * 2
+    saved = weakref.ref(entropy)
+    credit.gamma(entropy)
+    assert not any(x.requires_grad for x in vars(credit._batch).values() if isinstance(x, torch.Tensor))
+    del entropy
+    assert saved() is None
+
+
+def test_masks_of_any_type_are_counted_alike(model):
+    """70,000 tokens are beyond float16, and 1,019 are not a number of bfloat16."""
+
+    def in_place(sums):  # as torch.distributed.all_reduce works, here of two processes
+        sums.mul_(2)
+
+    credit = rk.RhythmCredit(model, replace(SETTINGS, mode="uniform"))
+    for shape, dtype in (((70, 1000), torch.float16), ((1, 1019), torch.bfloat16), ((3, 5), torch.int64)):
+        with credit.measuring(torch.ones(shape, dtype=dtype)):
+            pass
+        credit.gamma()
+        assert credit.statistics() == {"gamma_mean": 1.0, "boosted_share": 0.0}
+        assert credit.statistics(in_place) == {"gamma_mean": 1.0, "boosted_share": 0.0}
+    with credit.measuring(torch.zeros(2, 3)):
+        pass
+    credit.gamma()
+    assert credit.statistics() == {}
+
+
+def test_settings_may_change_between_batches(model, tmp_path):
+    """The batch that was measured keeps those that it was measured by."""
+    batch, mask = batch_of()
+    credit = calibrated(model)
+    with torch.no_grad(), credit.measuring(mask):
+        forward(model, batch)
+    gamma = credit.gamma()
+    credit.settings = replace(SETTINGS, mode="local", gamma_amp=3.0)
+    assert torch.equal(credit.gamma(), gamma)
+    with torch.no_grad(), credit.measuring(mask):
+        forward(model, batch)
+    assert credit.gamma().max() == 3.0
+    credit.settings = replace(SETTINGS, mode="uniform")
+    with credit.measuring(mask):
+        pass
+    credit.settings = SETTINGS
+    assert (credit.gamma() == 1).all()
+    groups = rk.HeadGroups([(1, 0)], [(2, 3)])
+    credit.settings = replace(SETTINGS, groups=groups)
+    assert credit.groups == groups
+
+
+def test_a_better_known_mask_is_part_of_the_measured_one(model):
+    batch, mask = batch_of()
+    credit = calibrated(model)
+    with torch.no_grad(), credit.measuring(mask):
+        forward(model, batch)
+    wider = mask.clone()
+    wider[:, PROMPT - 2] = True
+    with pytest.raises(ValueError, match="response_mask must be True only where that of measuring is, got 4 other"):
+        credit.gamma(response_mask=wider)
+    with pytest.raises(ValueError, match=r"entropy must have the shape of the response mask, \(4, 72\), got \(4, 71\)"):
+        credit.gamma(torch.zeros(4, 71))
+    _, holes = batch_of(holes=True)
+    gamma = credit.gamma()
+    credit.gamma(response_mask=holes)
+    assert torch.equal(credit.gamma(), gamma)
+
+
+def test_what_only_the_device_knows_is_raised_later(model, monkeypatch):
+    """As on a GPU, where the host does not wait: gamma is 1, and statistics or the next block says why."""
+    from rhythm_kernels.probe import checks, forward_sequences, inputs, layer_window
+
+    for module in (checks, forward_sequences, inputs, layer_window):
+        monkeypatch.setattr(module, "reads_now", lambda device: False, raising=False)
+    monkeypatch.setattr(checks.Pending, "known", lambda self, wait: wait)
+    batch, mask = batch_of()
+    credit = calibrated(model)
+    batch["attention_mask"][1, 40] = 0  # a hole
+    with torch.no_grad(), credit.measuring(mask):
+        forward(model, batch)
+    assert (credit.gamma() == 1).all()
+    with pytest.raises(ValueError, match="attention_mask"):
+        credit.statistics()
+
+
+def test_groups_saved_without_a_step_count_from_the_next(model, tmp_path):
+    rk.HeadGroups([(1, 0)], [(2, 3)]).save(tmp_path / GROUPS_FILE)
+    for provenance in (None, {"step": "x"}):
+        content = {"local": [[1, 0]], "global": [[2, 3]], "provenance": provenance}
+        (tmp_path / GROUPS_FILE).write_text(json.dumps(content))
+        credit = rk.RhythmCredit(model, replace(SETTINGS, regroup_steps=10))
+        credit.load(tmp_path)
+        assert [credit.calibration_due(step) for step in (150, 159, 160)] == [False, False, True]
 
 
 @pytest.mark.parametrize(

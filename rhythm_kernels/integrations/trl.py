@@ -65,6 +65,10 @@ class RhythmGRPOTrainer(GRPOTrainer):
     def rhythm_groups(self) -> HeadGroups | None:
         return self.rhythm.groups
 
+    @rhythm_groups.setter
+    def rhythm_groups(self, groups: HeadGroups) -> None:
+        self.rhythm.groups = groups
+
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         schedule = self.args.steps_per_generation * self.num_iterations
         corrects = self.use_vllm and getattr(self, "vllm_importance_sampling_correction", False)
@@ -131,13 +135,13 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     def _measured_pass(self, mask: Tensor, model: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's log-prob pass, measured."""
-        if self.args.rhythm_mode == "entropy":
+        self.rhythm.model, self.rhythm.settings = model, self.args.rhythm_settings()  # callbacks may change them
+        if self.rhythm.settings.mode == "entropy":
             kwargs["compute_entropy"] = True
         run = super()._get_per_token_logps_and_entropies
-        self.rhythm.model = model
         with nullcontext() if self._blind else self.rhythm.measuring(mask):
             result = run(model, *args, **kwargs)
-        self._entropy = result[1]
+        self._entropy = None if result[1] is None else result[1].detach()
         return result
 
     def _credit(self, mask: Tensor) -> Tensor:
@@ -146,6 +150,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
             return torch.ones(mask.shape, device=mask.device)
         generator = torch.Generator().manual_seed(hash((self.args.seed, self._step, self.accelerator.process_index)))
         gamma = self.rhythm.gamma(self._entropy, generator, response_mask=mask)
+        self._entropy = None
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in self.rhythm.statistics(lambda sums: self.accelerator.reduce(sums, reduction="sum")).items():
             metrics[f"rhythm/{name}"].append(value)

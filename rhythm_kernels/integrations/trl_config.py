@@ -52,20 +52,22 @@ class RhythmGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_blind_credit()
-        self.rhythm_settings()
+        settings = self.rhythm_settings()
+        try:
+            settings.load_groups()
+        except ValueError as error:
+            raise ValueError(f"rhythm_{error}") from error
 
     def rhythm_settings(self) -> RhythmSettings:
-        """The settings of the credit, with their groups.
+        """The settings of the credit as they are now.
 
         Raises:
-            TypeError, ValueError: one that is out of its range, or a file of groups that is none.
+            TypeError, ValueError: one that is out of its range.
         """
         try:
-            settings = RhythmSettings(**{name: getattr(self, f"rhythm_{name}") for name in _SETTINGS})
-            settings.load_groups()
+            return RhythmSettings(**{name: getattr(self, f"rhythm_{name}") for name in _SETTINGS})
         except (TypeError, ValueError) as error:
             raise type(error)(f"rhythm_{error}") from error
-        return settings
 
     def refuse_blind_credit(self) -> None:
         """Raise where the loss would not see which tokens the credit chose.

@@ -12,11 +12,20 @@ from torch import Tensor, nn
 from ..arguments import check_tensor
 from ..heads import HeadGroups
 from .calibration import Calibration
-from .forward_sequences import ForwardInputs
+from .forward_sequences import ForwardInputs, Sequences
 from .layer_call import LayerCall
 from .probe import RhythmProbe
 
-__all__ = ["BatchCalibration", "BatchProbe"]
+__all__ = ["BatchCalibration", "BatchProbe", "over_tokens"]
+
+
+def over_tokens(response_mask: Tensor, length: int) -> Tensor:
+    """`(B, length)`: a mask of all tokens as it is, one of the last places of each batch row with the rest False."""
+    missing = length - response_mask.shape[1]
+    if missing < 0:
+        shape = tuple(response_mask.shape)
+        raise ValueError(f"response_mask must be no longer than the {length} tokens of a forward, got shape {shape}")
+    return F.pad(response_mask, (missing, 0))
 
 
 class _Responses:
@@ -33,21 +42,17 @@ class _Responses:
 
     def of(self, inputs: ForwardInputs) -> Tensor:
         """`(b, T)`: what of the mask belongs to the tokens of the next forward."""
-        prompt = inputs.length - self.mask.shape[1]
-        if prompt < 0:
-            raise ValueError(
-                f"response_mask must be no longer than the {inputs.length} tokens of a forward, got shape "
-                f"{tuple(self.mask.shape)}"
-            )
         self._taken += inputs.batch
-        return F.pad(self.mask[self._taken - inputs.batch : self._taken], (prompt, 0))
+        if self._taken > len(self.mask):
+            self.check()
+        return over_tokens(self.mask[self._taken - inputs.batch : self._taken], inputs.length)
 
     def check(self) -> None:
         """Raise where the forwards did not take exactly the batch rows that there are."""
         if self._taken != len(self.mask):
             raise RuntimeError(
-                f"response_mask must cover the forwards of its block row by row, got shape {tuple(self.mask.shape)} "
-                f"where they had {self._taken} rows in all"
+                "response_mask must have as many batch rows as the forwards of its block together, got shape "
+                f"{tuple(self.mask.shape)} for {self._taken} batch rows"
             )
 
 
@@ -91,6 +96,7 @@ class BatchProbe(RhythmProbe):
         super().__init__(model, groups, window, horizon)
         self._responses_of = _Responses(response_mask)
         self._parts: list[tuple[Tensor, Tensor]] = []
+        self._sequences: list[Sequences] = []  # of each forward
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -99,6 +105,8 @@ class BatchProbe(RhythmProbe):
         return super().begin(inputs)
 
     def layer(self, call: LayerCall) -> None:
+        if len(self._sequences) == len(self._parts):
+            self._sequences.append(call.sequences)
         if call.q.is_cuda:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -124,6 +132,34 @@ class BatchProbe(RhythmProbe):
         length = self._responses_of.mask.shape[1]
         waad, fai = (torch.cat([part[i][:, part[i].shape[1] - length :] for part in self._parts]) for i in range(2))
         return waad, fai
+
+    def packed_bounds(self) -> tuple[Tensor, int] | None:
+        """Where the batch's sequences begin and end, if a batch row holds several of them.
+
+        Returns:
+            `(S, 2)` int64, counted in the flattened batch, and a length that no response leaves; or None.
+
+        Raises:
+            ValueError: several sequences in a batch row of which the response mask has only the last places.
+        """
+        if not any(sequences.packed for sequences in self._sequences):
+            return None
+        bounds, first, longest = [], 0, 1
+        for sequences in self._sequences:
+            if sequences.length != self._responses_of.mask.shape[1]:
+                raise ValueError(
+                    f"response_mask must have all {sequences.length} tokens of packed batch rows, got shape "
+                    f"{tuple(self._responses_of.mask.shape)}"
+                )
+            row = (sequences.batch_row.long() + first) * sequences.length
+            bounds.append(torch.stack([row + sequences.start, row + sequences.end], dim=1))
+            longest = max(longest, (sequences.whole_table or sequences.table).max_seqlen)
+            first += sequences.batch
+        return torch.cat(bounds), longest
+
+    def examine(self, wait: bool = False) -> None:
+        """Raise what could not be measured of the forwards, as far as the host knows; with `wait` it knows all."""
+        self._capture.examine(wait)
 
     def seconds(self) -> float:
         """Time spent measuring so far. On CUDA this waits for the measured kernels, and for nothing after them."""

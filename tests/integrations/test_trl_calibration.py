@@ -201,7 +201,9 @@ def test_a_pass_that_misses_rows_is_loud():
     ids = torch.randint(2, len(WORDS), (4, 9))
     with torch.no_grad(), BatchCalibration(model, "middle5", 0.3, mask) as calibration:
         model(ids[:3], use_cache=False)
-    with pytest.raises(RuntimeError, match=r"response_mask must cover .*, got shape \(4, 9\) where they had 3 rows"):
+    with pytest.raises(
+        RuntimeError, match=r"response_mask must have as many batch rows .*, got shape \(4, 9\) for 3 batch rows"
+    ):
         calibration.groups()
 
 
