@@ -74,7 +74,7 @@ def check_tensor(name: str, value: object) -> Tensor:
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got one of layout {value.layout}: {name}.to_dense() is one")
     if value.is_quantized:
-        raise TypeError(f"{name} must not be quantized, got {value.dtype}: {name}.dequantize() is not")
+        raise TypeError(f"{name} must be a plain tensor, got one quantized as {value.dtype}: {name}.dequantize() is one")
     return value
 
 
@@ -132,7 +132,7 @@ def check_window(window: int, name: str = "window") -> int:
 def check_horizon(horizon: Sequence[int | None], name: str = "horizon") -> tuple[int, int | None]:
     """`(H_lo, H_hi)` of eq. 10, in tokens, `0 <= H_lo <= H_hi` or `H_hi` None, else an error that calls it `name`."""
     if not isinstance(horizon, tuple | list) or len(horizon) != 2:
-        raise ValueError(f"{name} must be a pair (first, last) of distances, last may be None, got {horizon!r}")
+        raise ValueError(f"{name} must be a pair (first, last) of distances, got {horizon!r}; last may be None")
     low = check_int(f"{name}[0]", horizon[0], 0)
     return low, None if horizon[1] is None else check_int(f"{name}[1]", horizon[1], low)
 

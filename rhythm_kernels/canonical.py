@@ -100,41 +100,41 @@ def _check_qk(q: Tensor, k: Tensor, packed: bool, double: bool) -> tuple[Tensor,
     for name, x in (("q", q), ("k", k)):
         check_tensor(name, x)
         if x.dim() != rank:
-            hint = " with cu_seqlens" if packed else ""
-            raise ValueError(f"{name} must be {layout}{hint}, got shape {tuple(x.shape)}")
+            where = " with cu_seqlens" if packed else ""
+            raise ValueError(f"{name} must be {layout}{where}, got shape {tuple(x.shape)}")
         if x.dtype not in DTYPES and not (double and x.dtype == torch.float64):
-            hint = " (float64: backend='reference')" if x.dtype == torch.float64 else ""
-            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}{hint}")
+            advice = "; backend='reference' takes it" if x.dtype == torch.float64 else ""
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}{advice}")
     if k.dtype != q.dtype:
-        raise TypeError(f"k must have the dtype of q, {q.dtype}, got {k.dtype}")
+        raise TypeError(f"k must be of the dtype of q, {q.dtype}, got {k.dtype}")
     if k.device != q.device:
         raise ValueError(f"k must be on the device of q, {q.device}, got {k.device}")
     if packed:
         q, k = q[None], k[None]
     if not same_shape(k.shape[:2], q.shape[:2]):
         raise ValueError(
-            f"k must have the batch and length of q, {tuple(q.shape[:2])}, got {tuple(k.shape[:2])}"
-            " (a key for every query: causal self-attention without a cache)"
+            f"k must be of the batch and length of q, {tuple(q.shape[:2])}, got {tuple(k.shape[:2])}"
+            ": causal self-attention without a cache has a key for every query"
         )
     if not holds(k.shape[3] == q.shape[3]):
-        raise ValueError(f"k must have the head size of q, {q.shape[3]}, got {k.shape[3]}")
+        raise ValueError(f"k must be of the head size of q, {q.shape[3]}, got {k.shape[3]}")
     for name, size, what in (
-        ("q", q.shape[0], "batch"),
+        ("q", q.shape[0], "batch rows"),
         ("q", q.shape[1], "tokens"),
         ("q", q.shape[2], "heads"),
         ("k", k.shape[2], "heads"),
     ):
         if not holds(size > 0):
-            raise ValueError(f"{name} must not be empty, got 0 {what}")
+            raise ValueError(f"{name} must be non-empty, got 0 {what}")
     if not (holds(q.shape[3] >= 1) and holds(q.shape[3] <= MAX_HEAD_SIZE)):
-        raise ValueError(f"q must have a head size of 1 to {MAX_HEAD_SIZE}, got {q.shape[3]}")
+        raise ValueError(f"q must be of a head size from 1 to {MAX_HEAD_SIZE}, got {q.shape[3]}")
     if not holds(q.shape[2] % k.shape[2] == 0):
         raise ValueError(
-            f"q must have a multiple of k's heads (grouped-query attention), got {q.shape[2]} and {k.shape[2]}"
+            f"q must be of a multiple of k's {k.shape[2]} heads (grouped-query attention), got {q.shape[2]} heads"
         )
     # No tracer is told: as a guard it would bound every length that an exported program takes.
     if not tracing() and q.shape[1] >= MAX_LENGTH:
-        raise ValueError(f"q must have fewer than 2^31 - 2^16 tokens a row, got {q.shape[1]}")
+        raise ValueError(f"q must be of fewer than 2^31 - 2^16 tokens a batch row, got {q.shape[1]}")
     return last_contiguous(q.detach()), last_contiguous(k.detach())
 
 
@@ -169,7 +169,7 @@ def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, q: Tensor) -
     if isinstance(heads, Tensor):
         check_tensor("heads", heads)
         if heads.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"heads must hold integers (int32 or int64), got {heads.dtype}")
+            raise TypeError(f"heads must be integers (int32 or int64), got {heads.dtype}")
         if heads.dim() != 1 or not holds(heads.shape[0] > 0):
             raise ValueError(f"heads must be a non-empty vector of query-head indices, got shape {tuple(heads.shape)}")
         if not readable(heads):
@@ -181,9 +181,9 @@ def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, q: Tensor) -
         raise TypeError(f"heads must be a list or an int tensor of query-head indices, got {type(heads).__name__}")
     index = tuple(_head(h, n_heads) for h in heads)
     if not index:
-        raise ValueError("heads must name at least one query head, got none")
+        raise ValueError("heads must be at least one query head, got none")
     if len(set(index)) != len(index):
-        raise ValueError(f"heads must not repeat a head, got {list(index)}")
+        raise ValueError(f"heads must be different query heads, got {list(index)}")
     return _head_rows(index, q)
 
 
@@ -192,7 +192,7 @@ def _head(head: Any, n_heads: int) -> int:
     try:
         index = as_int("heads", head)
     except TypeError as error:
-        raise TypeError(f"heads must hold integers, got {head!r}") from error
+        raise TypeError(f"heads must be integers, got {head!r}") from error
     if not 0 <= index < n_heads:
         raise ValueError(f"heads must be query-head indices in 0..{n_heads - 1}, got {index}")
     return index
@@ -231,7 +231,7 @@ def _check_window_size(window_size: tuple[int, int]) -> int:
         raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
     left, right = (check_int(f"window_size[{i}]", w, -1) for i, w in enumerate(window_size))
     if not holds(right <= 0):
-        raise ValueError(f"window_size[1] must be -1 or 0: the measures are of causal attention, got {right}")
+        raise ValueError(f"window_size[1] must be -1 or 0, got {right}: the measures are of causal attention")
     return left
 
 

@@ -134,7 +134,7 @@ def _dense_attention(
 
 def _check_per_head(per_head: bool) -> bool:
     if not isinstance(per_head, bool):
-        raise TypeError(f"per_head must be a bool, got {type(per_head).__name__}")
+        raise TypeError(f"per_head must be a bool, got {type(per_head).__name__} {per_head!r}")
     return per_head
 
 
@@ -321,11 +321,11 @@ def _check_v(v: Tensor, q: Tensor, k: Tensor) -> None:
     check_tensor("v", v)
     if not same_shape(v.shape[:-1], k.shape[:-1]):
         raise ValueError(
-            f"v must have the layout of k but for the head size, {tuple(k.shape[:-1])}, got {tuple(v.shape)}"
+            f"v must be of the layout of k but for the head size, {tuple(k.shape[:-1])}, got {tuple(v.shape)}"
         )
     if not (holds(v.shape[-1] >= 1) and holds(v.shape[-1] <= MAX_HEAD_SIZE)):
-        raise ValueError(f"v must have a head size of 1 to {MAX_HEAD_SIZE}, got {v.shape[-1]}")
+        raise ValueError(f"v must be of a head size from 1 to {MAX_HEAD_SIZE}, got {v.shape[-1]}")
     if v.dtype != q.dtype:
-        raise TypeError(f"v must have the dtype of q, {q.dtype}, got {v.dtype}")
+        raise TypeError(f"v must be of the dtype of q, {q.dtype}, got {v.dtype}")
     if v.device != q.device:
         raise ValueError(f"v must be on the device of q, {q.device}, got {v.device}")

@@ -43,8 +43,9 @@ def sequence_table(
     if cu_seqlens is None:
         seqs = _padded_table(seq_start, seq_end, response_start, q)
     elif seq_start is not None or seq_end is not None:
-        name = "seq_start" if seq_start is not None else "seq_end"
-        raise ValueError(f"{name} is for padded input: it must be None where cu_seqlens is given")
+        name, given = ("seq_end", seq_end) if seq_start is None else ("seq_start", seq_start)
+        shape = tuple(check_tensor(name, given).shape)
+        raise ValueError(f"{name} must be None beside cu_seqlens, got shape {shape}: it is for padded input")
     else:
         seqs = _packed_table(cu_seqlens, response_start, length, q.device)
     return SequenceTable(seqs, _check_max_seqlen(max_seqlen, cu_seqlens, seqs, length), cu_seqlens is not None)
@@ -84,7 +85,7 @@ def _padded_table(seq_start: Tensor | None, seq_end: Tensor | None, response_sta
             bad = (value < 0) | (value > length)
             if bool(bad.any()):
                 at = int(bad.nonzero()[0])
-                raise ValueError(f"{name} must be in 0..{length}, got {int(value[at])} in row {at}")
+                raise ValueError(f"{name} must be in 0..{length}, got {int(value[at])} in batch row {at}")
     if all(value is None for value in given.values()):
         return plain
     row, zero, full, _ = plain.unbind(1)
@@ -93,7 +94,8 @@ def _padded_table(seq_start: Tensor | None, seq_end: Tensor | None, response_sta
     )
     if seq_start is not None and readable(start) and readable(end) and bool((end < start).any()):
         at = int((end < start).nonzero()[0])
-        raise ValueError(f"seq_end must not lie before seq_start, got {int(end[at])} < {int(start[at])} in row {at}")
+        low = int(start[at])
+        raise ValueError(f"seq_end must be at least seq_start, {low}, got {int(end[at])} in batch row {at}")
     # Of each column a triple (value, least, greatest), clamped in one launch. Values on a GPU are not read: they are
     # brought into the row first, and a sequence that would end before its start becomes empty at its end.
     triples = [row, row, row, start, zero, end, end, end, end, first, start, end]
@@ -114,10 +116,11 @@ def _packed_table(cu_seqlens: Tensor | None, response_start: Tensor | None, tota
         values = cu.tolist()
         if values[0] != 0 or values[-1] > total:
             raise ValueError(
-                f"cu_seqlens must run from 0 to at most the total of {total} tokens, got {values[0]}..{values[-1]}"
+                f"cu_seqlens must be from 0 to at most the total of {total} tokens, got {values[0]}..{values[-1]}"
             )
-        if any(a > b for a, b in itertools.pairwise(values)):
-            raise ValueError("cu_seqlens must not decrease")
+        falls = next(((a, b) for a, b in itertools.pairwise(values) if a > b), None)
+        if falls:
+            raise ValueError(f"cu_seqlens must be ascending, got {falls[0]} before {falls[1]}")
     bounds = torch.cummax(cu.clamp(0, total), dim=0).values
     start, end = bounds[:-1], bounds[1:]
     zero = torch.zeros_like(start)

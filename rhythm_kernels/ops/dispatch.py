@@ -72,7 +72,7 @@ def choose(pass_name: str, backend: str | None, device: torch.device) -> str:
         return next((name for name in usable if _has(name, pass_name)), "torch")
     reason = _unusable(backend, device) or _lacks(backend, pass_name, device)
     if reason:
-        raise ValueError(f"backend={backend!r} cannot run {pass_name} on {device.type} tensors: {reason}")
+        raise ValueError(f"backend must be one that runs {pass_name} on {device.type} tensors, got {backend!r}: {reason}")
     return backend
 
 
@@ -97,7 +97,7 @@ def run(pass_name: str, backend: str | None, args: Sequence[Any], fold: Callable
     device = args[0].device
     chosen = choose(pass_name.removesuffix("_backward"), backend, device)
     if chosen not in _ROOMS:
-        raise ValueError(f"backend={backend!r} has no operators: it is for the functions of rhythm_kernels")
+        raise ValueError(f"backend must be one that has operators, got {backend!r}: it is for the functions of rhythm_kernels")
     # To leave autocast costs more than to ask whether it is on, which it hardly ever is here.
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
