@@ -36,9 +36,7 @@ Equation numbers are those of arXiv 2510.13554v2.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,49 +46,17 @@ from typing_extensions import Unpack  # comes with torch; of typing since Python
 from . import ops, passes, reference
 from .arguments import check_horizon, check_int, check_tensor, check_window, holds, same_shape
 from .canonical import MAX_HEAD_SIZE, Canonical, canonical
+from .options import Options, check_names, spelled_out
 from .reference import AttentionStats, ColumnMoments
 
 __all__ = ["attention_lse", "attention_with_rhythm", "column_moments", "fai", "span", "waad"]
-
-
-class Options(TypedDict, total=False):
-    """What every function here takes besides, by keyword; the defaults are those of :func:`.canonical.canonical`."""
-
-    heads: Tensor | Sequence[int] | None
-    softmax_scale: float | None
-    window_size: tuple[int, int]
-    softcap: float
-    sinks: Tensor | None
-    alibi_slopes: Tensor | None
-    cu_seqlens: Tensor | None
-    max_seqlen: int | Tensor | None
-    seq_start: Tensor | None
-    seq_end: Tensor | None
-    response_start: Tensor | None
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-_OPTIONS = [x for x in inspect.signature(canonical).parameters.values() if x.name in Options.__annotations__]
-
-
-def _with_options(function: _Function) -> _Function:
-    """The same function, whose signature spells the options out for `help()` and for editors that ask at run time."""
-    signature = inspect.signature(function)
-    named = [x for x in signature.parameters.values() if x.kind != inspect.Parameter.VAR_KEYWORD]
-    last = [x for x in named if x.name in ("per_head", "backend")]
-    parameters = [x for x in named if x not in last] + _OPTIONS + last
-    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {x.name: x.annotation for x in parameters} | {"return": signature.return_annotation}
-    return function
 
 
 def _canonical(
     function: str, pass_name: str, backend: str | None, q: Tensor, k: Tensor, lse: Tensor | None, options: Options
 ) -> Canonical:
     """Canonical form of the arguments of `function`, once it is sure that `backend` can run `pass_name`."""
-    for name in options:
-        if name not in Options.__annotations__:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    check_names(function, options)
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
     form = canonical(q, k, lse, double=backend == "reference", **options)
@@ -138,7 +104,7 @@ def _check_per_head(per_head: bool) -> bool:
     return per_head
 
 
-@_with_options
+@spelled_out(Options)
 def waad(
     q: Tensor,
     k: Tensor,
@@ -164,7 +130,7 @@ def waad(
     return passes.waad(form, window, per_head, backend)
 
 
-@_with_options
+@spelled_out(Options)
 def fai(
     q: Tensor,
     k: Tensor,
@@ -192,7 +158,7 @@ def fai(
     return passes.fai(form, (lo, hi), per_head, backend)
 
 
-@_with_options
+@spelled_out(Options)
 def span(
     q: Tensor,
     k: Tensor,
@@ -217,7 +183,7 @@ def span(
     return passes.span(form, per_head, backend)
 
 
-@_with_options
+@spelled_out(Options)
 def column_moments(
     q: Tensor,
     k: Tensor,
@@ -245,7 +211,7 @@ def column_moments(
     return passes.column_moments(form, min_distance, per_head, backend)
 
 
-@_with_options
+@spelled_out(Options)
 def attention_lse(q: Tensor, k: Tensor, *, backend: str | None = None, **options: Unpack[Options]) -> Tensor:
     """Natural log-sum-exp of each response row, sinks included, where no FlashAttention returned one.
 
@@ -259,7 +225,7 @@ def attention_lse(q: Tensor, k: Tensor, *, backend: str | None = None, **options
     return passes.attention_lse(form, backend)
 
 
-@_with_options
+@spelled_out(Options)
 def attention_with_rhythm(
     q: Tensor,
     k: Tensor,

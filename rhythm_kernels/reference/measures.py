@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack  # comes with torch; of typing since Python 3.11
 
+from ..options import DEFAULTS, Options, check_names, spelled_out
 from . import formulas
 from .formulas import ColumnMoments, widen
 
@@ -23,53 +23,19 @@ class AttentionStats(NamedTuple):
     span: Tensor
 
 
-class Layout(TypedDict, total=False):
-    """What every function here takes by keyword, the score rule and where the sequences are."""
+class MeasureLayout(Options, total=False):
+    """What a measure takes by keyword: the shared arguments, and whether results are per head or their mean."""
 
-    heads: Tensor | Sequence[int] | None
-    softmax_scale: float | None
-    window_size: tuple[int, int]
-    softcap: float
-    sinks: Tensor | None
-    alibi_slopes: Tensor | None
-    cu_seqlens: Tensor | None
-    max_seqlen: int | None
-    seq_start: Tensor | None
-    seq_end: Tensor | None
-    response_start: Tensor | None
-
-
-class MeasureLayout(Layout, total=False):
     per_head: bool
 
 
-_DEFAULTS = dict.fromkeys(MeasureLayout.__annotations__) | {"window_size": (-1, -1), "softcap": 0.0, "per_head": False}
 _RULE = ("softmax_scale", "window_size", "softcap", "sinks", "alibi_slopes")
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _spelled_out(layout: type) -> Callable[[_Function], _Function]:
-    """Has `help`, completion and `inspect.signature` show each argument of `**layout`; the function stays as it is."""
-
-    def show(function: _Function) -> _Function:
-        signature = inspect.signature(function)
-        parameters = list(signature.parameters.values())[:-1]
-        for name, annotation in layout.__annotations__.items():
-            kind, text = inspect.Parameter.KEYWORD_ONLY, getattr(annotation, "__forward_arg__", annotation)
-            parameters.append(inspect.Parameter(name, kind, default=_DEFAULTS[name], annotation=text))
-        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        function.__annotations__ = {x.name: x.annotation for x in parameters} | {"return": signature.return_annotation}
-        return function
-
-    return show
 
 
 def _complete(name: str, layout: Any, takes: type = MeasureLayout) -> dict[str, Any]:
     """`layout` with its defaults; what `takes` does not have is an error of the function called `name`."""
-    for argument in layout:
-        if argument not in takes.__annotations__:
-            raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
-    return _DEFAULTS | layout
+    check_names(name, layout, takes)
+    return DEFAULTS | layout
 
 
 class _Live(NamedTuple):
@@ -180,7 +146,7 @@ def _measured(
     return out.select(len(planes), 0) if layout["cu_seqlens"] is not None else out
 
 
-@_spelled_out(MeasureLayout)
+@spelled_out(MeasureLayout)
 def waad(
     q: Tensor, k: Tensor, lse: Tensor | None = None, *, window: int = 10, **layout: Unpack[MeasureLayout]
 ) -> Tensor:
@@ -188,7 +154,7 @@ def waad(
     return _measured(lambda x: formulas.waad(x.maps, x.distance, window), _complete("waad", layout), q, k, lse)
 
 
-@_spelled_out(MeasureLayout)
+@spelled_out(MeasureLayout)
 def fai(
     q: Tensor,
     k: Tensor,
@@ -204,13 +170,13 @@ def fai(
     return _measured(lambda x: formulas.fai(x.maps, x.future(*horizon)), _complete("fai", layout), q, k, lse)
 
 
-@_spelled_out(MeasureLayout)
+@spelled_out(MeasureLayout)
 def span(q: Tensor, k: Tensor, lse: Tensor | None = None, **layout: Unpack[MeasureLayout]) -> Tensor:
     """Average attention distance of each token, `sum_s A[t, s] (t - s)`; its mean over R is eq. 7."""
     return _measured(lambda x: formulas.span(x.maps, x.distance), _complete("span", layout), q, k, lse)
 
 
-@_spelled_out(MeasureLayout)
+@spelled_out(MeasureLayout)
 def column_moments(
     q: Tensor, k: Tensor, lse: Tensor | None = None, *, min_distance: int = 4, **layout: Unpack[MeasureLayout]
 ) -> ColumnMoments:
@@ -223,14 +189,14 @@ def column_moments(
     return ColumnMoments(*_measured(formula, _complete("column_moments", layout), q, k, lse, planes=planes))
 
 
-@_spelled_out(Layout)
-def attention_lse(q: Tensor, k: Tensor, **layout: Unpack[Layout]) -> Tensor:
+@spelled_out(Options)
+def attention_lse(q: Tensor, k: Tensor, **layout: Unpack[Options]) -> Tensor:
     """Natural log of each row's softmax denominator, `(B, H_selected, T)`; `-inf` on rows without keys."""
-    arguments = _complete("attention_lse", layout, Layout) | {"per_head": True}
+    arguments = _complete("attention_lse", layout, Options) | {"per_head": True}
     return _measured(lambda x: x.own_lse, arguments, q, k, fill=-math.inf)
 
 
-@_spelled_out(MeasureLayout)
+@spelled_out(MeasureLayout)
 def attention_with_rhythm(
     q: Tensor, k: Tensor, v: Tensor, *, window: int = 10, **layout: Unpack[MeasureLayout]
 ) -> tuple[Tensor, Tensor, AttentionStats]:

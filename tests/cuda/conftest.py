@@ -26,14 +26,14 @@ def bands() -> Emulated:
 def cuda_on_cpu(bands: Emulated, monkeypatch: pytest.MonkeyPatch) -> Emulated:
     """Backend "cuda" serves CPU tensors: the bands by the emulated kernels, the other passes by tile-wise torch."""
     emulated = Passes(bands)
-    room = SimpleNamespace(**vars(tiled_torch) | {x: getattr(emulated, x) for x in ("band_rows", "band_columns")})
-    choose, room_of = dispatch.choose, dispatch._room
+    module = SimpleNamespace(**vars(tiled_torch) | {x: getattr(emulated, x) for x in ("band_rows", "band_columns")})
+    choose, module_of = dispatch.choose, dispatch._module
 
     def choose_cuda(pass_name: str, backend: str | None, device: torch.device) -> str:
         return "cuda" if backend == "cuda" else choose(pass_name, backend, device)
 
     monkeypatch.setattr(ops, "choose", choose_cuda)
     monkeypatch.setattr(dispatch, "choose", choose_cuda)
-    monkeypatch.setattr(dispatch, "_room", lambda backend: room if backend == "cuda" else room_of(backend))
+    monkeypatch.setattr(dispatch, "_module", lambda backend: module if backend == "cuda" else module_of(backend))
     bands.set_order("forward")
     return bands
