@@ -50,8 +50,8 @@ def sequence_table(
         seqs = _padded_table(seq_start, seq_end, response_start, q)
     elif seq_start is not None or seq_end is not None:
         name, given = ("seq_end", seq_end) if seq_start is None else ("seq_start", seq_start)
-        shape = tuple(check_tensor(name, given).shape)
-        raise ValueError(f"{name} must be None beside cu_seqlens, got shape {shape}: it is for padded input")
+        kind = type(given).__name__
+        raise ValueError(f"{name} must be None beside cu_seqlens, got a {kind}: it is for padded input")
     else:
         seqs = _packed_table(cu_seqlens, response_start, length, q.device)
     return SequenceTable(seqs, _check_max_seqlen(max_seqlen, cu_seqlens, seqs, length), cu_seqlens is not None)

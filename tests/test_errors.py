@@ -97,7 +97,7 @@ WRONG = [
     ({"max_seqlen": 5, "seq_start": torch.tensor([2, 4], dtype=INT)}, ValueError,
      "max_seqlen must be at least the longest sequence's 7 tokens, got 5"),
     ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU, "seq_end": CU[1:]}, ValueError,
-     r"seq_end must be None beside cu_seqlens, got shape \(2,\): it is for padded input"),
+     "seq_end must be None beside cu_seqlens, got a Tensor: it is for padded input"),
     ({"cu_seqlens": CU}, ValueError, r"q must be \(total, heads, head_dim\) with cu_seqlens, got shape"),
     ({"per_head": 1}, TypeError, "per_head must be a bool, got int 1"),
     ({"backend": "cublas"}, ValueError, "backend must be one of .*'torch'.* got 'cublas'"),

@@ -1,4 +1,4 @@
-"""The formulas over batches: the live sequences of a padded or packed batch, their heads and their responses."""
+"""The formulas for a padded or packed batch: applied to each sequence, its selected heads and its response."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .formulas import ColumnMoments, widen
 
 
 class AttentionStats(NamedTuple):
-    """WAAD (eq. 9) and span (the summand of eq. 7) per token, beside an attention output."""
+    """WAAD (eq. 9) and span (the summand of eq. 7) per token, as :func:`attention_with_rhythm` returns them."""
 
     waad: Tensor
     span: Tensor
@@ -33,21 +33,21 @@ _RULE = ("softmax_scale", "window_size", "softcap", "sinks", "alibi_slopes")
 
 
 def _complete(name: str, layout: Any, takes: type = MeasureLayout) -> dict[str, Any]:
-    """`layout` with its defaults; what `takes` does not have is an error of the function called `name`."""
+    """`layout` with the defaults filled in; an argument that `takes` lacks is a TypeError of the function `name`."""
     check_names(name, layout, takes)
     return DEFAULTS | layout
 
 
-class _Live(NamedTuple):
-    """One live sequence, as the formulas take it."""
+class _Sequence(NamedTuple):
+    """One sequence, as the formulas take it."""
 
     q: Tensor  # (n, H, D)
     k: Tensor  # (n, H_kv, D)
     lse: Tensor | None  # (H, n)
-    at: tuple[int | slice, ...]  # where the sequence lies in q, k and v
+    at: tuple[int | slice, ...]  # the index of its tokens in q, k and v
     rule: dict[str, Any]
-    heads: Tensor | slice  # those that are measured, (Hs,)
-    response: Tensor  # (n,) bool: rows of the response R
+    heads: Tensor | slice  # (Hs,), those that are measured
+    response: Tensor  # (n,) bool, whether a token is in the response R
 
     @property
     def maps(self) -> Tensor:
@@ -70,8 +70,8 @@ class _Live(NamedTuple):
         return formulas.future(self.distance, self.response, lo, hi)
 
 
-def _spans(batch: int, length: int, layout: dict[str, Any]) -> list[tuple[int, int, int, int]]:
-    """Each sequence's row, live range and first response token, `start <= response <= end`, all counted in the row."""
+def _table(batch: int, length: int, layout: dict[str, Any]) -> list[tuple[int, int, int, int]]:
+    """The sequence table: batch row, start, end and response start, which is clamped to `start <= ... <= end`."""
     cu_seqlens, response = layout["cu_seqlens"], layout["response_start"]
     if cu_seqlens is not None:
         bounds = [min(max(int(x), 0), length) for x in cu_seqlens]
@@ -83,11 +83,11 @@ def _spans(batch: int, length: int, layout: dict[str, Any]) -> list[tuple[int, i
     first = [0] * len(ranges) if response is None else [int(x) for x in response]
     if cu_seqlens is not None:
         first = [f + start for f, (_, start, _) in zip(first, ranges, strict=True)]
-    return [(row, start, end, min(max(f, start), end)) for (row, start, end), f in zip(ranges, first, strict=True)]
+    return [(b, start, end, min(max(f, start), end)) for (b, start, end), f in zip(ranges, first, strict=True)]
 
 
-def _rows(
-    formula: Callable[[_Live], Tensor],
+def _batch_rows(
+    formula: Callable[[_Sequence], Tensor],
     blank: Callable[[int], Tensor],
     layout: dict[str, Any],
     q: Tensor,
@@ -96,10 +96,8 @@ def _rows(
     *,
     dim: int = -1,
 ) -> list[Tensor]:
-    """Of every row of the batch (one, where it is packed): `formula` of each sequence, and `blank(n)` between them.
-
-    `dim` is the axis of tokens of what the two return.
-    """
+    """For each batch row (one, where the batch is packed): `formula(sequence)` of its sequences, joined along `dim`,
+    their dimension of tokens, with `blank(n)` for n tokens before, between and after the sequences."""
     packed = layout["cu_seqlens"] is not None
     batch, length = (1, len(q)) if packed else q.shape[:2]
     heads: Tensor | slice = slice(None)
@@ -107,22 +105,22 @@ def _rows(
         heads = torch.as_tensor(layout["heads"], device=q.device, dtype=torch.int64).reshape(-1)
     rule = {name: layout[name] for name in _RULE}
     pieces: list[list[Tensor]] = [[] for _ in range(batch)]
-    done = [0] * batch  # tokens of each row that its pieces cover
+    done = [0] * batch  # how many tokens of each batch row its pieces cover
     slopes = rule["alibi_slopes"]
-    for i, (row, start, end, first) in enumerate(_spans(batch, length, layout)):
+    for i, (b, start, end, first) in enumerate(_table(batch, length, layout)):
         if end > start:
-            at = (slice(start, end),) if packed else (row, slice(start, end))
+            at = (slice(start, end),) if packed else (b, slice(start, end))
             response = torch.arange(start, end, device=q.device) >= first
-            row_lse = None if lse is None else lse[(*at[:-1], slice(None), at[-1])]
+            own_lse = None if lse is None else lse[(*at[:-1], slice(None), at[-1])]
             own = rule if slopes is None or slopes.dim() == 1 else rule | {"alibi_slopes": slopes[i]}
-            values = formula(_Live(q[at], k[at], row_lse, at, own, heads, response))
-            pieces[row] += [blank(start - done[row]), values]
-            done[row] = end
-    return [torch.cat([*row, blank(length - n)], dim) for row, n in zip(pieces, done, strict=True)]
+            values = formula(_Sequence(q[at], k[at], own_lse, at, own, heads, response))
+            pieces[b] += [blank(start - done[b]), values]
+            done[b] = end
+    return [torch.cat([*piece, blank(length - n)], dim) for piece, n in zip(pieces, done, strict=True)]
 
 
 def _measured(
-    formula: Callable[[_Live], Tensor],
+    formula: Callable[[_Sequence], Tensor],
     layout: dict[str, Any],
     q: Tensor,
     k: Tensor,
@@ -131,17 +129,17 @@ def _measured(
     planes: tuple[int, ...] = (),
     fill: float = 0.0,
 ) -> Tensor:
-    """`formula(sequence) -> (*planes, Hs, n)` of the response rows, and `fill` elsewhere, laid out as the inputs are.
+    """`formula(sequence)`, `(*planes, Hs, n)`, at the response's tokens and `fill` at all others.
 
-    `(*planes, B, [Hs,] T)`, without `B` where the batch is packed.
+    Returns `(*planes, B, [Hs,] T)`, without `B` where the batch is packed, and without `Hs` where the mean is asked.
     """
     heads = q.shape[-2] if layout["heads"] is None else torch.as_tensor(layout["heads"]).numel()
 
     def blank(n: int) -> Tensor:
         return widen(q).new_full((*planes, heads, n), fill)
 
-    rows = _rows(lambda x: torch.where(x.response, formula(x), fill), blank, layout, q, k, lse)
-    out = torch.stack(rows, len(planes))
+    batch_rows = _batch_rows(lambda x: torch.where(x.response, formula(x), fill), blank, layout, q, k, lse)
+    out = torch.stack(batch_rows, len(planes))
     out = out if layout["per_head"] else out.mean(dim=-2)
     return out.select(len(planes), 0) if layout["cu_seqlens"] is not None else out
 
@@ -180,9 +178,9 @@ def span(q: Tensor, k: Tensor, lse: Tensor | None = None, **layout: Unpack[Measu
 def column_moments(
     q: Tensor, k: Tensor, lse: Tensor | None = None, *, min_distance: int = 4, **layout: Unpack[MeasureLayout]
 ) -> ColumnMoments:
-    """Moments of `A[t, s]` over the response rows `t >= s + min_distance` (what receiver heads are found by)."""
+    """Moments of `A[t, s]` over the response rows `t >= s + min_distance`, which find receiver heads."""
 
-    def formula(x: _Live) -> Tensor:
+    def formula(x: _Sequence) -> Tensor:
         return torch.stack(formulas.moments(x.maps, x.future(min_distance)))
 
     planes = (len(ColumnMoments._fields),)
@@ -191,7 +189,7 @@ def column_moments(
 
 @spelled_out(Options)
 def attention_lse(q: Tensor, k: Tensor, **layout: Unpack[Options]) -> Tensor:
-    """Natural log of each row's softmax denominator, `(B, H_selected, T)`; `-inf` on rows without keys."""
+    """The natural log of each row's softmax denominator, `(B, H_selected, T)`; `-inf` outside of the response."""
     arguments = _complete("attention_lse", layout, Options) | {"per_head": True}
     return _measured(lambda x: x.own_lse, arguments, q, k, fill=-math.inf)
 
@@ -200,9 +198,9 @@ def attention_lse(q: Tensor, k: Tensor, **layout: Unpack[Options]) -> Tensor:
 def attention_with_rhythm(
     q: Tensor, k: Tensor, v: Tensor, *, window: int = 10, **layout: Unpack[MeasureLayout]
 ) -> tuple[Tensor, Tensor, AttentionStats]:
-    """Causal attention `out (B, T, H, D_v)` (differentiable), `lse (B, H, T)` and the statistics of `heads`.
+    """Causal attention `out (B, T, H, D_v)`, differentiable; `lse (B, H, T)`; WAAD and span of `heads`.
 
-    `out` and `lse` cover every live row; the statistics the response rows alone.
+    `out` and `lse` are of every live token and all heads, WAAD and span of the response alone.
     """
     arguments = _complete("attention_with_rhythm", layout)
     whole = arguments | {"heads": None, "response_start": None, "per_head": True}
@@ -210,9 +208,9 @@ def attention_with_rhythm(
     def blank(n: int) -> Tensor:
         return widen(q).new_zeros(n, q.shape[-2], v.shape[-1])
 
-    out = torch.stack(_rows(lambda x: formulas.attention(x.maps, v[x.at]), blank, whole, q, k, dim=0))
+    out = torch.stack(_batch_rows(lambda x: formulas.attention(x.maps, v[x.at]), blank, whole, q, k, dim=0))
     out = out[0] if whole["cu_seqlens"] is not None else out
-    # A sum of nothing: where no row is live, out has gradients all the same, which are 0.
+    # Adds 0, an empty sum: where no token is live, out still has gradients, which are 0.
     out = out + sum(widen(x[:0]).sum() for x in (q, k, v))
     measured = q.detach(), k.detach()
     lse = _measured(lambda x: x.own_lse, whole, *measured, fill=-math.inf)
