@@ -38,7 +38,7 @@ def visible(distance: Tensor, window_size: tuple[int, int] = (-1, -1)) -> Tensor
     """`(n, n)` bool: whether query t sees key s."""
     seen = distance >= 0
     if window_size[0] >= 0:
-        seen &= distance <= min(window_size[0], len(distance))
+        seen &= distance <= min(window_size[0], distance.shape[-1])
     return seen
 
 
@@ -53,12 +53,13 @@ def logits(
 ) -> Tensor:
     """The score rule: `q (n, H, D), k (n, H_kv, D) -> x (H, n, n)`, `-inf` where s is not visible to t.
 
-    `alibi_slopes (H,)`: each head's slope (ALiBi, arXiv 2108.12409), without a gradient.
+    q may be the last rows of the sequence alone, `(rows, H, D)`; x is then `(H, rows, n)`. `alibi_slopes (H,)`: each
+    head's slope (ALiBi, arXiv 2108.12409), without a gradient.
     """
-    n, heads, dim = q.shape
+    rows, heads, dim = q.shape
     scale = dim**-0.5 if softmax_scale is None else softmax_scale
     keys = widen(k).repeat_interleave(heads // k.shape[1], dim=1)
-    distance = distances(n, q.device)
+    distance = distances(len(k), q.device, len(k) - rows)
     with torch.autocast(q.device.type, enabled=False):
         x = torch.einsum("thd,shd->hts", widen(q), keys) * scale
     if softcap > 0:
