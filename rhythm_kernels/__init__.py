@@ -13,11 +13,13 @@ from . import reference
 from .functional import attention_lse, attention_with_rhythm, column_moments, fai, span, waad
 from .ops import backends
 from .reference import AttentionStats, ColumnMoments
+from .settings import RhythmSettings
 
 if TYPE_CHECKING:
     from .backend.extension import build_info
     from .credit import rhythm_credit, shape_advantages
     from .heads import HeadGroups
+    from .measured_credit import RhythmCredit
     from .probe import RhythmProbe, head_groups
 
 __version__ = "0.1.0"
@@ -26,7 +28,9 @@ __all__ = [
     "AttentionStats",
     "ColumnMoments",
     "HeadGroups",
+    "RhythmCredit",
     "RhythmProbe",
+    "RhythmSettings",
     "attention_lse",
     "attention_with_rhythm",
     "backends",
@@ -43,6 +47,7 @@ __all__ = [
 
 _LAZY = {
     "HeadGroups": "heads",
+    "RhythmCredit": "measured_credit",
     "RhythmProbe": "probe",
     "build_info": "backend.extension",
     "head_groups": "probe",

@@ -8,21 +8,15 @@ arXiv 2510.13554v2; what the paper leaves open is marked "ours". The definition,
 
 from __future__ import annotations
 
-import math
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from . import ops, reference
 from .arguments import check_int, check_number, check_tensor, holds, readable, same_shape
+from .settings import CreditMode, RhythmSettings, Sign, check_amounts, check_mode, check_sign
 
-__all__ = ["CREDIT_MODES", "SIGNS", "CreditMode", "Sign", "rhythm_credit", "shape_advantages"]
+__all__ = ["rhythm_credit", "shape_advantages"]
 
-CreditMode = Literal["local", "global", "coupled", "random", "entropy", "uniform"]
-CREDIT_MODES: tuple[str, ...] = get_args(CreditMode)
-Sign = Literal["both", "positive", "negative"]
-SIGNS: tuple[str, ...] = get_args(Sign)
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATING)
 
@@ -31,11 +25,11 @@ def rhythm_credit(
     waad: Tensor,
     fai: Tensor,
     response_mask: Tensor,
-    mode: CreditMode = "coupled",
-    gamma_amp: float = 1.5,
-    top: float = 0.4,
-    alpha: float = 0.5,
-    neighbors: int = 3,
+    mode: CreditMode = RhythmSettings.mode,
+    gamma_amp: float = RhythmSettings.gamma_amp,
+    top: float = RhythmSettings.top,
+    alpha: float = RhythmSettings.alpha,
+    neighbors: int = RhythmSettings.neighbors,
     *,
     bottom: bool = False,
     entropy: Tensor | None = None,
@@ -97,9 +91,11 @@ def rhythm_credit(
     tau_waad, tau_delta = (
         None if x is None else check_number(name, x) for name, x in (("tau_waad", tau_waad), ("tau_delta", tau_delta))
     )
-    _check_options(mode, gamma_amp, top, alpha, bottom, generator, tau_waad, tau_delta, backend)
+    check_mode(mode)
+    check_amounts(gamma_amp, top, alpha)
+    _check_options(bottom, generator, tau_waad, tau_delta, backend)
     if mode == "entropy" and entropy is None:
-        raise ValueError('entropy is None: mode="entropy" needs it as a (B, T) tensor')
+        raise ValueError('entropy must be a (B, T) tensor for mode="entropy", got None')
     if not torch.compiler.is_compiling():
         ops.choose("credit", backend, waad.device)
     if backend == "reference":
@@ -152,7 +148,7 @@ def rhythm_credit(
         )
 
 
-def shape_advantages(advantages: Tensor, gamma: Tensor, sign: Sign = "both") -> Tensor:
+def shape_advantages(advantages: Tensor, gamma: Tensor, sign: Sign = RhythmSettings.sign) -> Tensor:
     """The shaped advantage of eq. 13: `advantages * gamma`; `gamma = 1` changes no bit.
 
     Args:
@@ -171,15 +167,15 @@ def shape_advantages(advantages: Tensor, gamma: Tensor, sign: Sign = "both") -> 
         check_tensor(name, x)
         _check_floating(name, x)
     if gamma.dim() != 2:
-        raise ValueError(f"gamma has shape {tuple(gamma.shape)}: it must be (B, T)")
+        raise ValueError(f"gamma must be (B, T), got shape {tuple(gamma.shape)}")
     if not same_shape(advantages.shape, gamma.shape[: 2 if advantages.dim() == 2 else 1]):
         raise ValueError(
-            f"advantages has shape {tuple(advantages.shape)}: it must be (B,) or (B, T) "
-            f"where gamma has {tuple(gamma.shape)}"
+            f"advantages must be (B,) or (B, T) where gamma has shape {tuple(gamma.shape)}, got shape "
+            f"{tuple(advantages.shape)}"
         )
     check_sign(sign)
     if advantages.device != gamma.device:
-        raise ValueError(f"advantages is on {advantages.device}: it must be where gamma is, on {gamma.device}")
+        raise ValueError(f"advantages must be where gamma is, on {gamma.device}, got one on {advantages.device}")
     advantages, gamma = advantages.detach(), gamma.detach()
     if advantages.dim() == 1:
         advantages = advantages[:, None]
@@ -187,12 +183,6 @@ def shape_advantages(advantages: Tensor, gamma: Tensor, sign: Sign = "both") -> 
     if sign == "both":
         return shaped
     return torch.where((advantages >= 0) == (sign == "positive"), shaped, advantages)
-
-
-def check_sign(sign: object, name: str = "sign") -> None:
-    """Which advantages gamma scales: one of `SIGNS`, else an error that calls it `name`."""
-    if sign not in SIGNS:
-        raise ValueError(f"{name} is {sign!r}: it must be one of {', '.join(SIGNS)}")
 
 
 def _check_measures(waad: Tensor, fai: Tensor, response_mask: Tensor, entropy: Tensor | None) -> None:
@@ -204,49 +194,37 @@ def _check_measures(waad: Tensor, fai: Tensor, response_mask: Tensor, entropy: T
         if name != "response_mask":
             _check_floating(name, x)
         if name == "waad" and (x.dim() != 2 or not all(holds(size > 0) for size in x.shape)):
-            raise ValueError(f"waad has shape {tuple(x.shape)}: it must be (B, T) with B >= 1 and T >= 1")
+            raise ValueError(f"waad must be (B, T) with B >= 1 and T >= 1, got shape {tuple(x.shape)}")
         if not same_shape(x.shape, waad.shape):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be that of waad, {tuple(waad.shape)}")
+            raise ValueError(f"{name} must have the shape of waad, {tuple(waad.shape)}, got shape {tuple(x.shape)}")
         if x.device != waad.device:
-            raise ValueError(f"{name} is on {x.device}: it must be where waad is, on {waad.device}")
+            raise ValueError(f"{name} must be where waad is, on {waad.device}, got one on {x.device}")
     if response_mask.dtype not in _MASKS:
-        raise TypeError(f"response_mask is {response_mask.dtype}: it must be bool, or 0 and 1")
+        raise TypeError(f"response_mask must be bool, or 0 and 1, got {response_mask.dtype}")
     if response_mask.dtype != torch.bool and readable(response_mask):
         strange = response_mask[(response_mask != 0) & (response_mask != 1)]
         if strange.numel():
-            raise ValueError(f"response_mask holds {strange[0].item()}: it must hold 0 and 1 only")
+            raise ValueError(f"response_mask must hold 0 and 1 only, got {strange[0].item()}")
 
 
 def _check_floating(name: str, x: Tensor) -> None:
     if x.dtype not in _FLOATING:
-        raise TypeError(f"{name} is {x.dtype}: it must be floating point of 16, 32 or 64 bits")
+        raise TypeError(f"{name} must be floating point of 16, 32 or 64 bits, got {x.dtype}")
 
 
 def _check_options(
-    mode: str,
-    gamma_amp: float,
-    top: float,
-    alpha: float,
     bottom: bool,
     generator: torch.Generator | None,
     tau_waad: float | None,
     tau_delta: float | None,
     backend: str | None,
 ) -> None:
-    if not isinstance(mode, str) or mode not in CREDIT_MODES:
-        raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(CREDIT_MODES)}")
-    for name, value in (("gamma_amp", gamma_amp), ("tau_waad", tau_waad), ("tau_delta", tau_delta)):
+    for name, value in (("tau_waad", tau_waad), ("tau_delta", tau_delta)):
         if value is not None and value != value:  # not math.isnan, which a compiler cannot trace for a changing float
-            raise ValueError(f"{name} is nan: it must be a number")
-    if not 0 < gamma_amp < math.inf:
-        raise ValueError(f"gamma_amp is {gamma_amp}: it must be above 0 and finite")
-    if not 0 < top <= 1:
-        raise ValueError(f"top is {top}: it must be above 0 and at most 1")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}: it must be from 0 to 1")
+            raise ValueError(f"{name} must be a number, got nan")
     if not isinstance(bottom, bool):
-        raise TypeError(f"bottom is {bottom!r}: it must be a bool")
+        raise TypeError(f"bottom must be a bool, got {bottom!r}")
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a str or None, got {type(backend).__name__}")
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator is a {type(generator).__name__}: it must be a torch.Generator or None")
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")

@@ -54,6 +54,7 @@ from .arguments import check_horizon, check_int, check_tensor, check_window, hol
 from .canonical import MAX_HEAD_SIZE, Canonical, canonical
 from .options import Options, check_names, spelled_out
 from .reference import AttentionStats, ColumnMoments
+from .settings import RhythmSettings
 
 __all__ = ["attention_lse", "attention_with_rhythm", "column_moments", "fai", "span", "waad"]
 
@@ -116,7 +117,7 @@ def waad(
     k: Tensor,
     lse: Tensor | None = None,
     *,
-    window: int = 10,
+    window: int = RhythmSettings.window,
     per_head: bool = False,
     backend: str | None = None,
     **options: Unpack[Options],
@@ -142,7 +143,7 @@ def fai(
     k: Tensor,
     lse: Tensor | None = None,
     *,
-    horizon: tuple[int, int | None] = (10, 100),
+    horizon: tuple[int, int | None] = RhythmSettings.horizon,
     per_head: bool = False,
     backend: str | None = None,
     **options: Unpack[Options],
@@ -237,7 +238,7 @@ def attention_with_rhythm(
     k: Tensor,
     v: Tensor,
     *,
-    window: int = 10,
+    window: int = RhythmSettings.window,
     per_head: bool = False,
     backend: str | None = None,
     **options: Unpack[Options],

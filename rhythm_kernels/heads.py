@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ class HeadGroups:
         self.local = _heads_of("local", self.local)
         self.global_ = _heads_of("global_", self.global_)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON with the keys `local`, `global` and, where there is one, `provenance`."""
         content: dict[str, Any] = {"local": self.local, "global": self.global_}
         if self.provenance is not None:
@@ -44,7 +45,7 @@ class HeadGroups:
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> HeadGroups:
+    def load(cls, path: str | os.PathLike[str]) -> HeadGroups:
         """Read what `save` wrote, or a hand-written file with the keys `local` and `global`.
 
         Raises:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rhythm_kernels.credit import CREDIT_MODES
+from rhythm_kernels.settings import CREDIT_MODES
 
 TIES = [0.0, -0.0, 0.125, 0.25, 0.5, 1.0, -0.5]  # few values: many ties, and FAI of 0 and below
 

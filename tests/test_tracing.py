@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import rhythm_kernels as rk
 from rhythm_kernels import canonical, sequences
-from rhythm_kernels.credit import CREDIT_MODES
+from rhythm_kernels.settings import CREDIT_MODES
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 

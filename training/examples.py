@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, rhythm_credit
-from rhythm_kernels.credit import CreditMode
+from rhythm_kernels import HeadGroups, RhythmCredit, RhythmSettings
 
 from .evaluate import Evaluation
 from .puzzles import Countdown
-from .recipe import Rhythm
 from .tasks.countdown import Instance
 
 SHOWN = 3  # responses
@@ -27,7 +26,7 @@ def examples(
     instances: Sequence[Instance],
     before: Evaluation,
     after: Evaluation,
-    rhythm: Rhythm,
+    settings: RhythmSettings,
     groups: HeadGroups | None,
 ) -> list[dict[str, Any]]:
     """Responses that became right in training, measured by the trained model; ready for JSON."""
@@ -35,18 +34,17 @@ def examples(
     batches = [_inputs(tokenizer, task.text(instances[i], tokenizer), after.tokens[i], model) for i in chosen]
     if not batches:
         return []
-    if groups is None:  # baselines measure nothing while training
-        groups = head_groups(model, batches, rhythm.layers, rhythm.head_quantile)
-    attention_modes: dict[str, CreditMode] = {"local": "local", "global": "global", "coupled": "coupled"}
-    mode = attention_modes.get(rhythm.mode, "coupled")
+    # Baselines measure nothing while training: they are shown what coupled credit would have been.
+    shown_as = settings if settings.reads_attention else replace(settings, mode="coupled")
+    credit = RhythmCredit(model, replace(shown_as, groups=groups))
+    if groups is None:
+        credit.calibrate(batches)
     shown = []
     for i, batch in zip(chosen, batches):
-        mask = batch["response_mask"]
-        with torch.no_grad(), RhythmProbe(model, groups, rhythm.window, rhythm.horizon, mask) as probe:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        gamma = rhythm_credit(
-            probe.waad, probe.fai, mask, mode, rhythm.gamma_amp, rhythm.top, rhythm.alpha, rhythm.neighbors
-        )
+        mask = batch.pop("response_mask")
+        with torch.no_grad(), credit.measuring(mask):
+            model(**batch, use_cache=False)
+        measured = {"waad": credit.waad, "fai": credit.fai, "gamma": credit.gamma()}
         shown.append(
             {
                 "numbers": instances[i]["numbers"],
@@ -55,9 +53,9 @@ def examples(
                 "before": before.texts[i],
                 "right_before": before.correct[i],
                 "right": after.correct[i],
-                "mode": mode,
+                "mode": credit.settings.mode,
                 "tokens": tokenizer.convert_ids_to_tokens(after.tokens[i]),
-                **{name: _rounded(x[mask]) for name, x in (("waad", probe.waad), ("fai", probe.fai), ("gamma", gamma))},
+                **{name: _rounded(x[mask]) for name, x in measured.items()},
             }
         )
     return shown

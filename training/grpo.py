@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from rhythm_kernels import HeadGroups
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
 
@@ -30,6 +29,10 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
     given = dataclasses.asdict(recipe.grpo)
     _, rewards, more = (given.pop(name) for name in ("optimizer", "rewards", "more"))
     rhythm = {f"rhythm_{name}": value for name, value in dataclasses.asdict(recipe.rhythm).items()}
+    try:
+        recipe.rhythm.load_groups()
+    except ValueError as error:
+        raise RecipeError(f"rhythm.{error}") from error
     cuda = torch.cuda.is_available()
     for name, value in (("grpo.temperature", recipe.grpo.temperature), ("eval.temperature", recipe.eval.temperature)):
         if 0 < value < 0.01 and recipe.model.dtype == "float16":
@@ -38,7 +41,6 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
             )
     if isinstance(path := more.get("accelerator_config"), str):  # read here, where it can be named
         more["accelerator_config"] = _read_accelerator(path)
-    _check_groups(recipe.rhythm.groups)
     try:
         config = RhythmGRPOConfig(
             **{
@@ -76,16 +78,6 @@ def _read_accelerator(path: str) -> dict[str, Any]:
     if said:
         raise RecipeError(f"grpo.accelerator_config is {path!r}: {said}")
     return content
-
-
-def _check_groups(path: str | None) -> None:
-    try:
-        if path is not None:
-            HeadGroups.load(path)
-    except OSError as error:
-        raise RecipeError(f"rhythm.groups is {path!r}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"rhythm.groups is {path!r}: {error}") from error
 
 
 class _Trainer(RhythmGRPOTrainer):
@@ -158,6 +150,9 @@ _NAMES = {  # ours, short: TRL's
     "boosted_share": "rhythm/boosted_share",
     "waad_mean": "rhythm/waad_mean",
     "fai_mean": "rhythm/fai_mean",
+    "certain_share": "rhythm/certain_share",
+    "bonus_certain_share": "rhythm/bonus_certain_share",
+    "bonus_entropy_ratio": "rhythm/bonus_entropy_ratio",
     "row_tokens": "row_tokens",
     "map_bytes": "map_bytes",
 }

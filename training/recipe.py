@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rhythm_kernels import RhythmSettings
+
 from .reading import read_yaml
 from .settings import TRL_WORDS, LossType, RecipeError, checked, refuse
 
@@ -62,24 +64,6 @@ class Grpo:
 
 
 @dataclass
-class Rhythm:
-    """The fields of `RhythmGRPOConfig` without their prefix."""
-
-    mode: str = "coupled"
-    gamma_amp: float = 1.5
-    top: float = 0.4
-    alpha: float = 0.5
-    neighbors: int = 3
-    window: int = 10
-    horizon: tuple[int, int | None] = (10, 100)  # None, `null` in a file: to the end of the response
-    layers: str | list[int] = "middle5"
-    head_quantile: float = 0.3
-    groups: str | None = None
-    regroup_steps: int = 0
-    sign: str = "both"
-
-
-@dataclass
 class Eval:
     """How accuracy is measured, before and after."""
 
@@ -104,7 +88,7 @@ class Recipe:
     task: Task
     model: Model
     grpo: Grpo
-    rhythm: Rhythm
+    rhythm: RhythmSettings
     eval: Eval
     output: Output
 
@@ -157,6 +141,7 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
             raise RecipeError(f"{group}: must hold settings, found {given!r}")
         ours = typing.get_type_hints(kind)
         ours.pop("more", None)
+        ours |= _TYPED.get(group, {})
         kinds = _grpo_kinds(ours) if kind is Grpo else ours
         values: dict[str, Any] = {}
         for key, value in given.items():
@@ -165,7 +150,10 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
             _known(key, kinds, f"key of {group}")
             value = checked(f"{group}.{key}", value, kinds[key])
             (values if key in ours else values.setdefault("more", {}))[key] = value
-        sections[group] = kind(**values)
+        try:
+            sections[group] = kind(**values)
+        except (TypeError, ValueError) as error:  # of RhythmSettings, which check themselves
+            raise RecipeError(f"{group}.{error}") from error
     return Recipe(**sections)
 
 
@@ -181,11 +169,13 @@ def _grpo_kinds(ours: dict[str, Any]) -> dict[str, Any]:
     return ours | {name: TRL_WORDS.get(name, theirs[name]) for name in fields if name not in ours or ours[name] is str}
 
 
+# What a file can say of a setting whose type knows more.
+_TYPED: dict[str, dict[str, Any]] = {"rhythm": {"layers": str | list[int], "groups": str | None}}
 _GROUPS: dict[str, Any] = {
     "task": Task,
     "model": Model,
     "grpo": Grpo,
-    "rhythm": Rhythm,
+    "rhythm": RhythmSettings,
     "eval": Eval,
     "output": Output,
 }

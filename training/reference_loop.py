@@ -6,9 +6,10 @@ One step of the method (arXiv 2510.13554v2; equation numbers are the paper's):
 
 1. `sample` a group of responses to each prompt.
 2. Judge them; `group_advantages` compares each reward with its group's (eq. 6).
-3. Run the model once over prompts and responses, with a probe around it. That forward gives the log-probs to learn
-   from, and on its way WAAD and FAI of every response token (eqs. 9 and 10): no map, no second model, no extra pass.
-4. `rhythm_credit` turns the two into a factor a token (eqs. 14 to 19); it multiplies the advantages (eq. 13).
+3. Run the model once over prompts and responses, measured by a `RhythmCredit`. That forward gives the log-probs to
+   learn from, and on its way WAAD and FAI of every response token (eqs. 9 and 10): no map, no second model, no extra
+   forward.
+4. `credit.gamma` turns the two into a factor a token (eqs. 14 to 19); it multiplies the advantages (eq. 13).
 5. `surrogate` is the clipped objective over these token advantages (eq. 12). One optimizer step.
 
 The TRL subclass in `rhythm_kernels/integrations/trl.py` is tested against this loop.
@@ -18,16 +19,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, rhythm_credit, shape_advantages
+from rhythm_kernels import RhythmCredit
 
-from .recipe import Recipe, RecipeError, Rhythm, load_recipe
+from .recipe import Recipe, RecipeError, load_recipe
 
 
 @dataclass
@@ -75,12 +75,14 @@ def group_advantages(rewards: Tensor, group: int) -> Tensor:
     return (centred / (grouped.std(dim=1, keepdim=True) + 1e-4)).flatten()
 
 
-def token_log_probs(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """`(B, S)` float32: log-prob of each token given those before it; 0 at the first place."""
+def token_log_probs(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-prob of each token given those before it, and the entropy of the choice: `(B, S)` float32, 0 at the first."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     log_probs = (logits[:, :-1].float() / temperature).log_softmax(dim=-1)
     of_tokens = log_probs.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-    return nn.functional.pad(of_tokens, (1, 0))
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+    return nn.functional.pad(of_tokens, (1, 0)), nn.functional.pad(entropy, (1, 0))
 
 
 def surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
@@ -97,21 +99,14 @@ def surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask
     return -(objective * mask).sum() / mask.sum().clamp(min=1)
 
 
-def calibrate(model: nn.Module, batch: Batch, rhythm: Rhythm) -> HeadGroups | None:
-    """Which heads are local and which are global, from one batch (eq. 7); None where the credit reads none."""
-    if rhythm.mode not in ("local", "global", "coupled"):
-        return None
-    return head_groups(model, [vars(batch)], rhythm.layers, rhythm.head_quantile)
-
-
 def learn(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     advantages: Tensor,
-    groups: HeadGroups | None,
-    rhythm: Rhythm,
+    credit: RhythmCredit,
     *,
+    generator: torch.Generator | None = None,
     temperature: float = 1.0,
     iterations: int = 1,
     max_grad_norm: float = 1.0,
@@ -120,40 +115,29 @@ def learn(
 
     Args:
         advantages: `(B,)`, one a response.
-        groups: of `calibrate`; None trains with gamma 1, which is plain GRPO.
+        credit: of this model, with head groups where its mode needs them.
+        generator: draws the tokens of `mode="random"`.
 
     Returns:
-        `loss` of the first step, and the mean of `gamma` over response tokens.
+        `loss` of the first step, and the statistics of the credit.
     """
     # The model is still the one that sampled: this forward is the behaviour policy's, and it is the one measured.
-    probe = RhythmProbe(model, groups, rhythm.window, rhythm.horizon, batch.response_mask) if groups else None
-    with probe or nullcontext():
-        log_probs = token_log_probs(model, batch, temperature)
+    with credit.measuring(batch.response_mask):
+        log_probs, entropy = token_log_probs(model, batch, temperature)
     old_log_probs = log_probs.detach()
-    gamma = torch.ones_like(old_log_probs)
-    if probe is not None:
-        gamma = rhythm_credit(
-            probe.waad,
-            probe.fai,
-            batch.response_mask,
-            rhythm.mode,  # type: ignore[arg-type]
-            rhythm.gamma_amp,
-            rhythm.top,
-            rhythm.alpha,
-            rhythm.neighbors,
-        )
-    shaped = shape_advantages(advantages, gamma, rhythm.sign)
+    credit.gamma(entropy, generator)
+    shaped = credit.shape(advantages)
     report: dict[str, float] = {}
     for iteration in range(iterations):
         if iteration > 0:
-            log_probs = token_log_probs(model, batch, temperature)
+            log_probs, _ = token_log_probs(model, batch, temperature)
         loss = surrogate(log_probs, old_log_probs, shaped, batch.response_mask)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         report.setdefault("loss", float(loss.detach()))
-    return {**report, "gamma": float(gamma[batch.response_mask].mean())}
+    return {**report, **credit.statistics()}
 
 
 def train(
@@ -168,18 +152,14 @@ def train(
         questions: prompts as text, each with the function that rewards a completion; drawn in random order.
         recipe: of its `grpo` group, the entries named in this file are obeyed and no others.
     """
-    grpo, rhythm = recipe.grpo, recipe.rhythm
-    if rhythm.mode in ("random", "entropy"):
-        raise RecipeError(
-            f"rhythm.mode is {rhythm.mode!r}: the reference loop knows local, global, coupled and uniform"
-        )
+    grpo = recipe.grpo
     torch.manual_seed(grpo.seed)
-    order = torch.Generator().manual_seed(grpo.seed)
+    order, draws = (torch.Generator().manual_seed(grpo.seed) for _ in range(2))
+    credit = RhythmCredit(model, recipe.rhythm)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2), weight_decay=grpo.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, grpo.warmup_steps, grpo.max_steps))
-    groups: HeadGroups | None = None
     for step in range(grpo.max_steps):
         count = grpo.per_device_train_batch_size // grpo.num_generations
         drawn = [questions[i] for i in torch.randperm(len(questions), generator=order)[:count].tolist()]
@@ -197,16 +177,16 @@ def train(
         ]
         judges = [judge for _, judge in drawn for _ in range(grpo.num_generations)]
         rewards = torch.tensor([judge(text) for judge, text in zip(judges, texts)], device=model.device)
-        if groups is None:
-            groups = calibrate(model, batch, rhythm)
+        if credit.calibration_due(step):  # which heads are local and which are global, from this batch (eq. 7)
+            credit.calibrate([vars(batch)])
         advantages = group_advantages(rewards, grpo.num_generations)
         report = learn(
             model,
             optimizer,
             batch,
             advantages,
-            groups,
-            rhythm,
+            credit,
+            generator=draws,
             temperature=grpo.temperature,
             max_grad_norm=grpo.max_grad_norm,
         )

@@ -146,6 +146,9 @@ def _curves(lines: list[dict[str, float]], config: dict[str, Any]) -> str:
         ("entropy", "entropy, nats a token", "{:.2f}".format),
         ("cut_off", "responses cut off by the length limit", "{:.0%}".format),
         ("gamma_mean", "mean gamma", "{:.3f}".format),
+        ("certain_share", "near-certain tokens (entropy below 0.05 nats)", "{:.0%}".format),
+        ("bonus_certain_share", "of the bonus on near-certain tokens", "{:.0%}".format),
+        ("bonus_entropy_ratio", "entropy where the bonus falls, of the mean", "{:.2f}".format),
         ("step_seconds", "seconds a step", "{:.1f}".format),
     ):
         kept = [line for line in lines if key in line]

@@ -7,9 +7,9 @@ advantages that the loss reads are shaped by it. Nothing of TRL's loss is copied
 
 from __future__ import annotations
 
-import math
 import os
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,24 +18,20 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from ..credit import rhythm_credit, shape_advantages
 from ..heads import HeadGroups
-from ..probe.calibration import evaluating
-from ..probe.structure import attention_layers, find_decoder
-from .measure import MeasuredPass, PassCalibration, PassProbe
+from ..measured_credit import GROUPS_FILE, RhythmCredit
 from .trl_config import RhythmGRPOConfig
-from .trl_inputs import last_token, log_prob_arguments, over_sequence, response_mask
+from .trl_inputs import last_token, log_prob_arguments, response_mask
 
 __all__ = ["RhythmGRPOConfig", "RhythmGRPOTrainer"]
-
-_GROUPS_FILE = "rhythm_groups.json"
 
 
 class RhythmGRPOTrainer(GRPOTrainer):
     """Drop-in `GRPOTrainer` whose token advantages follow the rhythm of attention (arXiv 2510.13554v2).
 
-    Takes what `GRPOTrainer` takes, with a `RhythmGRPOConfig` as `args`. `rhythm_groups` holds the head groups in use
-    (None before the first batch); they are saved with each checkpoint and read back on resuming.
+    Takes what `GRPOTrainer` takes, with a `RhythmGRPOConfig` as `args`. `rhythm` is its `RhythmCredit`, and
+    `rhythm_groups` the head groups in use (None before the first batch); they are saved with each checkpoint and read
+    back on resuming.
 
     Raises:
         TypeError, ValueError: for another configuration, a model without softmax attention, groups that do not fit it,
@@ -50,31 +46,30 @@ class RhythmGRPOTrainer(GRPOTrainer):
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = RhythmGRPOConfig(f"{name.split('/')[-1] or 'model'}-RhythmGRPO")
         if not isinstance(args, RhythmGRPOConfig):
-            raise TypeError(f"args is a {type(args).__name__}: it must be a RhythmGRPOConfig")
+            raise TypeError(f"args must be a RhythmGRPOConfig, got {type(args).__name__}")
         if getattr(args, "use_liger_kernel", False) and hasattr(GRPOTrainer, "compute_liger_loss"):
             raise ValueError(
-                "use_liger_kernel is True: it must be False in this version of TRL, whose Liger loss reads one "
-                "advantage a sequence and would ignore the credit"
+                "use_liger_kernel must be False in this version of TRL, got True: its Liger loss reads one advantage a "
+                "sequence and would ignore the credit"
             )
         args.refuse_blind_credit()  # again: it may have been changed since it was made
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        self.rhythm_groups: HeadGroups | None = None
-        self._grouped_at = 0
-        self._measuring = args.rhythm_mode in ("local", "global", "coupled")
-        self._calibrated = False  # whether the latest old-log-prob pass was calibrated on
+        self.rhythm = RhythmCredit(self.model, args.rhythm_settings())
+        self._met = False  # whether the latest old-log-prob pass was measured as TRL made it
+        self._calibrated = False  # whether it was also calibrated on
         self._armed = False  # whether the next log-prob pass is the policy's own and still to be measured
-        self._pass: MeasuredPass | None = None
+        self._entropy: Tensor | None = None  # of the measured pass, where TRL computes it
         self._loss: tuple[dict[str, Any], dict[str, Any]] | None = None  # inputs of the loss, and the copy it reads
-        if self._measuring:
-            attention_layers(find_decoder(self.model), args.rhythm_layers)  # raises for a wrong choice
-            if args.rhythm_groups is not None:
-                self._use_groups(HeadGroups.load(args.rhythm_groups))
+
+    @property
+    def rhythm_groups(self) -> HeadGroups | None:
+        return self.rhythm.groups
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         schedule = self.args.steps_per_generation * self.num_iterations
         corrects = self.use_vllm and getattr(self, "vllm_importance_sampling_correction", False)
-        self._armed, self._pass = bool(self.args.gradient_accumulation_steps % schedule or corrects), None
-        self._calibrated = False
+        self._armed = bool(self.args.gradient_accumulation_steps % schedule or corrects)
+        self._met = self._calibrated = False
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
@@ -82,14 +77,13 @@ class RhythmGRPOTrainer(GRPOTrainer):
         mask = response_mask(output)
         if "old_per_token_logps" in output:
             # That pass does not know of tools: where one had the last word, it was measured with too long a response.
-            if self._pass is None or self._tool_had_the_last_word(output, mask):
+            if not self._met or self._tool_had_the_last_word(output, mask):
                 arguments, extra = log_prob_arguments(self, output)
                 if self._calibrated:
                     self._calibrate(*arguments[:2], mask, **extra)
                 with torch.no_grad():
                     self._measured_pass(mask, self.model, *arguments, **extra)
-            assert self._pass is not None
-            output["rhythm_gamma"] = self._credit(mask, self._pass)
+            output["rhythm_gamma"] = self._credit(mask)
         elif self._calibration_is_due():
             (input_ids, attention_mask, _), extra = log_prob_arguments(self, output)
             self._calibrate(input_ids, attention_mask, mask, **extra)
@@ -118,54 +112,43 @@ class RhythmGRPOTrainer(GRPOTrainer):
             if self._calibration_is_due():
                 self._calibrate(input_ids, attention_mask, mask, *args[3:], **kwargs)
                 self._calibrated = True
+            self._met = True
             return self._measured_pass(mask, model, *args, **kwargs)
         inputs, reading = self._loss  # the training forward
         mask = response_mask(inputs)
         result = self._measured_pass(mask, model, *args, **kwargs)
-        assert self._pass is not None
-        inputs["rhythm_gamma"] = reading["rhythm_gamma"] = self._credit(mask, self._pass)
+        inputs["rhythm_gamma"] = reading["rhythm_gamma"] = self._credit(mask)
         reading["advantages"] = self._shaped(inputs)
         return result
 
     def _shaped(self, inputs: dict[str, Any]) -> Tensor:
-        return shape_advantages(inputs["advantages"], inputs["rhythm_gamma"], self.args.rhythm_sign)
+        return self.rhythm.shape(inputs["advantages"], inputs["rhythm_gamma"])
+
+    @property
+    def _blind(self) -> bool:
+        """Whether attention cannot be measured yet, as no batch had a response to tell the heads apart by."""
+        return self.rhythm.settings.reads_attention and self.rhythm.groups is None
 
     def _measured_pass(self, mask: Tensor, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's log-prob pass with a probe around it; what it saw is left in `self._pass`."""
-        seen = MeasuredPass()
+        """TRL's log-prob pass, measured."""
         if self.args.rhythm_mode == "entropy":
             kwargs["compute_entropy"] = True
         run = super()._get_per_token_logps_and_entropies
-        if self.rhythm_groups is None:
+        self.rhythm.model = model
+        with nullcontext() if self._blind else self.rhythm.measuring(mask):
             result = run(model, *args, **kwargs)
-        else:
-            window, (low, high) = self.args.rhythm_window, self.args.rhythm_horizon
-            seen.probe = PassProbe(model, self.rhythm_groups, window, (low, high), over_sequence(mask, args[0]))
-            with seen.probe:
-                result = run(model, *args, **kwargs)
-        seen.entropy = result[1]
-        self._pass = seen
+        self._entropy = result[1]
         return result
 
-    def _credit(self, mask: Tensor, seen: MeasuredPass) -> Tensor:
-        """Gamma `(B, T)` of a measured pass, and its statistics into TRL's metrics."""
-        started = time.perf_counter()
-        if seen.probe is not None:
-            waad, fai = (x[:, -mask.shape[1] :] for x in seen.probe.measures())
-        else:  # baselines read neither; where there was no response to calibrate with, NaN makes gamma 1
-            waad = fai = torch.full(mask.shape, math.nan if self._measuring else 0.0, device=mask.device)
+    def _credit(self, mask: Tensor) -> Tensor:
+        """Gamma `(B, T)` of the measured pass, and its statistics into TRL's metrics."""
+        if self._blind:
+            return torch.ones(mask.shape, device=mask.device)
         generator = torch.Generator().manual_seed(hash((self.args.seed, self._step, self.accelerator.process_index)))
-        gamma = rhythm_credit(waad, fai, mask, entropy=seen.entropy, generator=generator, **self.args.credit_options())
+        gamma = self.rhythm.gamma(self._entropy, generator, response_mask=mask)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        if seen.probe is not None:
-            metrics["rhythm/seconds"].append(seen.probe.seconds() + time.perf_counter() - started)
-        statistics = {"tokens": mask, "gamma_mean": gamma, "boosted_share": gamma != 1}
-        if seen.probe is not None:
-            statistics |= {"waad_mean": waad, "fai_mean": fai}
-        local = torch.stack([(x * mask).sum().float() for x in statistics.values()])
-        tokens, *sums = self.accelerator.reduce(local, reduction="sum").tolist()
-        for name, total in zip(list(statistics)[1:], sums):
-            metrics[f"rhythm/{name}"].append(total / max(tokens, 1))
+        for name, value in self.rhythm.statistics(lambda sums: self.accelerator.reduce(sums, reduction="sum")).items():
+            metrics[f"rhythm/{name}"].append(value)
         return gamma
 
     def _tool_had_the_last_word(self, output: dict[str, Any], mask: Tensor) -> bool:
@@ -176,9 +159,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         return bool(self.accelerator.gather(late.reshape(1)).any())
 
     def _calibration_is_due(self) -> bool:
-        every, step = self.args.rhythm_regroup_steps, self.state.global_step
-        again = self.model.training and every > 0 and step - self._grouped_at >= every
-        return self._measuring and (self.rhythm_groups is None or again)
+        return self.rhythm.calibration_due(self.state.global_step) and (self.model.training or self._blind)
 
     def _calibrate(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, *rest: Any, **extra: Any) -> None:
         """Group the heads by a log-prob pass of TRL's own over a generation batch, so that they see what it sees.
@@ -189,29 +170,22 @@ class RhythmGRPOTrainer(GRPOTrainer):
         if int(self.accelerator.gather(mask.sum()).min()) == 0:
             return  # a process without a response token: the next batch will do
         started = time.perf_counter()
-        layers, quantile = self.args.rhythm_layers, self.args.rhythm_head_quantile
-        calibration = PassCalibration(self.model, layers, quantile, over_sequence(mask, input_ids))
-        with evaluating(self.model), calibration:
+        self.rhythm.model = self.model
+        with self.rhythm.calibrating(mask):
             super()._get_per_token_logps_and_entropies(
                 self.model, input_ids, attention_mask, mask.shape[1], *rest, **extra
             )
-        groups = calibration.groups()
-        self._use_groups(broadcast_object_list([groups])[0])
+        self.rhythm.groups = broadcast_object_list([self.rhythm.groups])[0]
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["rhythm/calibration_seconds"].append(time.perf_counter() - started)
 
-    def _use_groups(self, groups: HeadGroups) -> None:
-        find_decoder(self.model).check(groups)
-        self.rhythm_groups, self._grouped_at = groups, self.state.global_step
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.rhythm_groups is not None and self.args.should_save:
+        if self.args.should_save:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.rhythm_groups.save(os.path.join(self._get_output_dir(trial=trial), folder, _GROUPS_FILE))
+            self.rhythm.save(os.path.join(self._get_output_dir(trial=trial), folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        path = os.path.join(checkpoint or "", _GROUPS_FILE)
-        if checkpoint is not None and self._measuring and os.path.exists(path):
-            self._use_groups(HeadGroups.load(path))
+        if checkpoint is not None and os.path.exists(os.path.join(checkpoint, GROUPS_FILE)):
+            self.rhythm.load(checkpoint)

@@ -6,11 +6,10 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from trl import GRPOTrainer
 
-__all__ = ["last_token", "log_prob_arguments", "over_sequence", "response_mask"]
+__all__ = ["last_token", "log_prob_arguments", "response_mask"]
 
 
 def response_mask(inputs: dict[str, Any]) -> Tensor:
@@ -22,11 +21,6 @@ def response_mask(inputs: dict[str, Any]) -> Tensor:
 def last_token(mask: Tensor) -> Tensor:
     """`(B,)`: one past the last masked place; 0 where there is none."""
     return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
-
-
-def over_sequence(mask: Tensor, input_ids: Tensor) -> Tensor:
-    """`(B, P + T)` bool: a response mask over prompt and completion."""
-    return F.pad(mask.bool(), (input_ids.shape[1] - mask.shape[1], 0))
 
 
 def log_prob_arguments(

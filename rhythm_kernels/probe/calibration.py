@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..heads import Head, HeadGroups, architecture
 from ..passes import column_moments, span
+from ..settings import RhythmSettings, check_quantile
 from .capture import Capture, LayerCall, Wanted
 from .checks import on_device
 from .chunks import rows_after
@@ -31,8 +32,8 @@ _DISTANCE = 4  # of the nearest later token whose attention counts as received
 def head_groups(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    layers: str | Sequence[int] = "middle5",
-    quantile: float = 0.3,
+    layers: str | Sequence[int] = RhythmSettings.layers,
+    quantile: float = RhythmSettings.head_quantile,
     *,
     by: str = "span",
 ) -> HeadGroups:
@@ -130,12 +131,14 @@ class Calibration:
     """
 
     def __init__(
-        self, model: nn.Module, layers: str | Sequence[int] = "middle5", quantile: float = 0.3, *, by: str = "span"
+        self,
+        model: nn.Module,
+        layers: str | Sequence[int] = RhythmSettings.layers,
+        quantile: float = RhythmSettings.head_quantile,
+        *,
+        by: str = "span",
     ) -> None:
-        if not isinstance(quantile, int | float):
-            raise TypeError(f"quantile: {quantile!r}, must be a number in (0, 1]")
-        if not 0 < quantile <= 1:
-            raise ValueError(f"quantile: {quantile!r}, must be in (0, 1]")
+        check_quantile("quantile", quantile)
         if by not in ("span", "receiver"):
             raise ValueError(f"by: {by!r}, must be 'span' or 'receiver'")
         self.response_mask: Tensor | None = None

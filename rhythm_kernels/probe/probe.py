@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..arguments import check_horizon, check_window
 from ..heads import HeadGroups
 from ..passes import fai, waad
+from ..settings import RhythmSettings
 from .capture import Capture, LayerCall
 from .checks import on_device
 from .masks import ForwardInputs
@@ -58,8 +59,8 @@ class RhythmProbe:
         self,
         model: nn.Module,
         groups: HeadGroups,
-        window: int = 10,
-        horizon: tuple[int, int | None] = (10, 100),
+        window: int = RhythmSettings.window,
+        horizon: tuple[int, int | None] = RhythmSettings.horizon,
         response_mask: Tensor | None = None,
     ) -> None:
         _check_groups(groups)

@@ -8,16 +8,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..settings import RhythmSettings
+
 
 def rhythm_credit(
     waad: Tensor,
     fai: Tensor,
     response_mask: Tensor,
-    mode: str = "coupled",
-    gamma_amp: float = 1.5,
-    top: float = 0.4,
-    alpha: float = 0.5,
-    neighbors: int = 3,
+    mode: str = RhythmSettings.mode,
+    gamma_amp: float = RhythmSettings.gamma_amp,
+    top: float = RhythmSettings.top,
+    alpha: float = RhythmSettings.alpha,
+    neighbors: int = RhythmSettings.neighbors,
     *,
     bottom: bool = False,
     entropy: Tensor | None = None,

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack  # comes with torch; of typing since Python 3.11
 
 from ..options import DEFAULTS, Options, check_names, spelled_out
+from ..settings import RhythmSettings
 from . import formulas
 from .formulas import ColumnMoments, widen
 
@@ -146,7 +147,12 @@ def _measured(
 
 @spelled_out(MeasureLayout)
 def waad(
-    q: Tensor, k: Tensor, lse: Tensor | None = None, *, window: int = 10, **layout: Unpack[MeasureLayout]
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    window: int = RhythmSettings.window,
+    **layout: Unpack[MeasureLayout],
 ) -> Tensor:
     """Windowed average attention distance, eq. 9: `WAAD[t] = sum_s A[t, s] min(t - s, W)`."""
     return _measured(lambda x: formulas.waad(x.maps, x.distance, window), _complete("waad", layout), q, k, lse)
@@ -158,7 +164,7 @@ def fai(
     k: Tensor,
     lse: Tensor | None = None,
     *,
-    horizon: tuple[int, int | None] = (10, 100),
+    horizon: tuple[int, int | None] = RhythmSettings.horizon,
     **layout: Unpack[MeasureLayout],
 ) -> Tensor:
     """Future attention influence, eq. 10: mean over `t in T(s)` of `A[t, s]`; 0 where T(s) is empty.
@@ -196,7 +202,7 @@ def attention_lse(q: Tensor, k: Tensor, **layout: Unpack[Options]) -> Tensor:
 
 @spelled_out(MeasureLayout)
 def attention_with_rhythm(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int = 10, **layout: Unpack[MeasureLayout]
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = RhythmSettings.window, **layout: Unpack[MeasureLayout]
 ) -> tuple[Tensor, Tensor, AttentionStats]:
     """Causal attention `out (B, T, H, D_v)`, differentiable; `lse (B, H, T)`; WAAD and span of `heads`.
 

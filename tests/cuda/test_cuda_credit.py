@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rhythm_kernels import reference
-from rhythm_kernels.credit import CREDIT_MODES, rhythm_credit
+from rhythm_kernels.credit import rhythm_credit
 from rhythm_kernels.ops import dispatch
 from rhythm_kernels.rule import Choice
+from rhythm_kernels.settings import CREDIT_MODES
 from tests.credit_cases import credit_cases, many_tokens
 
 from .emulated import KERNELS, ORDERS, SANITIZED, Emulated, build

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rhythm_kernels.credit import CREDIT_MODES, SIGNS
+from rhythm_kernels.settings import CREDIT_MODES, SIGNS
 from tests.fuzz.memory import LAYOUTS, laid_out
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

@@ -13,7 +13,7 @@ from benchmarks.gate import AttentionGate
 from benchmarks.problem import AttentionProblem
 from benchmarks.shapes import AttentionShape
 from rhythm_kernels import ops, reference
-from rhythm_kernels.credit import CREDIT_MODES
+from rhythm_kernels.settings import CREDIT_MODES
 
 from ..cases import PASSES, Case, check
 

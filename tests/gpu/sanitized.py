@@ -13,7 +13,7 @@ import sys
 import torch
 
 import rhythm_kernels as rk
-from rhythm_kernels.credit import CREDIT_MODES
+from rhythm_kernels.settings import CREDIT_MODES
 
 from ..cases import CASES, Case
 from . import on_device

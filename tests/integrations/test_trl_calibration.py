@@ -16,10 +16,10 @@ import torch.multiprocessing as mp
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
-from rhythm_kernels.integrations.measure import PassCalibration
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
-from rhythm_kernels.integrations.trl_inputs import over_sequence, response_mask
+from rhythm_kernels.integrations.trl_inputs import response_mask
 from rhythm_kernels.probe.calibration import Calibration
+from rhythm_kernels.probe.split_batch import BatchCalibration
 
 from .toy import RHYTHM, WORDS, build_model, build_tokenizer, dataset, losses, options, reward, train, weights
 
@@ -47,6 +47,11 @@ class Watched(RhythmGRPOTrainer):
     @property
     def given(self):
         return self.__dict__.setdefault("_given", [])
+
+
+def over_sequence(mask, input_ids):
+    """A response mask over prompt and completion."""
+    return torch.nn.functional.pad(mask.bool(), (input_ids.shape[1] - mask.shape[1], 0))
 
 
 def spans_from_maps(model, given):
@@ -194,9 +199,9 @@ def test_passes_go_in_chunks_of_trl(tmp_path, monkeypatch, path, tools):
 def test_a_pass_that_misses_rows_is_loud():
     model, mask = build_model().eval(), torch.ones(4, 9, dtype=torch.bool)
     ids = torch.randint(2, len(WORDS), (4, 9))
-    with torch.no_grad(), PassCalibration(model, "middle5", 0.3, mask) as calibration:
+    with torch.no_grad(), BatchCalibration(model, "middle5", 0.3, mask) as calibration:
         model(ids[:3], use_cache=False)
-    with pytest.raises(RuntimeError, match=r"groups: 3 rows were seen, must cover response_mask of shape \(4, 9\)"):
+    with pytest.raises(RuntimeError, match=r"response_mask must cover .*, got shape \(4, 9\) where they had 3 rows"):
         calibration.groups()
 
 

@@ -100,14 +100,16 @@ def test_credit_reaches_tokens_or_is_refused(tmp_path, loss, level, off_policy):
         if moved > 1e-2:
             RhythmGRPOConfig(**options(tmp_path), rhythm_mode=mode, **changed)
             continue
-        with pytest.raises(ValueError, match=f"importance_sampling_level is '{level}'.*loss_type='{loss}'"):
+        with pytest.raises(
+            ValueError, match=f"importance_sampling_level must be 'token' .*loss_type='{loss}', got '{level}'"
+        ):
             RhythmGRPOConfig(**options(tmp_path), rhythm_mode=mode, **changed)
 
 
 def test_a_level_set_after_construction_is_refused(tmp_path):
     args = RhythmGRPOConfig(**options(tmp_path))
     args.importance_sampling_level = "sequence"
-    with pytest.raises(ValueError, match="importance_sampling_level is 'sequence': it must be 'token'"):
+    with pytest.raises(ValueError, match=r"importance_sampling_level must be 'token' .*, got 'sequence'"):
         RhythmGRPOTrainer(build_model(), reward, args, dataset(), processing_class=build_tokenizer())
 
 

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from rhythm_kernels import RhythmCredit, RhythmSettings
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
-from training.recipe import Rhythm, parse_recipe
+from training.recipe import parse_recipe
 from training.reference_loop import Batch, group_advantages, learn, sample, surrogate, token_log_probs, train
 
 from ..integrations.toy import PROMPTS, RHYTHM, build_model, build_tokenizer, weights
@@ -39,12 +40,14 @@ def test_log_probs_ignore_padding():
     model = build_model().eval()
     ids = torch.tensor([[3, 4, 5, 6]])
     padded = torch.tensor([[0, 0, 3, 4, 5, 6]])
-    plain = token_log_probs(model, Batch(ids, torch.ones_like(ids), ids > 0))
-    left = token_log_probs(model, Batch(padded, (padded > 0).long(), padded > 0))
+    plain, entropy = token_log_probs(model, Batch(ids, torch.ones_like(ids), ids > 0))
+    left, of_left = token_log_probs(model, Batch(padded, (padded > 0).long(), padded > 0))
     torch.testing.assert_close(left[:, 3:], plain[:, 1:], rtol=0, atol=5e-6)
-    assert plain[0, 0] == 0
-    alone = model(input_ids=ids).logits.log_softmax(-1)[0, 1, 5]
-    torch.testing.assert_close(plain[0, 2], alone)
+    torch.testing.assert_close(of_left[:, 3:], entropy[:, 1:], rtol=0, atol=5e-6)
+    assert plain[0, 0] == entropy[0, 0] == 0
+    choice = model(input_ids=ids).logits[0, 1]
+    torch.testing.assert_close(plain[0, 2], choice.log_softmax(-1)[5])
+    torch.testing.assert_close(entropy[0, 2], torch.distributions.Categorical(logits=choice).entropy())
 
 
 def test_responses_end_with_their_end_token():
@@ -91,16 +94,23 @@ def test_the_trl_subclass_does_the_same(tmp_path, mode, iterations):
     )
     model = build_model().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    rhythm = Rhythm(mode=mode, window=RHYTHM["rhythm_window"], horizon=RHYTHM["rhythm_horizon"])
+    settings = RhythmSettings(
+        mode=mode,
+        window=RHYTHM["rhythm_window"],
+        horizon=RHYTHM["rhythm_horizon"],
+        groups=theirs.rhythm_groups,
+    )
+    credit = RhythmCredit(model, settings)
     assert len(batches) == 3
     for batch, advantages in batches:
-        learn(model, optimizer, batch, advantages, theirs.rhythm_groups, rhythm, iterations=iterations)
+        learn(model, optimizer, batch, advantages, credit, iterations=iterations)
     ours = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.testing.assert_close(ours, weights(theirs), rtol=0, atol=5e-6)
     assert (ours - torch.cat([p.detach().flatten() for p in build_model().parameters()])).abs().max() > 1e-3
 
 
-def test_it_learns():
+@pytest.mark.parametrize("mode", ["coupled", "random", "entropy"])
+def test_it_learns(mode):
     """Even words are rewarded: their share rises from about a half."""
     recipe = parse_recipe(
         {
@@ -111,7 +121,7 @@ def test_it_learns():
                 "max_completion_length": 16,
                 "learning_rate": 3e-2,
             },
-            "rhythm": {"window": 4, "horizon": [2, 8]},
+            "rhythm": {"mode": mode, "window": 4, "horizon": [2, 8]},
         }
     )
 
@@ -123,4 +133,4 @@ def test_it_learns():
     reports = list(train(build_model(), build_tokenizer(), questions, recipe))
     assert [report["step"] for report in reports] == list(range(1, 13))
     assert sum(r["reward"] for r in reports[-3:]) / 3 > sum(r["reward"] for r in reports[:3]) / 3 + 0.2
-    assert all(1 < report["gamma"] < 1.5 for report in reports)
+    assert all(1 < report["gamma_mean"] < 1.5 for report in reports)

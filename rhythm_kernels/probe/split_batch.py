@@ -1,0 +1,134 @@
+"""A batch that a trainer splits over several forwards, along its rows, to bound the memory: measured as one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..arguments import check_tensor
+from ..heads import HeadGroups
+from .calibration import Calibration
+from .capture import LayerCall
+from .masks import ForwardInputs
+from .probe import RhythmProbe
+
+__all__ = ["BatchCalibration", "BatchProbe"]
+
+
+class _Responses:
+    """The response mask of a whole batch, handed out to forwards that take its batch rows in order.
+
+    It is `(B, T)` like the tokens, or `(B, C)` of their last C places: trainers keep responses without their prompts.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        if check_tensor("response_mask", mask).dim() != 2:
+            raise ValueError(f"response_mask must be (B, T), got shape {tuple(mask.shape)}")
+        self.mask = mask
+        self._taken = 0
+
+    def of(self, inputs: ForwardInputs) -> Tensor:
+        """`(b, T)`: what of the mask belongs to the tokens of the next forward."""
+        prompt = inputs.length - self.mask.shape[1]
+        if prompt < 0:
+            raise ValueError(
+                f"response_mask must be no longer than the {inputs.length} tokens of a forward, got shape "
+                f"{tuple(self.mask.shape)}"
+            )
+        self._taken += inputs.batch
+        return F.pad(self.mask[self._taken - inputs.batch : self._taken], (prompt, 0))
+
+    def check(self) -> None:
+        """Raise where the forwards did not take exactly the batch rows that there are."""
+        if self._taken != len(self.mask):
+            raise RuntimeError(
+                f"response_mask must cover the forwards of its block row by row, got shape {tuple(self.mask.shape)} "
+                f"where they had {self._taken} rows in all"
+            )
+
+
+class BatchCalibration(Calibration):
+    """A calibration over all forwards of one batch.
+
+    Args:
+        model, layers, quantile: as for :func:`rhythm_kernels.head_groups`.
+        response_mask: `(B, T)` of the whole batch, or `(B, C)` of the last C places.
+    """
+
+    def __init__(self, model: nn.Module, layers: str | Sequence[int], quantile: float, response_mask: Tensor) -> None:
+        super().__init__(model, layers, quantile)
+        self._responses_of = _Responses(response_mask)
+
+    def begin(self, inputs: ForwardInputs) -> Tensor | None:
+        self.response_mask = self._responses_of.of(inputs)
+        return super().begin(inputs)
+
+    def groups(self) -> HeadGroups:
+        self._responses_of.check()
+        return super().groups()
+
+
+class BatchProbe(RhythmProbe):
+    """A probe over all forwards of one batch, which also times itself.
+
+    Args:
+        model, groups, window, horizon: as for :class:`rhythm_kernels.RhythmProbe`.
+        response_mask: `(B, T)` of the whole batch, or `(B, C)` of the last C places.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: HeadGroups,
+        window: int,
+        horizon: tuple[int, int | None],
+        response_mask: Tensor,
+    ) -> None:
+        super().__init__(model, groups, window, horizon)
+        self._responses_of = _Responses(response_mask)
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def begin(self, inputs: ForwardInputs) -> Tensor | None:
+        self.response_mask = self._responses_of.of(inputs)
+        return super().begin(inputs)
+
+    def layer(self, call: LayerCall) -> None:
+        if call.q.is_cuda:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            super().layer(call)
+            stop.record()
+            self._events.append((start, stop))
+        else:
+            started = time.perf_counter()
+            super().layer(call)
+            self._seconds += time.perf_counter() - started
+
+    def end(self) -> None:
+        super().end()
+        self._parts.append((self.waad, self.fai))
+
+    def measures(self) -> tuple[Tensor, Tensor]:
+        """WAAD and FAI of the whole batch, each float32 of the response mask's shape.
+
+        Raises:
+            RuntimeError: the forwards inside the block did not cover the rows of the mask.
+        """
+        self._responses_of.check()
+        length = self._responses_of.mask.shape[1]
+        waad, fai = (torch.cat([part[i][:, part[i].shape[1] - length :] for part in self._parts]) for i in range(2))
+        return waad, fai
+
+    def seconds(self) -> float:
+        """Time spent measuring so far. On CUDA this waits for the measured kernels, and for nothing after them."""
+        for start, stop in self._events:
+            stop.synchronize()
+            self._seconds += start.elapsed_time(stop) / 1000
+        self._events.clear()
+        return self._seconds
