@@ -1,7 +1,7 @@
 """Tile-wise maps in plain torch: a block of rows at a time, softmax over all their keys, reduced at once.
 
-What a careful user writes today. A block that does not fit is halved until it does, so that no row of a table says
-"out of memory".
+What a careful user writes today. A block that does not fit in memory is halved until it does, so that the table has a
+time for every length.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class StepProblem:
         generator = torch.Generator(device).manual_seed(seed)
         size = (shape.batch, shape.length)
         ids = torch.randint(shape.vocabulary, size, generator=generator, device=device)
-        # The first row is full; the last has half of a prompt and half of a response.
+        # The first batch row is full; the last has half of a prompt and half of a response.
         share = torch.arange(shape.batch, device=device)[:, None] / (2 * max(shape.batch - 1, 1))
         position = torch.arange(shape.length, device=device)
         live = (position >= share * shape.prompt) & (
@@ -127,7 +127,7 @@ class WithMaps:
     """The paper's way: a second model with eager attention is brought up to date and read, then the same credit.
 
     Attributes:
-        resident_bytes: the second model's weights, which are held between calls: the row's memory counts them.
+        resident_bytes: the second model's weights, which are held between calls: the entry's memory counts them.
     """
 
     def __init__(self, p: StepProblem) -> None:

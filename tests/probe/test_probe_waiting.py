@@ -119,8 +119,8 @@ def test_the_probe_copies_nothing_from_the_host(layout, device, monkeypatch):
 
     monkeypatch.setattr(capture.Capture, "_measure", watched)
     monkeypatch.setattr(
-        "rhythm_kernels.canonical._head_rows",
-        lambda index, q: torch.zeros(len(index), 2, dtype=torch.int32, device=q.device),
+        "rhythm_kernels.canonical._head_tables.like",
+        lambda q, index: torch.zeros(len(index), 2, dtype=torch.int32, device=q.device),
     )
     with FakeTensorMode(), torch.no_grad():
         model = fake_model("mistral", "sdpa", device)
