@@ -32,8 +32,8 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc
 demo: $(VENV)/.train
 	$(BIN)/python -m training train training/recipes/countdown_tiny.yaml $(ARGS)
 
-# Seeds outside, modes inside: whatever stops it, the modes have nearly the same seeds. A run is finished once it holds
-# its result and, written last, its model.
+# Seeds outside, modes inside, so that the modes have nearly the same seeds wherever it is stopped. A run is finished when
+# it holds its result and its model, which is written last.
 demo-seeds: $(VENV)/.train
 	set -e; for seed in $(SEEDS); do for mode in $(MODES); do \
 	    run=runs/seeds/$$mode-$$seed; \
@@ -67,8 +67,8 @@ matrix:
 clean:
 	rm -rf $(VENV) .venv-* build dist *.egg-info runs rhythm_kernels/*.so
 
-# torch first and pinned: a bare requirement would fetch the newest CUDA build. The extension is built against it,
-# once: the extras below are those of the package that is then installed.
+# torch first and pinned, as a bare requirement would fetch the newest CUDA build. The extension is built against it once;
+# the extras below are those of the package that is then installed.
 $(VENV)/.package: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)

@@ -1,4 +1,4 @@
-"""`python -m training train RECIPE [group.key=value ...]`, `evaluate RUN`, `compare RUN RUN ...`."""
+"""`python -m training train RECIPE [section.key=value ...]`, `evaluate RUN`, `compare RUN RUN ...`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 2 for a mistake, a package that is missing or a file that cannot be read or written, 130 for
-        Ctrl-C, both with one line. Any other error is a fault of this program, and shows where.
+        The exit status: 0; 2 for a mistake, a missing package or a file that cannot be read or written; 130 for Ctrl-C.
+        2 and 130 print one line. Any other error is a fault of this program and comes with its traceback.
     """
     parser = argparse.ArgumentParser(
         prog="python -m training",
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="carry out a recipe; leaves metrics, model and report in its folder")
     train.add_argument("recipe", help="a YAML file, for example training/recipes/countdown_tiny.yaml")
-    train.add_argument("overrides", nargs="*", metavar="group.key=value", help="settings that differ from the file's")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file's")
     evaluate = commands.add_parser("evaluate", help="measure the accuracy of a run's final model again")
     evaluate.add_argument("run", type=Path, help="a folder that `train` left")
     evaluate.add_argument("overrides", nargs="*", metavar="eval.key=value", help="for example eval.split=validation")
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without ± is no reason to fail when all is done
+            stream.reconfigure(errors="replace")  # a terminal without ± must not fail a run that is done
     try:
         _quiet()
         if options.command == "train":
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """Leave the screen to our own lines: libraries' bars and notices about renamed options are not news here."""
+    """Keep the libraries' progress bars and their notices about renamed options off the screen."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed, taken together: means, spreads, and differences paired by seed."""
+"""Runs that differ only in their seed, taken together: means, spreads, and differences paired by seed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .folder import Run
+from .formats import interval, points
 from .statistics import Spread, spread
 
 KINDS = ("sampled", "greedy")
@@ -28,16 +29,16 @@ class Arm:
         return sum(values) / len(values)
 
     def differences(self, base: Arm, kind: str) -> list[float]:
-        """Final accuracy minus that of `base`, a number for each seed that both were trained from."""
+        """Final accuracy minus that of `base`, one number for each seed that both have."""
         pairs = [(base.runs[seed].result, run.result) for seed, run in self.runs.items() if seed in base.runs]
         return [two["after"][kind]["accuracy"] - one["after"][kind]["accuracy"] for one, two in pairs]
 
 
-def group(runs: Sequence[Run]) -> tuple[list[Arm], list[Run]]:
-    """The arms of some runs, in order of appearance, and the runs whose arm has their seed already.
+def collect_arms(runs: Sequence[Run]) -> tuple[list[Arm], list[Run]]:
+    """Collect runs into arms, in order of appearance; the second list holds runs whose arm has their seed already.
 
-    Two runs are of one arm where their `config.yaml` differ in nothing but `grpo.seed` and `output`. An arm is named
-    by its credit, where that differs between arms, and by the other settings that do.
+    Two runs belong to one arm if their `config.yaml` differ only in `grpo.seed` and the section `output`. An arm is
+    named by those of its settings that differ between arms, the mode of credit first.
     """
     flat = [_settings(run.config) for run in runs]
     kinds: list[dict[str, Any]] = []
@@ -67,7 +68,7 @@ _UNSET = "(not set)"
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """`group.key` to value, without what runs of one arm may differ in."""
+    """`section.key` to value, without those in which runs of one arm may differ."""
     flat = {f"{name}.{key}": value for name, keys in config.items() if name != "output" for key, value in keys.items()}
     flat.pop("grpo.seed", None)
     return flat
@@ -76,14 +77,14 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 ARM_HEAD = ["arm", "seeds", "", "before", "after, mean (sd)", "points against the first (se; 95%)", "pairs", "tokens"]
 
 
-def arm_rows(arms: Sequence[Arm]) -> list[list[str]]:
-    """Two lines an arm, sampled and greedy, under `ARM_HEAD`."""
-    rows = []
+def arm_lines(arms: Sequence[Arm]) -> list[list[str]]:
+    """Two lines for each arm, sampled and greedy, under `ARM_HEAD`."""
+    lines = []
     for i, arm in enumerate(arms):
         for kind in KINDS:
             found = spread(arm.accuracies(kind))
             gap = arm.differences(arms[0], kind) if i > 0 else []
-            rows.append(
+            lines.append(
                 [
                     *([arm.name, " ".join(map(str, arm.runs))] if kind == KINDS[0] else ["", ""]),
                     kind,
@@ -94,16 +95,16 @@ def arm_rows(arms: Sequence[Arm]) -> list[list[str]]:
                     f"{arm.mean('after', kind, 'tokens'):.1f}",
                 ]
             )
-    return rows
+    return lines
 
 
 def _points(gap: Spread) -> str:
-    text = f"{gap.mean * 100:+.1f}"
-    return text + f" ({gap.error * 100:.1f}; {gap.low * 100:+.1f} to {gap.high * 100:+.1f})" if gap.count > 1 else text
+    known = f" ({gap.error * 100:.1f}; {interval(gap.low, gap.high)})" if gap.count > 1 else ""
+    return points(gap.mean) + known
 
 
 def caution(arms: Sequence[Arm]) -> str:
-    """What so few seeds cannot tell, in a sentence or two; nothing where they are many."""
+    """What so few seeds cannot show, in a sentence; empty where there are enough."""
     fewest = min(len(arm.runs) for arm in arms)
     if fewest >= _FEW:
         return ""

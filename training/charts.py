@@ -64,26 +64,25 @@ def curves(
     return "".join([*parts, "</svg>"])
 
 
-def forest(rows: Sequence[tuple[str, float, float]]) -> str:
+def forest(entries: Sequence[tuple[str, float, float]]) -> str:
     """Shares with 95% whiskers, one line each: (name, share, its standard error)."""
     width, line, right = 440, 30, 52
-    left = 16 + 7 * max(len(name) for name, _, _ in rows)
-    height = TOP + line * len(rows) + BOTTOM
-    low = min(v - 2 * e for _, v, e in rows)
-    high = max(v + 2 * e for _, v, e in rows)
+    left = 16 + 7 * max(len(name) for name, _, _ in entries)
+    height = TOP + line * len(entries) + BOTTOM
+    low = min(v - 2 * e for _, v, e in entries)
+    high = max(v + 2 * e for _, v, e in entries)
     ticks = nice_ticks(max(0.0, low), high)
     x = _scale(ticks[0], ticks[-1], left, width - right)
     parts = [_open(width, height, "accuracy with 95% intervals"), *_vertical_grid(ticks, x, height)]
-    for i, (name, value, error) in enumerate(rows):
+    for i, (name, value, error) in enumerate(entries):
         at = TOP + line * (i + 0.5)
-        parts.append(f'<text class="name" x="{left - 12}" y="{at + 4:.1f}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<g class="s{i % 5}">{_whisker(x, value, error, at)}')
+        parts += [_name(left, at, name), f'<g class="s{i % 5}">{_share_whisker(x, value, error, at)}']
         parts.append(f'<circle class="point" cx="{x(value):.1f}" cy="{at:.1f}" r="4.5"/></g>')
     return "".join([*parts, "</svg>"])
 
 
 def strip(
-    rows: Sequence[tuple[str, Sequence[float], float, float, float] | None],
+    entries: Sequence[tuple[str, Sequence[float], float, float, float] | None],
     *,
     label: str,
     show: Callable[[float], str],
@@ -92,7 +91,7 @@ def strip(
 ) -> str:
     """Several values a line as small rings, above them their mean and its interval: (name, values, mean, low, high).
 
-    A row of None leaves its colour out, so that two charts of the same arms agree in colour. An interval that reaches
+    An entry of None takes no line, but a colour: two charts of the same arms agree in colour. An interval that reaches
     far beyond every dot is cut off at the frame, without its end mark, so that the rings stay apart.
 
     Args:
@@ -101,36 +100,28 @@ def strip(
         tick: a value as text at the axis.
         zero: whether 0 is on the axis, as a line.
     """
-    kept = [row for row in rows if row is not None]
+    kept = [entry for entry in entries if entry is not None]
     dots = [value for _, values, *_ in kept for value in values] + ([0.0] if zero else [])
     margin = max(max(dots) - min(dots), 1e-3 * max(abs(v) for v in dots), 1e-9)
-    low = max(min(*dots, *(row[3] for row in kept)), min(dots) - margin)
-    high = min(max(*dots, *(row[4] for row in kept)), max(dots) + margin)
+    low = max(min(*dots, *(entry[3] for entry in kept)), min(dots) - margin)
+    high = min(max(*dots, *(entry[4] for entry in kept)), max(dots) + margin)
     ticks = nice_ticks(low, high)
     width, line, right = 440, 44, 24
-    left = 16 + 8 * max(len(row[0]) for row in kept)
+    left = 16 + 8 * max(len(entry[0]) for entry in kept)
     height = TOP + line * len(kept) + BOTTOM
     x = _scale(ticks[0], ticks[-1], left, width - right)
     parts = [_open(width, height, label), *_vertical_grid(ticks, x, height, tick)]
     if zero:
         parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
     at = TOP + line / 2
-    for i, row in enumerate(rows):
-        if row is None:
+    for i, entry in enumerate(entries):
+        if entry is None:
             continue
-        name, values, mean, *ends = row
-        parts.append(f'<text class="name" x="{left - 12}" y="{at + 4:.1f}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<g class="s{i % 5}">')
+        name, values, mean, *ends = entry
+        parts += [_name(left, at, name), f'<g class="s{i % 5}">']
         if ends[0] < ends[1]:
-            cut = [min(max(end, ticks[0]), ticks[-1]) for end in ends]
-            parts.append(
-                f'<line class="whisker" x1="{x(cut[0]):.1f}" x2="{x(cut[1]):.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
-            )
-            parts += [
-                f'<line class="whisker" x1="{x(end):.1f}" x2="{x(end):.1f}" y1="{at - 4:.1f}" y2="{at + 4:.1f}"/>'
-                for end, kept_end in zip(ends, cut)
-                if end == kept_end
-            ]
+            low, high = (min(max(end, ticks[0]), ticks[-1]) for end in ends)
+            parts.append(_whisker(x(low), x(high), at, [x(end) for end in ends if end in (low, high)]))
         parts.append(f'<circle class="point" cx="{x(mean):.1f}" cy="{at:.1f}" r="4.5"/>')
         parts += [
             f'<circle class="seed" cx="{x(value):.1f}" cy="{at + 11:.1f}" r="3"><title>{show(value)}</title></circle>'
@@ -142,24 +133,24 @@ def strip(
     return "".join([*parts, "</svg>"])
 
 
-def before_after(rows: Sequence[tuple[str, float, float, float, float]]) -> str:
-    """Shares before and after with 95% whiskers, one line a row: (name, before, its error, after, its error)."""
+def before_after(entries: Sequence[tuple[str, float, float, float, float]]) -> str:
+    """Shares before and after with 95% whiskers, one line each: (name, before, its error, after, its error)."""
     width, line, left, right = 660, 54, 92, 56
-    height = TOP + line * len(rows) + BOTTOM
-    top = max(max(b + 2 * eb, a + 2 * ea) for _, b, eb, a, ea in rows)
+    height = TOP + line * len(entries) + BOTTOM
+    top = max(max(b + 2 * eb, a + 2 * ea) for _, b, eb, a, ea in entries)
     ticks = nice_ticks(0.0, min(1.0, top * 1.02))
     x = _scale(ticks[0], ticks[-1], left, width - right)
     parts = [_open(width, height, "accuracy before and after, with 95% intervals"), *_vertical_grid(ticks, x, height)]
-    for i, (name, before, before_error, after, after_error) in enumerate(rows):
+    for i, (name, before, before_error, after, after_error) in enumerate(entries):
         middle = TOP + line * (i + 0.5)
-        parts.append(f'<text class="name" x="{left - 12}" y="{middle + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(_name(left, middle, name))
         for kind, value, error, at in (
             ("before", before, before_error, middle - 9),
             ("after", after, after_error, middle + 9),
         ):
             bar = f'<rect class="bar" x="{left}" y="{at - 7:.1f}" width="{x(value) - left:.1f}" height="14" rx="2"/>'
             title = f"{name}, {kind}: {value:.1%} ± {error:.1%} (standard error)"
-            whisker = _whisker(x, value, error, at)
+            whisker = _share_whisker(x, value, error, at)
             parts.append(f'<g class="{kind}"><title>{escape(title)}</title>{bar}{whisker}</g>')
     return "".join([*parts, "</svg>"])
 
@@ -178,8 +169,8 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 def running_mean(values: Sequence[float], reach: int = 2) -> list[float]:
     """Each value averaged with up to `reach` neighbours on both sides, fewer at the ends."""
-    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
-    return [sum(w) / len(w) for w in windows]
+    near = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(some) / len(some) for some in near]
 
 
 def _axes(
@@ -213,17 +204,23 @@ def _vertical_grid(
     return parts
 
 
-def _whisker(x: Callable[[float], float], value: float, error: float, at: float) -> str:
-    """A 95% interval with its ends, and the value beside it."""
+def _whisker(low: float, high: float, at: float, ends: Sequence[float]) -> str:
+    """An interval as a line, with a mark at each of `ends`; all in units of the drawing."""
+    marks = "".join(
+        f'<line class="whisker" x1="{end:.1f}" x2="{end:.1f}" y1="{at - 4:.1f}" y2="{at + 4:.1f}"/>' for end in ends
+    )
+    return f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>{marks}'
+
+
+def _share_whisker(x: Callable[[float], float], value: float, error: float, at: float) -> str:
+    """The 95% interval of a share, and the share beside it."""
     low, high = x(max(0.0, value - 1.96 * error)), x(value + 1.96 * error)
-    ends = "".join(
-        f'<line class="whisker" x1="{end:.1f}" x2="{end:.1f}" y1="{at - 4:.1f}" y2="{at + 4:.1f}"/>'
-        for end in (low, high)
-    )
-    return (
-        f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>{ends}'
-        f'<text class="value" x="{high + 7:.1f}" y="{at + 4:.1f}">{value:.1%}</text>'
-    )
+    text = f'<text class="value" x="{high + 7:.1f}" y="{at + 4:.1f}">{value:.1%}</text>'
+    return _whisker(low, high, at, (low, high)) + text
+
+
+def _name(left: float, at: float, name: str) -> str:
+    return f'<text class="name" x="{left - 12}" y="{at + 4:.1f}" text-anchor="end">{escape(name)}</text>'
 
 
 def _open(width: int, height: int, label: str) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from .arms import ARM_HEAD, KINDS, Arm, arm_rows, caution, group
+from .arms import ARM_HEAD, KINDS, Arm, arm_lines, caution, collect_arms
 from .charts import curves, forest, strip
 from .folder import MODEL, Run, read_run, write_text
+from .formats import interval, points, share
 from .recipe import RecipeError
-from .report import page, section, table
+from .report import CURVES, figures, page, section, table
 from .statistics import PairedDifference, paired_difference, spread
 
 
@@ -29,7 +30,7 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Path:
         for key, one in _asked(base).items():
             if one != (two := _asked(run)[key]):
                 raise RecipeError(f"{run.folder}: evaluated on {key} {two}, {base.folder} on {one}")
-    arms, repeated = group(runs)
+    arms, repeated = collect_arms(runs)
     if all(len(arm.runs) == 1 for arm in arms):
         arms = []
     notes = _notes(runs, arms, repeated)
@@ -39,9 +40,9 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Path:
     else:
         write_text(output.resolve(), _page(runs, arms, notes))
     if arms:
-        print(_text([_SHORT_HEAD, *_short_rows(runs)]), _text([ARM_HEAD, *arm_rows(arms)]), sep="\n\n")
+        print(_text([_SHORT_HEAD, *_short_lines(runs)]), _text([ARM_HEAD, *arm_lines(arms)]), sep="\n\n")
     else:
-        print(_text([_HEAD, *_rows(runs)]))
+        print(_text([_HEAD, *_run_lines(runs)]))
     print(*notes, f"\n  page     {output}", sep="\n")
     return output
 
@@ -53,7 +54,7 @@ def against(base: Run, run: Run, kind: str) -> PairedDifference:
 
 
 def _asked(run: Run) -> dict[str, object]:
-    """What settles which instances a run was evaluated on."""
+    """What decides which instances a run was evaluated on."""
     task = {f"task.{key}": run.config["task"].get(key) for key in ("name", "level", "numbers")}
     return {"split": run.result["split"], "instances": _instances(run), **task}
 
@@ -65,35 +66,35 @@ def _instances(run: Run) -> int:
 _HEAD = ["run", "mode", "seed", "", "before", "after", "against the first", "tokens", "minutes"]
 
 
-def _rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Two lines a run: sampled and greedy."""
-    rows = []
+def _run_lines(runs: Sequence[Run]) -> list[list[str]]:
+    """Two lines for each run, sampled and greedy, under `_HEAD`."""
+    lines = []
     for i, run in enumerate(runs):
         result = run.result
         for kind in KINDS:
             before, after = result["before"][kind], result["after"][kind]
             change = against(runs[0], run, kind)
-            points = f"{change.difference * 100:+.1f} ({change.low * 100:+.1f} to {change.high * 100:+.1f})"
+            moved = f"{points(change.difference)} ({interval(change.low, change.high)})"
             name = [str(run.folder), result["mode"], str(result["seed"])] if kind == "sampled" else ["", "", ""]
-            rows.append(
+            lines.append(
                 [
                     *name,
                     kind,
                     f"{before['accuracy']:.1%}",
-                    f"{after['accuracy']:.1%} ± {after['standard_error']:.1%}",
-                    points if i > 0 else "-",
+                    share(after),
+                    moved if i > 0 else "-",
                     f"{after['tokens']:.0f}",
                     f"{result['seconds']['training'] / 60:.1f}" if kind == "sampled" else "",
                 ]
             )
-    return rows
+    return lines
 
 
 _SHORT_HEAD = ["run", "mode", "seed", *KINDS, "tokens", "minutes"]
 
 
-def _short_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """One line a run, for comparisons whose figures are those of the arms."""
+def _short_lines(runs: Sequence[Run]) -> list[list[str]]:
+    """One line for each run, under `_SHORT_HEAD`, where the table of arms holds the comparison."""
     return [
         [
             str(run.folder),
@@ -108,7 +109,7 @@ def _short_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _notes(runs: Sequence[Run], arms: Sequence[Arm], repeated: Sequence[Run]) -> list[str]:
-    """Sentences about what these runs cannot tell."""
+    """Sentences about what this comparison leaves out or cannot show."""
     notes = [caution(arms)] if arms else []
     if arms and repeated:
         names = ", ".join(str(run.folder) for run in repeated)
@@ -122,11 +123,11 @@ def _notes(runs: Sequence[Run], arms: Sequence[Arm], repeated: Sequence[Run]) ->
     return [note for note in notes if note]
 
 
-def _text(rows: list[list[str]]) -> str:
-    """A table whose first row is its head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+def _text(lines: list[list[str]]) -> str:
+    """A table whose first line is its head."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
 
 
 def _page(runs: Sequence[Run], arms: Sequence[Arm], notes: Sequence[str]) -> str:
@@ -134,21 +135,15 @@ def _page(runs: Sequence[Run], arms: Sequence[Arm], notes: Sequence[str]) -> str
     warnings = "".join(f'<p class="wrong">{escape(note)}</p>' for note in notes)
     body = f"<header><p class='kicker'>rhythm-kernels</p><h1>{escape(title)}</h1></header>"
     if arms:
-        short = table(_SHORT_HEAD, _escaped(_short_rows(runs)))
+        short = table(_SHORT_HEAD, _escaped(_short_lines(runs)))
         body += section("Arms", _arm_charts(arms, runs[0]) + warnings) + section("Runs", short)
     else:
         body += section("Final models", _run_charts(runs) + warnings)
     return page(title, body + section("Learning", _learning(runs, arms)))
 
 
-def _escaped(rows: list[list[str]]) -> list[list[str]]:
-    return [[escape(cell) for cell in row] for row in rows]
-
-
-def _figures(drawn: dict[str, str]) -> str:
-    """Charts side by side, by caption."""
-    inside = "".join(f"<figure><figcaption>{name}</figcaption>{svg}</figure>" for name, svg in drawn.items())
-    return f'<div class="figures">{inside}</div>'
+def _escaped(lines: list[list[str]]) -> list[list[str]]:
+    return [[escape(cell) for cell in line] for line in lines]
 
 
 def _questions(run: Run) -> str:
@@ -170,7 +165,7 @@ def _run_charts(runs: Sequence[Run]) -> str:
         )
         for kind in KINDS
     }
-    return f'{_figures(bars)}{table(_HEAD, _escaped(_rows(runs)))}<p class="note">{note}</p>'
+    return f'{figures(bars)}{table(_HEAD, _escaped(_run_lines(runs)))}<p class="note">{note}</p>'
 
 
 def _arm_charts(arms: Sequence[Arm], run: Run) -> str:
@@ -190,45 +185,38 @@ def _arm_charts(arms: Sequence[Arm], run: Run) -> str:
         )
     for kind in KINDS:
         gaps = [(arm.name, [100 * d for d in arm.differences(arms[0], kind)]) for arm in arms]
-        rows = [(name, values, *_interval(values)) if values else None for name, values in gaps]
-        if any(row is not None for row in rows[1:]):
+        entries = [(name, values, *_interval(values)) if values else None for name, values in gaps]
+        if any(entry is not None for entry in entries[1:]):
             drawn[f"{kind}, points against {escape(arms[0].name)}, paired by seed"] = strip(
-                [None, *rows[1:]],
+                [None, *entries[1:]],
                 label=f"{kind} accuracy against {arms[0].name}, a ring a seed",
                 show="{:+.1f}".format,
                 tick=lambda points: f"{points:+g}" if points else "0",
                 zero=True,
             )
-    return f'{_figures(drawn)}{table(ARM_HEAD, _escaped(arm_rows(arms)))}<p class="note">{note}</p>'
+    return f'{figures(drawn)}{table(ARM_HEAD, _escaped(arm_lines(arms)))}<p class="note">{note}</p>'
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the ends of its interval; the mean itself where one value has none."""
+    """The mean and the ends of its interval, which are the mean too where there is one value."""
     found = spread(values)
     return (found.mean, found.low, found.high) if found.count > 1 else (found.mean, found.mean, found.mean)
 
 
 def _learning(runs: Sequence[Run], arms: Sequence[Arm]) -> str:
-    """Training curves, a line a run, or a line an arm: the mean over its seeds at the steps that all of them have."""
+    """Training curves: a line for each run, or for each arm the mean over its seeds at the steps that all have."""
     sets = [(arm.name, list(arm.runs.values())) for arm in arms] or [(str(run.folder), [run]) for run in runs]
     names = [name for name, _ in sets]
-    drawn = ""
-    for key, (caption, show) in _CURVES.items():
+    charts = {}
+    for key in ("accuracy", "response_tokens", "entropy"):
         series = []
         for _, members in sets:
             found = [{line["step"]: line[key] for line in run.lines if key in line} for run in members]
             steps = sorted(set.intersection(*map(set, found)))
             series.append([(step, sum(f[step] for f in found) / len(found)) for step in steps])
         if any(series):
-            chart = curves(series, names, label=caption, show=show)
-            drawn += f"<figure>{chart}<figcaption>{caption}</figcaption></figure>"
+            caption, show = CURVES[key]
+            charts[caption] = curves(series, names, label=caption, show=show)
     key_list = "".join(f'<li class="s{i % 5}">{escape(name)}</li>' for i, name in enumerate(names))
-    note = '<p class="note">Each line is the mean over an arm\'s seeds.</p>' if arms else ""
-    return f'<ul class="key">{key_list}</ul><div class="figures">{drawn}</div>{note}' if drawn else ""
-
-
-_CURVES = {
-    "accuracy": ("right answers in training, running mean of five steps", "{:.0%}".format),
-    "response_tokens": ("response length, tokens", "{:.0f}".format),
-    "entropy": ("entropy, nats a token", "{:.2f}".format),
-}
+    note = "A line is a running mean of five steps" + (" of the mean over an arm's seeds." if arms else ".")
+    return f'<ul class="key">{key_list}</ul>{figures(charts)}<p class="note">{note}</p>' if charts else ""

@@ -1,4 +1,4 @@
-"""Accuracy on held-out instances, sampled and greedy, with what the responses are made of."""
+"""Accuracy on held-out instances, with counts of what the responses hold."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Evaluation:
     texts: list[str]
     tokens: list[list[int]]  # of each response, its end token included where it has one
     correct: list[bool]
-    counts: dict[str, int] = field(default_factory=dict)  # sums of what the traces hold
+    counts: dict[str, int] = field(default_factory=dict)  # of `Countdown.made_of`, summed over responses
     seconds: float = 0.0
 
     def summary(self) -> dict[str, Any]:
-        """Shares and means, ready for JSON; `right` has one character an instance, for paired comparisons."""
+        """Shares and means, ready for JSON; `right` is a 0 or 1 for each instance, for paired comparisons."""
         n, hits = len(self.correct), sum(self.correct)
         result: dict[str, Any] = {
             "instances": n,
@@ -62,9 +62,9 @@ def generate(
     seed: int,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> list[list[int]]:
-    """The tokens of one response a prompt, up to and with the end token. A temperature of 0 is greedy.
+    """One response to each prompt, as tokens up to and with the end token. A temperature of 0 is greedy.
 
-    Prompts are batched by length, and the caller's random state is left as it was.
+    Prompts are batched by length. Sampling begins at `seed`, and the caller's random state stays as it was.
     """
     training = model.training
     model.eval()
@@ -83,9 +83,9 @@ def generate(
             inputs = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left")
             inputs = inputs.to(model.device)
             output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
-            for i, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist()):
-                stop = next((at for at, token in enumerate(row) if token in ends), len(row))
-                responses[i] = row[: stop + 1]
+            for i, tokens in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist()):
+                stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+                responses[i] = tokens[: stop + 1]
             progress(len(chosen))
     model.train(training)
     return responses

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .folder import CONFIG, EVALUATION, read_run, saved_model, write_text
+from .formats import share
 from .models import check_model, load
 from .puzzles import Countdown
 from .recipe import RecipeError, load_recipe
@@ -19,12 +20,12 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
     """Evaluate the model in `folder`; prints the figures and returns the file that holds them.
 
     Raises:
-        RecipeError: where there is no finished run, where another takes its place meanwhile, or for overrides that
-            do not exist.
+        RecipeError: where no finished run is in `folder`, where another run takes its place meanwhile, or for overrides
+            of settings that an evaluation does not read.
     """
     for override in overrides:
         if not override.startswith(_HONOURED):
-            raise RecipeError(f"{override!r}: evaluate trains nothing; it takes {', '.join(_HONOURED)}")
+            raise RecipeError(f"an override of evaluate must begin with {', '.join(_HONOURED)}, got {override!r}")
     run = read_run(folder)
     source = saved_model(folder)
     try:
@@ -43,8 +44,6 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
     write_text(path, json.dumps({"split": recipe.eval.split, **found}, indent=1) + "\n")
     print(f"\n{folder}, {recipe.eval.size} {recipe.eval.split} instances:")
     for kind, summary in found.items():
-        print(
-            f"  {kind:8} {summary['accuracy']:6.1%} ± {summary['standard_error']:.1%}   {summary['tokens']:.0f} tokens"
-        )
+        print(f"  {kind:8} {share(summary):>13}   {summary['tokens']:.0f} tokens")
     print(f"  details  {path}")
     return path

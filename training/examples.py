@@ -29,7 +29,7 @@ def examples(
     settings: RhythmSettings,
     groups: HeadGroups | None,
 ) -> list[dict[str, Any]]:
-    """Responses that became right in training, measured by the trained model; ready for JSON."""
+    """A few responses, first those that became right in training, measured by the trained model; ready for JSON."""
     chosen = _choose(before, after)
     batches = [_inputs(tokenizer, task.text(instances[i], tokenizer), after.tokens[i], model) for i in chosen]
     if not batches:
@@ -62,7 +62,7 @@ def examples(
 
 
 def _choose(before: Evaluation, after: Evaluation) -> list[int]:
-    """Indices: first what became right, then what stayed right, then anything; of readable length where there is."""
+    """Indices of responses: of readable length first, and of those first what became right, then what stayed right."""
 
     def rank(i: int) -> tuple[bool, bool, bool, int]:
         readable = SHORTEST <= len(after.tokens[i]) <= LONGEST

@@ -1,19 +1,20 @@
-"""A run's folder: its names, and the order in which they change, so that it never shows a mixture of two runs.
+"""A run's folder: the names of its files, and the order in which they change, so that no two runs are ever mixed.
 
-A run that starts in a folder first moves what an earlier run left there into `previous/`: `result.json`, the mark of a
-finished run, before all else and `config.yaml` last. Only then does it write anything, every file to a temporary name
-and then renamed, its result before its model. `previous/` goes once the new run has finished. So wherever a run is
-cut off, by Ctrl-C or `kill -9`, the names in the folder are all of one run, and so are those in `previous/`, which
-appears and goes by one rename. A later start completes what was cut off.
+A run first moves the files of an earlier run into `previous/`: `result.json`, which marks a finished run, before all
+others, and `config.yaml` last. Only then does it write its own files, each under a temporary name that is then renamed,
+the result before the model. `previous/` is removed when the new run has finished. So wherever a run is cut off, by
+Ctrl-C or `kill -9`, the files in the folder belong to one run, and so do those in `previous/`, which appears and goes
+by one rename. The next start completes a move that was cut off.
 
-Only the names below are ever moved or removed, and only beside the `config.yaml` of a run; links are moved or removed
-themselves, never followed. Nothing here waits for the disk (fsync): a machine that loses its power can lose more.
+Only the names below are ever moved or removed, and only beside the `config.yaml` of a run. Of links, the link itself is
+moved or removed, never what it points to. Nothing here waits for the disk (fsync): a power failure can lose more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import reprlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ try:
 except ImportError:  # Windows: two runs at once in one folder are not refused there
     fcntl = None  # type: ignore[assignment]
 
-CONFIG, METRICS, RESULT, REPORT, GROUPS, MODEL, CHECKPOINTS, EVALUATION = (
+CONFIG, METRICS, RESULT, REPORT, HEADS, MODEL, CHECKPOINTS, EVALUATION = (
     "config.yaml",
     "metrics.jsonl",
     "result.json",
@@ -42,13 +43,13 @@ CONFIG, METRICS, RESULT, REPORT, GROUPS, MODEL, CHECKPOINTS, EVALUATION = (
     "checkpoints",
     "evaluation.json",
 )
-PREVIOUS = "previous"  # the run before, until the one that took its place has finished
-_PARTIAL = ".partial"  # ends the name of what is being written, and of `previous` while it is filled
+PREVIOUS = "previous"  # the earlier run, until the new one has finished
+_PARTIAL = ".partial"  # suffix of a file that is being written, and of `previous` while it is filled
 _REMOVED = "previous.removed"  # a `previous` that is being removed
-_MOVED = (RESULT, EVALUATION, REPORT, GROUPS, MODEL, METRICS, CHECKPOINTS, CONFIG)  # in this order
+_MOVED = (RESULT, EVALUATION, REPORT, HEADS, MODEL, METRICS, CHECKPOINTS, CONFIG)  # in this order
 _ANSWERS = {"instances": int, "accuracy": float, "standard_error": float, "tokens": float, "right": str}
 _BOTH = {"sampled": _ANSWERS, "greedy": _ANSWERS}
-_RESULT = {  # what those who come later read of a result
+_RESULT = {  # the keys that compare and evaluate read
     "mode": str,
     "seed": int,
     "split": str,
@@ -62,7 +63,7 @@ _WRITTEN = {*_MOVED, *(name + _PARTIAL for name in _MOVED)}
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run says of itself.
+    """The files of a finished run.
 
     Attributes:
         config: `config.yaml`, the recipe as it was carried out.
@@ -77,10 +78,10 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`, finished or at least measured: see `saved_model`.
+    """The run in `folder`: measured, but perhaps without its model (see `saved_model`).
 
     Raises:
-        RecipeError: where there is none.
+        RecipeError: where no such run is there, or its files cannot be read.
     """
     if not (folder / RESULT).exists():
         begun = f": the run in it has no {RESULT}, it was cut off or is still going" if _holds(folder) else ""
@@ -97,7 +98,11 @@ def read_run(folder: Path) -> Run:
 
 
 def _read(path: Path, reader: Callable[[str], Any], wrong: Callable[[Any], str]) -> Any:
-    """What a file of a run holds; a `ValueError` names it where it cannot be read, or `wrong` says what is."""
+    """The content of a run's file.
+
+    Raises:
+        ValueError: it names the file, where that cannot be read or `wrong` finds a fault in it.
+    """
     try:
         content = reader(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -115,13 +120,14 @@ def _of_result(result: Any) -> str:
             if kind in _BOTH and not (
                 set(found["right"]) <= {"0", "1"} and len(found["right"]) == found["instances"] > 0
             ):
-                return f"{when}.{kind}.right is not a 0 or 1 for each of the instances"
+                right = reprlib.repr(found["right"])
+                return f"{when}.{kind}.right must be a 0 or 1 for each of the instances, got {right}"
     return ""
 
 
 def _of_config(config: Any) -> str:
     said = misfit(config, _CONFIG)
-    return said or ", ".join(f"{name} is no group" for name in set(config) - set(_CONFIG))
+    return said or ", ".join(f"{name} is not a section" for name in sorted(set(config) - set(_CONFIG)))
 
 
 def _of_lines(lines: list[Any]) -> str:
@@ -129,7 +135,7 @@ def _of_lines(lines: list[Any]) -> str:
         if said := misfit(line, {"step": int}):
             return f"line {at}: {said}"
         if odd := [key for key, value in line.items() if not isinstance(value, int | float)]:
-            return f"line {at}: {odd[0]} is not a number"
+            return f"line {at}: {odd[0]} must be a number, got {reprlib.repr(line[odd[0]])}"
     return ""
 
 
@@ -149,21 +155,21 @@ def saved_model(folder: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write a file or a folder to, which becomes `path` once all is written."""
+    """Gives a temporary name to write a file or a folder to, and renames it to `path` at the end."""
     partial = path.with_name(path.name + _PARTIAL)
     try:
         with saving(path):
             yield partial
     except OSError:
         with suppress(OSError):
-            _remove(partial)  # gives a full disk its room back
+            _remove(partial)  # the disk may be full
         raise
     os.replace(partial, path)
 
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Where `path` is written: what fails because of the disk is an `OSError` that names a file."""
+    """While `path` is written: every failure of the disk becomes an `OSError` that names a file."""
     try:
         yield
     except SafetensorError as error:
@@ -173,19 +179,19 @@ def saving(path: Path) -> Iterator[None]:
             raise
         raise OSError(f"{path}: {error}") from error
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # of a write, which knows of no name
+        if error.errno is not None and error.filename is None:  # of a write, which knows no name
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 class RunError(RuntimeError):
-    """A run that could not write what it has to; the message says what is kept."""
+    """A run could not write its files; the message says what is kept."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -194,11 +200,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def open_run(folder: Path) -> Iterator[Callable[[], str]]:
-    """The time in which `folder` is a run's own: made where it is not there, and kept from other runs.
+    """Hold `folder` for one run: make it if it is missing, and keep other runs out.
 
-    Gives a function that the run calls once nothing is left to be refused, before it writes anything. It moves what an
-    earlier run left to `previous`, which is removed at the end, and returns a sentence about that, empty where nothing
-    was there. A run that ends before leaves everything as it was.
+    Gives a function that the run calls when nothing can be refused any more and before it writes anything. It moves an
+    earlier run to `previous`, which is removed at the end, and returns a sentence about that (empty if there was none).
+    A run that ends before that call leaves everything as it was.
 
     Raises:
         RecipeError: where another run is writing there, or the folder's names are not those of a run.
@@ -214,7 +220,7 @@ def open_run(folder: Path) -> Iterator[Callable[[], str]]:
         try:
             return _make_room(folder)
         except KeyboardInterrupt:
-            _make_room(folder)  # a few renames: nothing that follows has to describe half of them
+            _make_room(folder)  # completes the few renames, so that no message has to describe half of them
             raise
 
     try:
@@ -223,7 +229,7 @@ def open_run(folder: Path) -> Iterator[Callable[[], str]]:
         with _lock(folder):
             _check(folder)
             with TemporaryFile(dir=folder):
-                pass  # whoever cannot write here learns it now
+                pass  # refuses a folder that cannot be written, before anything is done
             yield begin
             _remove_previous(folder)
     except RecipeError as error:
@@ -242,7 +248,7 @@ def open_run(folder: Path) -> Iterator[Callable[[], str]]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Keeps a second run out. The system lets go of the lock however the process ends."""
+    """Keep a second run out. The system releases the lock however the process ends."""
     if fcntl is None:
         yield
         return
@@ -262,7 +268,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def _check(folder: Path) -> None:
     """Refuse to move or remove what no run wrote."""
     if folder.resolve() == Path(folder.resolve().anchor):
-        raise RecipeError(f"{folder}: a run needs a folder of its own; choose another output.path")
+        raise RecipeError(f"output.path must be a folder of the run's own, got {str(folder)!r}")
     for name in (PREVIOUS, PREVIOUS + _PARTIAL, _REMOVED):
         if odd := _foreign(folder / name):
             raise RecipeError(f"{odd} is not what a run left: move it away, or choose another output.path")
@@ -279,12 +285,12 @@ def _holds(folder: Path) -> list[str]:
 
 
 def _begun(folder: Path) -> list[str]:
-    """What was being written when a run was cut off; its first file is its configuration."""
+    """The temporary files of a run that was cut off. Not config.yaml's: it is the first, and alone it is no run yet."""
     return [name + _PARTIAL for name in _MOVED if name != CONFIG and os.path.lexists(folder / (name + _PARTIAL))]
 
 
 def _foreign(folder: Path) -> Path | None:
-    """Something in a folder of ours that is not ours, or the folder itself where it is none."""
+    """A file that no run wrote in a folder that only runs write, or the folder itself if it is a link or a file."""
     if not os.path.lexists(folder):
         return None
     if folder.is_symlink() or not folder.is_dir():
@@ -301,10 +307,11 @@ def _is_config(path: Path) -> bool:
 
 
 def _make_room(folder: Path) -> str:
-    """Move what an earlier run left to `previous`, or go on with that where it was cut off; says so in a sentence.
+    """Move an earlier run to `previous`, or complete a move that was cut off; returns a sentence about it.
 
-    Nothing new is written before `previous.partial` has become `previous`, so all in the two belongs to one run. A
-    `previous` that says more (a finished run against the remains of one) stays, and the remains go.
+    Nothing new is written before `previous.partial` has become `previous`, so the files in the two belong to one run.
+    If `previous` already holds a run of more `_worth` than the one to be moved (a finished run, against the remains of
+    one), it stays and the remains are removed.
     """
     previous, moving, removed = (folder / name for name in (PREVIOUS, PREVIOUS + _PARTIAL, _REMOVED))
     _remove(removed)
@@ -347,7 +354,7 @@ def _remove(path: Path) -> None:
 
 
 def _earlier(folder: Path) -> str:
-    """Where the finished run before is, and how to keep it."""
+    """Where the earlier finished run is, and how to keep it; empty where there is none."""
     previous = folder / PREVIOUS
     if _worth(previous) < 2:
         return ""
@@ -355,7 +362,7 @@ def _earlier(folder: Path) -> str:
 
 
 def _kept(folder: Path) -> str:
-    """What a run that did not finish leaves, and what is missing."""
+    """What an unfinished run leaves, and what of it is missing."""
     kept, missing = [], []
     with suppress(OSError):
         if steps := (folder / METRICS).read_bytes().count(b"\n"):

@@ -1,4 +1,4 @@
-"""The trainer of a run: its configuration, what it notes beside TRL's metrics, and the file it writes them to."""
+"""The trainer of a run: its configuration, the metrics it adds to TRL's, and the file it writes them to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
 
-from .folder import saving
+from .folder import CHECKPOINTS, saving
 from .puzzles import Countdown, Reward
 from .reading import misfit, read_json
 from .recipe import Recipe, RecipeError
@@ -37,14 +37,14 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
     for name, value in (("grpo.temperature", recipe.grpo.temperature), ("eval.temperature", recipe.eval.temperature)):
         if 0 < value < 0.01 and recipe.model.dtype == "float16":
             raise RecipeError(
-                f"{name} is {value}: it must be at least 0.01, as logits divided by less overflow float16"
+                f"{name} must be at least 0.01 with model.dtype=float16, got {value}: logits divided by less overflow"
             )
     if isinstance(path := more.get("accelerator_config"), str):  # read here, where it can be named
         more["accelerator_config"] = _read_accelerator(path)
     try:
         config = RhythmGRPOConfig(
             **{
-                "output_dir": str(Path(recipe.output.path) / "checkpoints"),
+                "output_dir": str(Path(recipe.output.path) / CHECKPOINTS),
                 "reward_weights": [1.0] * len(rewards) + [0.0],  # the last one is correctness, to be logged
                 "logging_steps": 1,
                 "save_strategy": "no",
@@ -63,7 +63,7 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
     unheeded(recipe.grpo.more, config)
     check_generation(config)
     if config.fp16 and (config.use_cpu or recipe.model.dtype == "float16"):  # ignored, or refused in the first step
-        raise RecipeError("grpo.fp16 is True: it needs a GPU, and a model.dtype that is not float16 itself")
+        raise RecipeError("grpo.fp16 must be false without a GPU or with model.dtype=float16, got True")
     return config
 
 
@@ -76,17 +76,17 @@ def _read_accelerator(path: str) -> dict[str, Any]:
     except ValueError as error:
         said = str(error)
     if said:
-        raise RecipeError(f"grpo.accelerator_config is {path!r}: {said}")
+        raise RecipeError(f"grpo.accelerator_config must be a file of JSON, got {path!r}: {said}")
     return content
 
 
 class _Trainer(RhythmGRPOTrainer):
-    """Also notes how large the batches are, and how large their attention maps would have been."""
+    """Adds to the metrics the length of each batch and the bytes that its attention maps would have taken."""
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        rows, length = inputs["prompt_ids"].shape[0], inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
-        config = self.model.config
-        maps = rows * config.num_hidden_layers * config.num_attention_heads * length**2 * 4
+        (batch, prompt), completion = inputs["prompt_ids"].shape, inputs["completion_ids"].shape[1]
+        config, length = self.model.config, prompt + completion
+        maps = batch * config.num_hidden_layers * config.num_attention_heads * length**2 * 4
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["row_tokens"].append(length)
         metrics["map_bytes"].append(maps)
@@ -104,8 +104,8 @@ def build_trainer(
 ) -> RhythmGRPOTrainer:
     """The trainer of a recipe, with our progress bar instead of the libraries' printing.
 
-    Its optimizer is made here too, and what else it will need is tried, so that settings that cannot be carried out are
-    refused before anything is measured.
+    Makes its optimizer too and tries what it will need later, so that settings that cannot be carried out are refused
+    before anything is measured.
     """
     from datasets import Dataset
 
@@ -119,7 +119,7 @@ def build_trainer(
             model=model,
             reward_funcs=rewards,
             args=config,
-            train_dataset=Dataset.from_dict(task.rows("train", recipe.task.train_size)),
+            train_dataset=Dataset.from_dict(task.training_set(recipe.task.train_size)),
             processing_class=tokenizer,
             callbacks=[recorder],
             optimizers=(optimizer, None),
@@ -134,7 +134,7 @@ def build_trainer(
     return trainer
 
 
-_NAMES = {  # ours, short: TRL's
+_NAMES = {  # in metrics.jsonl: in TRL's log
     "loss": "loss",
     "reward": "reward",
     "accuracy": "rewards/correctness/mean",

@@ -1,4 +1,4 @@
-"""Loading what a recipe trains."""
+"""Load and check the model that a recipe trains."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load(recipe: Recipe, path: Path | None = None) -> tuple[Any, Any]:
             source, dtype=getattr(torch, recipe.model.dtype), attn_implementation=recipe.model.attn_implementation
         )
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    except Exception as error:  # of any kind: the libraries stumble over files that are not a model's as they come
+    except Exception as error:  # of any kind: what the libraries raise over files that are no model's has no one type
         raise RecipeError(f"model: {source} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -37,7 +37,7 @@ def load(recipe: Recipe, path: Path | None = None) -> tuple[Any, Any]:
 
 
 def _check_files(folder: Path) -> None:
-    """Name the file of a model that is not JSON, or holds no names, where the libraries would not."""
+    """Refuse a file of a model that is not JSON or not a mapping, by its name, which the libraries do not say."""
     for path in (folder / name for name in _FILES if (folder / name).is_file()):
         try:
             said = misfit(read_json(path.read_text(encoding="utf-8")), {})
@@ -52,18 +52,18 @@ def check_model(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[]
 
     Raises:
         RecipeError: for prompts that the tokenizer cannot write or pad, for responses longer than the model has
-            positions, and where it loads but does not run as it is set.
+            positions, and for a model that loads but does not run with these settings.
     """
     try:
         texts = prompts()
         longest = len(tokenizer(texts, padding=True)["input_ids"][0])
     except (ValueError, TypeError, TemplateError) as error:
-        raise RecipeError(f"task.prompt is {recipe.task.prompt!r}: {error}") from error
+        raise RecipeError(f"task.prompt must suit the tokenizer, got {recipe.task.prompt!r}: {error}") from error
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest + recipe.grpo.max_completion_length > positions:
         raise RecipeError(
-            f"grpo.max_completion_length is {recipe.grpo.max_completion_length}: it must be at most "
-            f"{positions - longest}, as the model has {positions} positions and a prompt up to {longest} tokens"
+            f"grpo.max_completion_length must be at most {positions - longest}, got "
+            f"{recipe.grpo.max_completion_length}: the model has {positions} positions, a prompt up to {longest} tokens"
         )
     try:
         generate(

@@ -1,4 +1,4 @@
-"""What a run needs of a task: instances, prompts, rewards, and what a response is made of."""
+"""What a run needs of a task: instances, prompts, rewards, and counts of what a response holds."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _REWARDS: dict[str, Callable[[str, list[int], int], float]] = {
     "score": countdown.score,
     "correctness": lambda *case: float(countdown.score(*case) == 1.0),
     "format": lambda *case: float(countdown.score(*case) > 0),
-    # Small beside a right answer. An explicit `answer none` earns it, a search that hit the length limit does not.
+    # Little against the 1.0 of a right answer. An explicit `answer none` earns it, a search that is cut off does not.
     "answered": lambda *case: 0.2 * analyse(*case).answered,
 }
 
 
 class Countdown:
-    """The Countdown game as a recipe's `task` group describes it.
+    """The Countdown game as a recipe's section `task` describes it.
 
     Raises:
         RecipeError: for a name, a prompt or a level that does not exist.
@@ -42,7 +42,7 @@ class Countdown:
             ("task.level", task.level, list(countdown.LEVELS)),
         ):
             if value not in known:
-                raise RecipeError(f"{name} is {value!r}: it must be one of {', '.join(known)}")
+                raise RecipeError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.task = task
         self.has_traces = task.prompt == "tiny"
 
@@ -72,9 +72,9 @@ class Countdown:
             return {}
         return {name: int(value) for name, value in asdict(analyse(completion, **instance)).items()}
 
-    def rows(self, split: str, size: int) -> dict[str, list[Any]]:
-        """Columns of a training set: the prompt, and what the rewards are given beside the completion."""
-        instances = self.instances(split, size)
+    def training_set(self, size: int) -> dict[str, list[Any]]:
+        """The train split for TRL: prompts, and the arguments that rewards take besides the completion."""
+        instances = self.instances("train", size)
         return {
             "prompt": [self.prompt(instance) for instance in instances],
             "numbers": [instance["numbers"] for instance in instances],
@@ -86,11 +86,11 @@ def reward_functions(names: Sequence[str]) -> list[Reward]:
     """Rewards in TRL's signature, named as in the recipe.
 
     Raises:
-        RecipeError: for a name that is none.
+        RecipeError: for a name that no reward has.
     """
     for name in names:
         if name not in _REWARDS:
-            raise RecipeError(f"grpo.rewards holds {name!r}: known are {', '.join(_REWARDS)}")
+            raise RecipeError(f"grpo.rewards must hold only {', '.join(_REWARDS)}, got {name!r}")
     return [_reward(name) for name in names]
 
 

@@ -1,14 +1,15 @@
-"""Reading YAML and JSON that anyone may have written: what cannot be read is a `ValueError` of one reason.
+"""Reading YAML and JSON from any hand: a file that cannot be read is a `ValueError` with the reason.
 
-YAML here is that of the safe loader, narrower in three ways: a key given twice is refused instead of the last one
-winning, nothing contains itself, and nothing is nested deeper than any recipe is. So whatever was read can be
-compared, copied and printed.
+YAML is that of the safe loader, narrower in three ways: a key given twice is refused (the loader takes the last one),
+nothing may contain itself, and nothing may be nested deeper than `_DEPTH`. So whatever was read can be compared, copied
+and printed.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import reprlib
 from typing import Any
 
 import yaml
@@ -20,7 +21,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.depth = 0
-        self.deep_construct = True  # whole objects only, so an alias inside of what it names has nothing to stand for
+        self.deep_construct = True  # an object is finished before it can be named, so none can contain itself
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
@@ -46,13 +47,13 @@ def read_yaml(text: str) -> Any:
     """What a text of YAML holds.
 
     Raises:
-        ValueError: where it is none, or one of those above.
+        ValueError: for a text that is not YAML, or not as narrow as said above.
     """
     try:
         return yaml.load(text, _Loader)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(str(error)) from error
-    except Exception as error:  # the loader's own stumbling over values that are not of their explicit tags
+    except Exception as error:  # what the loader raises for values that are not of their explicit tags
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
@@ -60,7 +61,7 @@ def read_json(text: str) -> Any:
     """What a text of JSON holds.
 
     Raises:
-        ValueError: where it is none, or nested too deep to be looked at.
+        ValueError: for a text that is not JSON, or is nested too deep.
     """
     try:
         return json.loads(text)
@@ -69,14 +70,14 @@ def read_json(text: str) -> Any:
 
 
 def misfit(value: Any, schema: Any, name: str = "") -> str:
-    """Where `value` is not what `schema` says, in words; empty where it is.
+    """What is wrong with `value` against `schema`, in words; empty where nothing is.
 
-    A schema is a dictionary of keys that must be there, each with its schema, or a type; a `float` may be whole and is
-    finite.
+    A schema is a type, or a dictionary: each of its keys must be there and fit its own schema. A `float` must be finite
+    and may be a whole number.
     """
     if isinstance(schema, dict):
         if not isinstance(value, dict):
-            return f"{name or 'it'} is not a group of values"
+            return f"{name or 'it'} must be a mapping, got {reprlib.repr(value)}"
         missing = [f"{name}{'.' if name else ''}{key}" for key in schema if key not in value]
         if missing:
             return f"{missing[0]} is missing"
@@ -84,7 +85,7 @@ def misfit(value: Any, schema: Any, name: str = "") -> str:
         return next(filter(None, inner), "")
     kinds = (int, float) if schema is float else schema
     fits = isinstance(value, kinds) and not isinstance(value, bool) and not (schema is float and not _finite(value))
-    return "" if fits else f"{name} is not {_WORDS[schema]}"
+    return "" if fits else f"{name} must be {_WORDS[schema]}, got {reprlib.repr(value)}"
 
 
 _WORDS = {int: "a whole number", float: "a finite number", str: "a word"}

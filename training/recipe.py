@@ -1,4 +1,4 @@
-"""Recipes: YAML files with a fixed set of keys, and overrides typed as `group.key=value`."""
+"""Recipes: YAML files of sections with fixed keys, and overrides typed as `section.key=value`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rhythm_kernels import RhythmSettings
 
 from .reading import read_yaml
 from .settings import TRL_WORDS, LossType, RecipeError, checked, refuse
+from .tasks.countdown import SplitName
 
 ROOT = Path(__file__).resolve().parent.parent  # paths in recipes are relative to it
 
@@ -40,7 +41,10 @@ class Model:
 
 @dataclass
 class Grpo:
-    """Ours beside the fields of `trl.GRPOConfig`, which are accepted but for those that `settings.refuse` explains."""
+    """Our settings of GRPO and our defaults of TRL's.
+
+    The other fields of `trl.GRPOConfig` are accepted too, except those that `settings.refuse` explains.
+    """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     rewards: list[str] = field(default_factory=lambda: ["correctness"])
@@ -67,7 +71,7 @@ class Grpo:
 class Eval:
     """How accuracy is measured, before and after."""
 
-    split: Literal["train", "validation", "test"] = "test"
+    split: SplitName = "test"
     size: int = 512
     temperature: float = 1.0
     batch_size: int = 256
@@ -76,7 +80,7 @@ class Eval:
 
 @dataclass
 class Output:
-    """Where the run's folder is. What an earlier run left there is kept in `previous/` until this one has finished."""
+    """Where a run's files are written. Those of an earlier run are kept in `previous/` until this one has finished."""
 
     path: str = "runs/demo"
 
@@ -102,7 +106,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply overrides such as `grpo.max_steps=2` (values are YAML).
 
     Raises:
-        RecipeError: a file, key or value that is not one, with the names that come near.
+        RecipeError: for a file that is no recipe, a name that does not exist (with those that are spelled like it) or
+            a value that its setting does not take.
     """
     try:
         content = read_yaml(Path(path).read_text(encoding="utf-8"))
@@ -112,55 +117,58 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValueError as error:
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: must hold groups of settings ({', '.join(_GROUPS)})")
+        found = type(content).__name__
+        raise RecipeError(f"{path}: a recipe must be a mapping with the sections {', '.join(_SECTIONS)}, got {found}")
     for override in overrides:
         name, equals, text = override.partition("=")
-        group, dot, key = name.partition(".")
+        section, dot, key = name.partition(".")
         if not (equals and dot and key):
-            raise RecipeError(f"{override!r}: an override is typed group.key=value, for example grpo.max_steps=2")
-        _known(group, _GROUPS, "group")
-        section = content[group] = {} if content.get(group) is None else content[group]
-        if not isinstance(section, dict):
-            raise RecipeError(f"{group}: must hold settings")
+            raise RecipeError(f"an override must be section.key=value, got {override!r}; example: grpo.max_steps=2")
+        _known(section, _SECTIONS, "section")
+        content[section] = _settings(section, content)
         try:
-            section[key] = read_yaml(text)
+            content[section][key] = read_yaml(text)
         except ValueError as error:
-            raise RecipeError(f"{override!r}: {text!r} is not YAML: {error}") from error
+            raise RecipeError(f"{name} must be YAML, got {text!r}: {error}") from error
     return parse_recipe(content)
 
 
 def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     """A recipe from the nested dictionary that its file, or `Recipe.to_dict`, holds."""
-    for group in content:
-        _known(group, _GROUPS, "group")
+    for section in content:
+        _known(section, _SECTIONS, "section")
     sections = {}
-    for group, kind in _GROUPS.items():
-        given = content.get(group)
-        given = {} if given is None else given
-        if not isinstance(given, dict):
-            raise RecipeError(f"{group}: must hold settings, found {given!r}")
+    for section, kind in _SECTIONS.items():
         ours = typing.get_type_hints(kind)
         ours.pop("more", None)
-        ours |= _TYPED.get(group, {})
+        ours |= _TYPED.get(section, {})
         kinds = _grpo_kinds(ours) if kind is Grpo else ours
         values: dict[str, Any] = {}
-        for key, value in given.items():
+        for key, value in _settings(section, content).items():
             if kind is Grpo and key not in ours:
                 refuse(str(key), value)
-            _known(key, kinds, f"key of {group}")
-            value = checked(f"{group}.{key}", value, kinds[key])
+            _known(key, kinds, f"key of {section}")
+            value = checked(f"{section}.{key}", value, kinds[key])
             (values if key in ours else values.setdefault("more", {}))[key] = value
         try:
-            sections[group] = kind(**values)
+            sections[section] = kind(**values)
         except (TypeError, ValueError) as error:  # of RhythmSettings, which check themselves
-            raise RecipeError(f"{group}.{error}") from error
+            raise RecipeError(f"{section}.{error}") from error
     return Recipe(**sections)
 
 
-def _grpo_kinds(ours: dict[str, Any]) -> dict[str, Any]:
-    """The types of the group grpo: ours, and those of the other fields of `trl.GRPOConfig`.
+def _settings(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a section of a recipe holds; nothing where it is not there, or empty."""
+    given = content.get(section)
+    if given is not None and not isinstance(given, dict):
+        raise RecipeError(f"{section} must be a mapping of settings, got {given!r}")
+    return given or {}
 
-    A field of ours that is any word is one of the words of TRL's field, where that has a list of them.
+
+def _grpo_kinds(ours: dict[str, Any]) -> dict[str, Any]:
+    """The types of the section grpo: ours, and those of the other fields of `trl.GRPOConfig`.
+
+    Where TRL's field of a name is a list of words, it replaces our `str`.
     """
     from trl import GRPOConfig
 
@@ -169,9 +177,9 @@ def _grpo_kinds(ours: dict[str, Any]) -> dict[str, Any]:
     return ours | {name: TRL_WORDS.get(name, theirs[name]) for name in fields if name not in ours or ours[name] is str}
 
 
-# What a file can say of a setting whose type knows more.
+# Types of settings that may be more in Python than in a file.
 _TYPED: dict[str, dict[str, Any]] = {"rhythm": {"layers": str | list[int], "groups": str | None}}
-_GROUPS: dict[str, Any] = {
+_SECTIONS: dict[str, Any] = {
     "task": Task,
     "model": Model,
     "grpo": Grpo,
@@ -185,4 +193,4 @@ def _known(name: str, names: Any, what: str) -> None:
     if name not in names:
         near = difflib.get_close_matches(str(name), list(names), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(names))}"
-        raise RecipeError(f"{name!r} is no {what}; {hint}")
+        raise RecipeError(f"{name!r} is not a {what}; {hint}")

@@ -150,7 +150,7 @@ def train(
 
     Args:
         questions: prompts as text, each with the function that rewards a completion; drawn in random order.
-        recipe: of its `grpo` group, the entries named in this file are obeyed and no others.
+        recipe: of its section `grpo`, the settings named in this file are obeyed and no others.
     """
     grpo = recipe.grpo
     torch.manual_seed(grpo.seed)
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("usage: python -m training.reference_loop RECIPE [group.key=value ...]")
+        sys.exit("usage: python -m training.reference_loop RECIPE [section.key=value ...]")
     try:
         main(sys.argv[1:])
     except RecipeError as error:

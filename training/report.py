@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,25 @@ import yaml
 
 from .charts import before_after, curve
 from .folder import REPORT, read_run, write_text
+from .formats import credit_name, interval, p_value, points, share, size
 from .style import STYLE
 
 GLOSSARY = {
     "waad": ("WAAD", "how far back the local heads look from this token, in tokens"),
     "fai": ("FAI", "how much the global heads of later tokens look back at this one"),
     "gamma": ("&gamma;", "the factor by which credit multiplies this token's advantage"),
+}
+CURVES = {  # of metrics.jsonl: caption and format
+    "accuracy": ("right answers in training", "{:.0%}".format),
+    "reward": ("reward", "{:.2f}".format),
+    "response_tokens": ("response length, tokens", "{:.0f}".format),
+    "entropy": ("entropy, nats a token", "{:.2f}".format),
+    "cut_off": ("responses cut off by the length limit", "{:.0%}".format),
+    "gamma_mean": ("mean gamma", "{:.3f}".format),
+    "certain_share": ("near-certain tokens (entropy below 0.05 nats)", "{:.0%}".format),
+    "bonus_certain_share": ("of the bonus on near-certain tokens", "{:.0%}".format),
+    "bonus_entropy_ratio": ("entropy where the bonus falls, of the mean", "{:.2f}".format),
+    "step_seconds": ("seconds a step", "{:.1f}".format),
 }
 
 
@@ -42,7 +56,7 @@ def write_report(folder: Path) -> Path:
 
 
 def page(title: str, body: str) -> str:
-    """An HTML page that needs nothing beside itself."""
+    """An HTML page without links: no files, fonts or scripts."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
@@ -51,20 +65,22 @@ def page(title: str, body: str) -> str:
     )
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of ready HTML; the first column is text, the others are numbers."""
+def table(head: list[str], body: list[list[str]]) -> str:
+    """A table of cells that are HTML already; those on the left hold text, the others numbers."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in body)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def figures(charts: Mapping[str, str]) -> str:
+    """Charts side by side, by caption."""
+    drawn = "".join(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>" for caption, svg in charts.items())
+    return f'<div class="figures">{drawn}</div>'
 
 
 def section(title: str, body: str) -> str:
-    """A titled part of a page; nothing where its body is empty."""
+    """A titled part of a page; empty if its body is."""
     return f"<section><h2>{title}</h2>{body}</section>" if body else ""
-
-
-def credit_name(mode: str) -> str:
-    return "plain GRPO" if mode == "uniform" else f"GRPO with {mode} credit"
 
 
 def _lead(result: dict[str, Any], config: dict[str, Any]) -> str:
@@ -85,9 +101,9 @@ def _lead(result: dict[str, Any], config: dict[str, Any]) -> str:
         tiles.append(("attention maps not made, a step", size(spent["largest_map_bytes"])))
     sentence = (
         f"Sampled accuracy on {before['instances']} held-out instances{moved or ' ' + verb}: "
-        f"{change['difference'] * 100:+.1f} points (95% interval {change['low'] * 100:+.1f} to "
-        f"{change['high'] * 100:+.1f}); {change['gained']} became right, {change['lost']} became wrong. "
-        f"Greedy: {greedy['difference'] * 100:+.1f} points ({greedy['low'] * 100:+.1f} to {greedy['high'] * 100:+.1f})."
+        f"{points(change['difference'])} points (95% interval {interval(change['low'], change['high'])}); "
+        f"{change['gained']} became right, {change['lost']} became wrong. "
+        f"Greedy: {points(greedy['difference'])} points ({interval(greedy['low'], greedy['high'])})."
     )
     return (
         f"<header><p class='kicker'>rhythm-kernels · {escape(result['name'])}</p>"
@@ -99,38 +115,19 @@ def _lead(result: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def _accuracy(result: dict[str, Any]) -> str:
-    kinds = list(result["before"])
-    chart = before_after(
-        [
-            (
-                kind,
-                result["before"][kind]["accuracy"],
-                result["before"][kind]["standard_error"],
-                result["after"][kind]["accuracy"],
-                result["after"][kind]["standard_error"],
-            )
-            for kind in kinds
-        ]
-    )
-    rows = []
-    for kind in kinds:
+    bars, body = [], []
+    for kind in result["before"]:
         one, two, change = (result[key][kind] for key in ("before", "after", "difference"))
-        rows.append(
-            [
-                kind,
-                f"{one['accuracy']:.1%} ± {one['standard_error']:.1%}",
-                f"{two['accuracy']:.1%} ± {two['standard_error']:.1%}",
-                f"{change['difference'] * 100:+.1f} ({change['low'] * 100:+.1f} to {change['high'] * 100:+.1f})",
-                _p_value(change["p_value"]),
-            ]
-        )
+        bars.append((kind, one["accuracy"], one["standard_error"], two["accuracy"], two["standard_error"]))
+        moved = f"{points(change['difference'])} ({interval(change['low'], change['high'])})"
+        body.append([kind, share(one), share(two), moved, p_value(change["p_value"])])
     note = (
         f"The {escape(result['split'])} split, {result['before']['sampled']['instances']} instances that cannot "
         "occur in training, one response each. ± is one binomial standard error, whiskers are 95%; the difference is "
         "paired by instance, p is McNemar's exact test."
     )
     head = ["", "before", "after", "points (95%)", "p"]
-    return f'<figure class="wide">{chart}</figure>{table(head, rows)}<p class="note">{note}</p>'
+    return f'<figure class="wide">{before_after(bars)}</figure>{table(head, body)}<p class="note">{note}</p>'
 
 
 def _curves(lines: list[dict[str, float]], config: dict[str, Any]) -> str:
@@ -138,32 +135,21 @@ def _curves(lines: list[dict[str, float]], config: dict[str, Any]) -> str:
         return ""
     grpo = config["grpo"]
     responses = grpo["per_device_train_batch_size"] * grpo["gradient_accumulation_steps"]
-    figures = []
-    for key, caption, show in (
-        ("accuracy", "right answers in training", "{:.0%}".format),
-        ("reward", "reward", "{:.2f}".format),
-        ("response_tokens", "response length, tokens", "{:.0f}".format),
-        ("entropy", "entropy, nats a token", "{:.2f}".format),
-        ("cut_off", "responses cut off by the length limit", "{:.0%}".format),
-        ("gamma_mean", "mean gamma", "{:.3f}".format),
-        ("certain_share", "near-certain tokens (entropy below 0.05 nats)", "{:.0%}".format),
-        ("bonus_certain_share", "of the bonus on near-certain tokens", "{:.0%}".format),
-        ("bonus_entropy_ratio", "entropy where the bonus falls, of the mean", "{:.2f}".format),
-        ("step_seconds", "seconds a step", "{:.1f}".format),
-    ):
+    charts = {}
+    for key, (caption, show) in CURVES.items():
         kept = [line for line in lines if key in line]
         if not kept or (key == "reward" and grpo["rewards"] == ["correctness"]):
             continue  # the reward is the accuracy, shown already
         values = [line[key] for line in kept]
         error = [math.sqrt(v * (1 - v) / responses) for v in values] if key == "accuracy" else None
         floor = 1.0 if key == "gamma_mean" else 0.0
-        chart = curve([line["step"] for line in kept], values, label=caption, show=show, error=error, floor=floor)
-        figures.append(f"<figure>{chart}<figcaption>{caption}</figcaption></figure>")
+        steps = [line["step"] for line in kept]
+        charts[caption] = curve(steps, values, label=caption, show=show, error=error, floor=floor)
     note = (
         f"A dot is one step ({responses} sampled responses to training instances), the line a running mean of five; "
         "the band is one binomial standard error."
     )
-    return f'<div class="figures">{"".join(figures)}</div><p class="note">{note}</p>'
+    return f'{figures(charts)}<p class="note">{note}</p>'
 
 
 _PARTS = (
@@ -182,9 +168,9 @@ def _made_of(result: dict[str, Any]) -> str:
     before, after = result["before"]["sampled"], result["after"]["sampled"]
     if "attempts" not in before:
         return ""
-    rows = [[name, show(before[key]), show(after[key]), _ratio(before[key], after[key])] for key, name, show in _PARTS]
+    body = [[name, show(before[key]), show(after[key]), _ratio(before[key], after[key])] for key, name, show in _PARTS]
     head = ["sampled responses", "before", "after", "ratio"]
-    return f"{_decomposition(before, after)}{table(head, rows)}"
+    return f"{_decomposition(before, after)}{table(head, body)}"
 
 
 def _decomposition(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -231,7 +217,7 @@ def _examples(examples: list[dict[str, Any]], config: dict[str, Any]) -> str:
     horizon = f"{first} tokens to the end of the response" if last is None else f"{first} to {last} tokens"
     note = (
         f"Held-out responses of the trained model, measured in one forward pass: W = {rhythm['window']}, horizon "
-        f"{horizon}, &gamma; by the {examples[0]['mode']} rule. Bars "
+        f"{horizon}, &gamma; in mode {examples[0]['mode']}. Bars "
         "below each token, from the top: WAAD and FAI (of the response's largest), &gamma; &minus; 1. The words are "
         "coloured by the measure chosen above; a pointer over a word shows its numbers."
     )
@@ -264,28 +250,28 @@ def _tape(example: dict[str, Any]) -> str:
 def _cost(cost: dict[str, Any], config: dict[str, Any]) -> str:
     if not cost:
         return ""
-    rows = [["a step, generation included", f"{cost['step_seconds']:.2f} s"]]
+    body = [["a step, generation included", f"{cost['step_seconds']:.2f} s"]]
     if cost["measuring_seconds"]:
-        rows += [
+        body += [
             ["measuring WAAD and FAI and the credit, in that", f"{cost['measuring_seconds'] * 1e3:.1f} ms"],
             ["share of the step", f"{cost['measuring_share']:.2%}"],
             ["grouping the heads, once", f"{cost['calibration_seconds']:.2f} s"],
         ]
         did_not = "full attention maps of the largest batch, float32, all layers and heads: <em>not made</em>"
         tokens = config["grpo"]["per_device_train_batch_size"] * cost["largest_row_tokens"]
-        rows += [
+        body += [
             [did_not, size(cost["largest_map_bytes"])],
             ["the same over the whole run", size(cost["all_map_bytes"])],
             ["kept instead: two numbers a token", size(8 * tokens)],
         ]
         text = (
-            "No forward pass was added but the one that grouped the heads: q, k and the log-sum-exp are those of the "
+            "No forward was added but the one that grouped the heads: q, k and the log-sum-exp are those of the "
             "training forward, read band by band inside each attention call. The map sizes are computed, not measured: "
             "what <code>output_attentions=True</code> would have returned."
         )
     else:
         text = "This run measured nothing: its credit needs no attention."
-    return f"<p>{text}</p>{table(['', ''], rows)}"
+    return f"<p>{text}</p>{table(['', ''], body)}"
 
 
 def _settings(result: dict[str, Any], config: dict[str, Any]) -> str:
@@ -299,21 +285,5 @@ def _settings(result: dict[str, Any], config: dict[str, Any]) -> str:
     )
 
 
-def size(count: float) -> str:
-    """Bytes as text."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
-
-
 def _ratio(before: float, after: float) -> str:
     return f"&times; {after / before:.2f}" if before > 0 else ""
-
-
-def _p_value(p: float) -> str:
-    if p >= 0.001:
-        return f"{p:.3f}"
-    exponent = math.floor(math.log10(p)) if p > 0 else -300
-    return f"&lt; 10<sup>{exponent + 1}</sup>"

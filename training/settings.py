@@ -1,4 +1,4 @@
-"""What a setting may be: its type, its words, its range, and which of TRL's settings a run would not honour."""
+"""What a setting may be: its type, its words, its range; and which of TRL's settings a run does not honour."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RecipeError(ValueError):
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 
-# Fields that TRL calls text and reads late, when the first loss is computed.
+# Fields whose type is text in TRL, and which it reads only when the first loss is computed: the words it knows.
 TRL_WORDS: dict[str, Any] = {
     "importance_sampling_level": Literal["token", "sequence"],
     "scale_rewards": Literal["group", "batch", "none", True, False],
@@ -28,8 +28,8 @@ TRL_WORDS: dict[str, Any] = {
     "vllm_importance_sampling_mode": Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
 }
 
-# Ranges that nothing else checks, or only once the evaluation before training is over. The group rhythm is checked by
-# `RhythmGRPOConfig`, and `_coerce` takes finite numbers only.
+# Ranges that nothing else checks, or only once the evaluation before training is over. The section rhythm is checked
+# by `RhythmGRPOConfig`, and `_coerce` takes finite numbers only.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("at least 1 and at most 1000000", lambda x: 1 <= x <= 10**6, "task.train_size eval.size"),
     (
@@ -70,14 +70,14 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 _RANGE_OF = {name: (words, test) for words, test, names in _RANGES for name in names.split()}
 
-# Fields of `trl.GRPOConfig` that a run would accept and then ignore, overrule or stumble over, and why.
+# Fields of `trl.GRPOConfig` that a run would ignore or overrule, or that would stop it half-way, and why.
 _REFUSED = (
     (r"resume_from_checkpoint|ignore_data_skip|restore_\w+", "runs cannot be resumed yet; without it one begins anew"),
     (r"push_to_hub|hub_\w+|log_completions_hub_repo", "nothing is uploaded; the model is saved in output.path"),
     (
         r"do_\w+|\w*eval_\w+|\w+_eval|prediction_loss_only|include_for_metrics|load_best_model_at_end"
         r"|metric_for_best_model|greater_is_better",
-        "a run evaluates before and after its training, as the group eval says, and keeps its last model",
+        "a run evaluates before and after its training, as the section eval says, and keeps its last model",
     ),
     (r"deepspeed|ds3_\w+|fsdp\w*|ddp_\w+|parallelism_config|local_rank|\w+_on_each_node", "a run is one process"),
     (
@@ -90,7 +90,7 @@ _REFUSED = (
     (r"reward_weights", "the rewards of grpo.rewards are added up"),
     (r"num_train_epochs", "grpo.max_steps says how long a run is"),
     (r"generation_batch_size", "grpo.steps_per_generation says how many batches are generated at once"),
-    (r"model_init_kwargs|trust_remote_code", "the model is loaded as the group model says"),
+    (r"model_init_kwargs|trust_remote_code", "the model is loaded as the section model says"),
     (
         r"label_\w+|length_column_name|group_by_length|train_sampling_strategy|remove_unused_columns"
         r"|max_tool_calling_iterations",
@@ -100,7 +100,7 @@ _REFUSED = (
 _NEEDS = {"grpo.use_vllm": "vllm", "grpo.use_liger_kernel": "liger_kernel"}
 _PATHS = ("output.path", "model.path", "rhythm.groups", "grpo.accelerator_config")
 
-# Fields that are heeded only beside another: their names, a test of the whole configuration, and what to set.
+# Fields that are read only if another has a certain value: their names, a test of the configuration, what to set.
 _HEEDED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("save_steps", lambda config: config.save_strategy == "steps", "save_strategy=steps"),
     ("save_total_limit|save_only_model", lambda config: config.save_strategy != "no", "save_strategy=steps"),
@@ -121,45 +121,48 @@ def unheeded(given: Mapping[str, Any], config: Any) -> None:
     for key, value in given.items():
         for names, heeded, wanted in _HEEDED:
             if value and re.fullmatch(names, key) and not heeded(config):
-                raise RecipeError(f"grpo.{key} is {value!r}: nothing heeds it without grpo.{wanted}")
+                raise RecipeError(f"grpo.{key} must not be set, got {value!r}: nothing heeds it without grpo.{wanted}")
 
 
 def refuse(key: str, value: Any = None) -> None:
     """Raise `RecipeError` for a field of `trl.GRPOConfig` that a run would not honour."""
+    reasons = [why for names, why in _REFUSED if re.fullmatch(names, key)]
     if key == "warmup_ratio":  # of older releases
-        raise RecipeError(
-            f"grpo.warmup_ratio: use warmup_steps={value}, where a number below 1 is a share of the steps"
-        )
-    for names, why in _REFUSED:
-        if re.fullmatch(names, key):
-            raise RecipeError(f"grpo.{key}: {why}")
+        reasons = [f"use warmup_steps={value}, where a number below 1 is a share of the steps"]
+    if reasons:
+        raise RecipeError(f"grpo.{key} must not be set, got {value!r}: {reasons[0]}")
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:
-    """`value`, as YAML gives it, as what the setting `name` of type `kind` holds.
+    """The value of a setting, converted to its type and checked against its range.
+
+    Args:
+        name: as in the recipe, `section.key`.
+        value: as YAML gives it.
+        kind: the type that the setting is declared with.
 
     Raises:
-        RecipeError: where it is none; the message says what it must be.
+        RecipeError: for a value of another type or out of range; the message says what it must be.
     """
     try:
         value = _coerce(value, kind)
     except ValueError as error:
-        raise RecipeError(f"{name} is {value!r}: it must be {str(error) or _in_words(kind)}") from None
+        raise RecipeError(f"{name} must be {str(error) or _in_words(kind)}, got {value!r}") from None
     if name in _PATHS and isinstance(value, str):
         value = os.path.expanduser(value)
     words, test = _RANGE_OF.get(name, ("", lambda _: True))
     if value is not None and not test(value):
-        raise RecipeError(f"{name} is {value!r}: it must be {words}")
+        raise RecipeError(f"{name} must be {words}, got {value!r}")
     if value and name in _NEEDS and importlib.util.find_spec(_NEEDS[name]) is None:
-        raise RecipeError(f"{name} is {value!r}: the package {_NEEDS[name]} is not installed")
+        raise RecipeError(f"{name} must be false, got {value!r}: the package {_NEEDS[name]} is not installed")
     return value
 
 
 def _coerce(value: Any, kind: Any) -> Any:
-    """`value` as `kind`, else a `ValueError`, which may say better than the type what is wanted.
+    """`value` converted to the type `kind`; a `ValueError` otherwise, whose text, if any, says what is wanted.
 
-    YAML 1.1 reads `1e-4` as text, `1` as an integer and `no` as false; where a number or one of some words is wanted,
-    they are what they look like.
+    YAML 1.1 reads `1e-4` as text, `1` as an integer and `no` as false. Where the type is a number or one of some
+    words, they are taken for what they look like.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if words := _words(kind):
@@ -225,4 +228,4 @@ def _in_words(kind: Any) -> str:
     if origin is tuple:
         return f"a list of {len(arguments)}: {', '.join(arguments)}"
     kinds = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", type(None): "null"}
-    return kinds.get(kind, "a group of settings" if dict in (kind, origin) else str(kind))
+    return kinds.get(kind, "a mapping" if dict in (kind, origin) else str(kind))

@@ -1,4 +1,4 @@
-"""The little statistics a comparison of accuracies needs."""
+"""Statistics of accuracies: standard errors, paired differences, means over seeds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> PairedDi
         ValueError: for sequences that are empty or of different lengths.
     """
     if not before or len(before) != len(after):
-        raise ValueError(f"before and after must be as long as each other and not empty: {len(before)}, {len(after)}")
+        raise ValueError(f"before and after must have one length, at least 1, got {len(before)} and {len(after)}")
     gained = sum(not b and a for b, a in zip(before, after))
     lost = sum(b and not a for b, a in zip(before, after))
     n = len(before)
@@ -60,7 +60,7 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> PairedDi
 
 
 def _mcnemar(gained: int, lost: int) -> float:
-    """Twice the tail of a fair coin, at most 1, summed in logarithms so that no count overflows."""
+    """Twice the tail of a fair coin, at most 1; each term from its logarithm, so that no count overflows."""
     n, fewer = gained + lost, min(gained, lost)
     tail = sum(
         math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
@@ -97,7 +97,7 @@ def spread(values: Sequence[float]) -> Spread:
     """
     n = len(values)
     if n == 0:
-        raise ValueError("there must be at least one value")
+        raise ValueError(f"values must hold at least one, got {values!r}")
     mean = math.fsum(values) / n
     if n == 1:
         return Spread(1, mean, math.nan, math.nan, -math.inf, math.inf)
@@ -108,13 +108,13 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def t_quantile(degrees: int, level: float = 0.95) -> float:
-    """The t that a Student-distributed value stays within, on both sides, with probability `level`.
+    """The t for which a Student-distributed value lies in [-t, t] with probability `level`.
 
     Raises:
         ValueError: for fewer than one degree of freedom, or a level outside (0, 1).
     """
     if degrees < 1 or not 0 < level < 1:
-        raise ValueError(f"degrees must be at least 1 and level inside (0, 1): {degrees}, {level}")
+        raise ValueError(f"degrees must be at least 1 and level inside (0, 1), got {degrees} and {level}")
     low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(degrees)), in which the probability is smooth and bounded
     for _ in range(60):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""`train`: evaluate, train by GRPO with rhythm credit, evaluate again, and leave a folder that says what happened."""
+"""`train`: evaluate, train by GRPO with rhythm credit, evaluate again, and leave a folder with the results."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ import rhythm_kernels
 
 from .evaluate import Evaluation, evaluate
 from .examples import examples
-from .folder import CHECKPOINTS, CONFIG, GROUPS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
+from .folder import CHECKPOINTS, CONFIG, HEADS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
+from .formats import credit_name, interval, points, share, size
 from .grpo import Recorder, build_trainer, trainer_config
 from .models import check_model, load
 from .puzzles import Countdown, reward_functions
 from .recipe import Recipe, RecipeError
-from .report import size, write_report
+from .report import write_report
 from .statistics import paired_difference
 from .tasks.countdown import Instance
 
@@ -47,15 +48,15 @@ def run(recipe: Recipe) -> Path:
     folder = Path(recipe.output.path)
     if recipe.rhythm.groups is not None and Path(recipe.rhythm.groups).resolve().is_relative_to(folder.resolve()):
         raise RecipeError(
-            f"rhythm.groups is {recipe.rhythm.groups}: it is in output.path, whose files this run moves away; copy it "
-            "to another folder"
+            f"rhythm.groups must be outside of output.path, got {recipe.rhythm.groups!r}: this run moves the files "
+            "there away; copy it to another folder"
         )
     checkpoints = folder / CHECKPOINTS
     with open_run(folder) as begin, TemporaryDirectory() as scratch:
         model, tokenizer = load(recipe)
         check_model(recipe, model, tokenizer, lambda: [task.text(instance, tokenizer) for instance in held_out])
         recorder = Recorder(folder / METRICS, recipe.grpo.max_steps)
-        made = Path(scratch, CHECKPOINTS)  # what the trainer makes comes to the run's folder once it is not refused
+        made = Path(scratch, CHECKPOINTS)  # the trainer writes here until nothing can be refused any more
         made.mkdir()
         config.output_dir = str(made)
         trainer = build_trainer(recipe, config, model, tokenizer, task, rewards, recorder)
@@ -76,7 +77,7 @@ def run(recipe: Recipe) -> Path:
         after = evaluate_both(model, tokenizer, task, held_out, recipe, "after")
 
         if trainer.rhythm_groups is not None:
-            with replacing(folder / GROUPS) as path:
+            with replacing(folder / HEADS) as path:
                 trainer.rhythm_groups.save(path)
         sampled = before["sampled"], after["sampled"]
         result = {
@@ -100,7 +101,7 @@ def run(recipe: Recipe) -> Path:
             },
             "examples": examples(model, tokenizer, task, held_out, *sampled, recipe.rhythm, trainer.rhythm_groups),
         }
-        write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")  # small, and the point: before the model
+        write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")  # before the model, which may fill the disk
         try:
             write_report(folder)
         finally:
@@ -118,7 +119,7 @@ def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
 def evaluate_both(
     model: Any, tokenizer: Any, task: Countdown, instances: list[Instance], recipe: Recipe, when: str
 ) -> dict[str, Evaluation]:
-    """Sampled and greedy, a response each to every instance."""
+    """Evaluate twice, sampled and greedy: one response to every instance in each."""
     results = {}
     for kind, temperature in (("sampled", recipe.eval.temperature), ("greedy", 0.0)):
         with _bar(f"{when}, {kind}", len(instances)) as bar:
@@ -143,7 +144,7 @@ def _bar(name: str, total: int) -> Iterator[Any]:
 
 
 def cost(lines: list[dict[str, float]]) -> dict[str, Any]:
-    """What measuring took of the training, and how large the maps would have been that it did without."""
+    """The time that measuring took of the training, and the bytes that full attention maps would have taken."""
     if not lines:
         return {}
     total = sum(line["step_seconds"] for line in lines)
@@ -161,7 +162,7 @@ def cost(lines: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What a figure has to be reported with."""
+    """Versions and machine, which belong beside every figure."""
     import transformers
     import trl
 
@@ -177,11 +178,10 @@ def versions() -> dict[str, str]:
 
 
 def _headline(recipe: Recipe, model: Any) -> str:
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    grpo, rhythm = recipe.grpo, recipe.rhythm
-    credit = "plain GRPO" if rhythm.mode == "uniform" else f"GRPO with {rhythm.mode} credit"
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    grpo, credit = recipe.grpo, credit_name(recipe.rhythm.mode)
     return (
-        f"{recipe.task.name} ({recipe.task.level}), {size:.1f}M parameters: {credit}, {grpo.max_steps} steps of "
+        f"{recipe.task.name} ({recipe.task.level}), {millions:.1f}M parameters: {credit}, {grpo.max_steps} steps of "
         f"{grpo.per_device_train_batch_size * grpo.gradient_accumulation_steps} responses; "
         f"{recipe.eval.size} {recipe.eval.split} instances before and after"
     )
@@ -193,9 +193,8 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     for kind in result["before"]:
         one, two, change = result["before"][kind], result["after"][kind], result["difference"][kind]
         lines.append(
-            f"  {kind:8} {one['accuracy']:6.1%} ± {one['standard_error']:.1%}  ->  {two['accuracy']:6.1%} ± "
-            f"{two['standard_error']:.1%}   ({change['difference'] * 100:+.1f} points, 95% "
-            f"{change['low'] * 100:+.1f} to {change['high'] * 100:+.1f})"
+            f"  {kind:8} {share(one):>13}  ->  {share(two):>13}   ({points(change['difference'])} points, 95% "
+            f"{interval(change['low'], change['high'])})"
         )
     spent = result["cost"]
     if spent.get("measuring_seconds"):

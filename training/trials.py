@@ -1,4 +1,4 @@
-"""Settings that libraries look at only once a run is under way, tried before anything is measured."""
+"""Settings that libraries read only in the middle of a run, tried before anything is measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from .settings import RecipeError
 
-# Fields of transformers' GenerationConfig that a run has another way of saying, and which.
+# Fields of transformers' GenerationConfig that a run sets otherwise, and how.
 _SAID_ELSEWHERE = (
     ("max_new_tokens|max_length", "grpo.max_completion_length says how long a response may be"),
     ("num_return_sequences", "grpo.num_generations says how many responses a prompt gets"),
@@ -26,13 +26,13 @@ _SAID_ELSEWHERE = (
     ("compile_config|disable_compile", "generation is not compiled"),
     (r"transformers_version|_\w+", "it changes nothing"),
 )
-_SHARES = ("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")  # some of which do nothing where they are none
-_POINTS = 1000  # of a schedule
+_SHARES = ("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")  # out of range, some of them would be ignored
+_POINTS = 1000  # at which the learning rate of a long run is looked at
 
 
 @contextmanager
 def _trying(what: str) -> Iterator[None]:
-    """Where libraries are tried with settings alone: whatever they raise, it is these settings they stumble over."""
+    """Turn any error of a library into a `RecipeError` about the settings `what`, the only ones that it was given."""
     try:
         yield
     except RecipeError:
@@ -42,27 +42,27 @@ def _trying(what: str) -> Iterator[None]:
 
 
 def check_generation(config: Any) -> None:
-    """Raise `RecipeError` for entries of `generation_kwargs` that are none, or that have a setting of their own."""
+    """Raise `RecipeError` for entries of `generation_kwargs` that do not exist or have a setting of their own."""
     known = vars(GenerationConfig())
     for name, value in (config.generation_kwargs or {}).items():
         said = [f"grpo.{name} says it"] if name in known and hasattr(config, name) else []
         said += [why for names, why in _SAID_ELSEWHERE if re.fullmatch(names, str(name))]
         if not said and not config.use_vllm and name not in known:
             said = ["transformers' GenerationConfig has no such field"]
-        if not said and name in _SHARES and not (isinstance(value, int | float) and 0 < value <= 1):
-            said = [f"it is {value!r} and must be above 0 and at most 1"]
         if said:
-            raise RecipeError(f"grpo.generation_kwargs holds {name}: {said[0]}")
+            raise RecipeError(f"grpo.generation_kwargs must not hold {name}, got {value!r}: {said[0]}")
+        if name in _SHARES and not (isinstance(value, int | float) and 0 < value <= 1):
+            raise RecipeError(f"grpo.generation_kwargs.{name} must be above 0 and at most 1, got {value!r}")
     if not config.use_vllm:
         with _trying("grpo.generation_kwargs"):
             GenerationConfig(do_sample=True, **(config.generation_kwargs or {})).validate(strict=True)
 
 
 def try_out(trainer: Any, prompts: list[str]) -> None:
-    """Try what a trainer would meet after the first evaluation, leaving it and the random state as they were.
+    """Try what a trainer does only after the first evaluation; it and the random state stay as they were.
 
     Raises:
-        RecipeError: it names the settings that cannot be carried out.
+        RecipeError: for settings that cannot be carried out; it names them.
     """
     config, model = trainer.args, trainer.model
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -124,7 +124,7 @@ def _try_generation(trainer: Any, prompts: list[str]) -> None:
     inputs = tokenizer(prompts[:2], return_tensors="pt", padding=True, padding_side="left").to(model.device)
     training = model.training
     with torch.no_grad():
-        rows = model.eval().generate(**inputs, generation_config=config)
+        responses = model.eval().generate(**inputs, generation_config=config)
     model.train(training)
-    if not isinstance(rows, torch.Tensor) or len(rows) != len(inputs["input_ids"]):
+    if not isinstance(responses, torch.Tensor) or len(responses) != len(inputs["input_ids"]):
         raise ValueError("they do not give one response to each prompt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -10,49 +9,13 @@ import threading
 from xml.etree import ElementTree
 
 import pytest
-import yaml
 
 from training.__main__ import main
-from training.arms import arm_rows, caution, group
+from training.arms import arm_lines, caution, collect_arms
 from training.folder import read_run
-from training.recipe import ROOT, load_recipe
+from training.recipe import ROOT
 
-TINY = ROOT / "training" / "recipes" / "countdown_tiny.yaml"
-
-
-def leave(folder, mode, seed, right, *overrides, model=True):
-    """The files of a finished run that answered `right` of 100 questions, sampled, and 10 more greedily."""
-    folder.mkdir(parents=True)
-    given = [f"rhythm.mode={mode}", f"grpo.seed={seed}", f"output.path={folder}", *overrides]
-    (folder / "config.yaml").write_text(yaml.safe_dump(load_recipe(TINY, given).to_dict(), sort_keys=False))
-
-    def figures(count):
-        answers = "1" * count + "0" * (100 - count)
-        return {
-            "instances": 100,
-            "accuracy": count / 100,
-            "standard_error": 0.05,
-            "tokens": 70.0 + seed,
-            "right": answers,
-        }
-
-    result = {
-        "mode": mode,
-        "seed": seed,
-        "split": "test",
-        "before": {"sampled": figures(30), "greedy": figures(40)},
-        "after": {"sampled": figures(right), "greedy": figures(right + 10)},
-        "seconds": {"training": 60.0},
-    }
-    (folder / "result.json").write_text(json.dumps(result))
-    lines = [
-        {"step": s, "accuracy": right / 100 + s / 1000, "response_tokens": 70.0, "entropy": 0.4} for s in (1, 2, 3)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if model:
-        (folder / "model").mkdir()
-    return folder
-
+from .runs import leave
 
 FIGURES = {"uniform": {0: 44, 1: 46, 2: 42}, "coupled": {0: 45, 1: 45, 2: 48, 3: 60}}
 
@@ -63,17 +26,17 @@ def folders(tmp_path):
 
 
 def test_arms_by_hand(folders):
-    arms, repeated = group([read_run(folder) for folder in folders])
+    arms, repeated = collect_arms([read_run(folder) for folder in folders])
     assert [(arm.name, list(arm.runs)) for arm in arms] == [("uniform", [0, 1, 2]), ("coupled", [0, 1, 2, 3])]
     assert repeated == []
     assert arms[1].differences(arms[0], "sampled") == pytest.approx([0.01, -0.01, 0.06])
-    rows = arm_rows(arms)
-    assert rows[0] == ["uniform", "0 1 2", "sampled", "30.0%", "44.0% (2.0)", "-", "", "71.0"]
+    lines = arm_lines(arms)
+    assert lines[0] == ["uniform", "0 1 2", "sampled", "30.0%", "44.0% (2.0)", "-", "", "71.0"]
     # 45, 45, 48, 60: mean 49.5, sd sqrt((20.25 + 20.25 + 2.25 + 110.25) / 3) = 7.14. Paired 1, -1, 6: mean 2,
     # sd sqrt((1 + 9 + 16) / 2) = 3.606, error 2.082, 4.3027 times that is 8.957
-    assert rows[2][:6] == ["coupled", "0 1 2 3", "sampled", "30.0%", "49.5% (7.1)", "+2.0 (2.1; -7.0 to +11.0)"]
-    assert rows[3][2:4] == ["greedy", "40.0%"]
-    assert rows[2][6:] == ["3", "71.5"]
+    assert lines[2][:6] == ["coupled", "0 1 2 3", "sampled", "30.0%", "49.5% (7.1)", "+2.0 (2.1; -7.0 to +11.0)"]
+    assert lines[3][2:4] == ["greedy", "40.0%"]
+    assert lines[2][6:] == ["3", "71.5"]
     assert caution(arms).startswith("3 seeds are few: ")
     assert "standard deviation of up to 7.1 points" in caution(arms)
 
@@ -86,7 +49,7 @@ def test_arms_are_named_by_what_differs(tmp_path):
         leave(tmp_path / "d", "coupled", 0, 40, "rhythm.gamma_amp=1.2", "eval.seed=5"),
         leave(tmp_path / "e", "uniform", 0, 41),
     ]
-    arms, repeated = group([read_run(run) for run in runs])
+    arms, repeated = collect_arms([read_run(run) for run in runs])
     assert [arm.name for arm in arms] == [
         "uniform, gamma_amp=1.5, eval.seed=1234",
         "coupled, gamma_amp=1.2, eval.seed=1234",
@@ -94,7 +57,7 @@ def test_arms_are_named_by_what_differs(tmp_path):
     ]
     assert [list(arm.runs) for arm in arms] == [[0], [0, 1], [0]]
     assert [run.folder.name for run in repeated] == ["e"]
-    alone = group([read_run(run) for run in runs[1:3]])[0]
+    alone = collect_arms([read_run(run) for run in runs[1:3]])[0]
     assert [arm.name for arm in alone] == ["coupled"]
 
 

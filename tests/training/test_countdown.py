@@ -7,19 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from training.puzzles import reward_functions
 from training.tasks import countdown
-from training.tasks.countdown import (
-    RewardLevels,
-    correctness_reward,
-    extract_answer,
-    format_reward,
-    parse_expression,
-    reachable,
-    score,
-    split,
-    split_of,
-    tiny_prompt,
-)
+from training.tasks.countdown import score, split, split_of, tiny_prompt
+from training.tasks.countdown_solver import reachable
+from training.tasks.countdown_verify import extract_answer, parse_expression
 
 # Changing an instance changes every published figure: do it on purpose only.
 PINNED = {
@@ -185,19 +177,13 @@ def test_fuzz_what_parses_is_python(text: str) -> None:
         assert float(parsed[0]) == pytest.approx(eval(text.strip(), {"__builtins__": {}}))
 
 
-def test_reward_levels_and_trl_functions() -> None:
-    texts = ["answer 3 * 8", [{"role": "assistant", "content": "<answer>3 + 8</answer>"}], "answer 3", ""]
-    numbers, targets = [[3, 8]] * 4, [24] * 4
-    assert correctness_reward(completions=texts, numbers=numbers, target=targets, prompts=None) == [
-        1,
-        0,
-        0,
-        0,
-    ]
-    assert format_reward(completions=texts, numbers=numbers, target=targets) == [1, 1, 0, 0]
-    assert countdown.score_reward(completions=texts, numbers=numbers, target=targets) == [1.0, 0.1, 0.0, 0.0]
-    levels = RewardLevels(correct=2.0, well_formed=0.5, malformed=-1.0)
-    assert [score(t, [3, 8], 24, levels=levels) for t in ("answer 3*8", "answer 3+8", "")] == [2.0, 0.5, -1.0]
+def test_rewards_as_trl_calls_them() -> None:
+    """Completions as text or as chat messages, columns of the training set by name, others passed along."""
+    texts = ["answer 3 * 8", [{"role": "assistant", "content": "<answer>3 + 8</answer>"}], "answer none", ""]
+    names = ["score", "correctness", "format", "answered"]
+    found = [f(completions=texts, numbers=[[3, 8]] * 4, target=[24] * 4, prompts=None) for f in reward_functions(names)]
+    assert found == [[1.0, 0.1, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.2, 0.2, 0.2, 0.0]]
+    assert [f.__name__ for f in reward_functions(names)] == names
 
 
 def test_reachable_by_hand() -> None:

@@ -41,7 +41,7 @@ def test_large_counts_do_not_overflow():
 
 @pytest.mark.parametrize(("before", "after"), [([], []), ([True], [True, False])])
 def test_unequal_lengths_are_refused(before, after):
-    with pytest.raises(ValueError, match="as long as each other"):
+    with pytest.raises(ValueError, match="must have one length"):
         paired_difference(before, after)
 
 
@@ -94,5 +94,5 @@ def test_no_quantile(degrees, level):
 
 
 def test_no_values():
-    with pytest.raises(ValueError, match="at least one value"):
+    with pytest.raises(ValueError, match="at least one, got"):
         spread([])

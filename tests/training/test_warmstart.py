@@ -8,9 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from training.evaluate import evaluate, generate
+from training.puzzles import Countdown
+from training.recipe import Eval, Task
 from training.tasks.countdown import split
-from training.warmstart import build_model, build_tokenizer, evaluate, generate
-from training.warmstart.__main__ import ANSWER_WEIGHT, VERDICT_WEIGHT, encode, main
+from training.warmstart import build_model, build_tokenizer
+from training.warmstart.__main__ import ANSWER_WEIGHT, MAX_NEW_TOKENS, VERDICT_WEIGHT, encode, main
 
 CHECKPOINT = Path(__file__).parents[2] / "training" / "checkpoints" / "countdown_tiny"
 
@@ -55,8 +58,9 @@ def test_generation_does_not_depend_on_padding() -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, hidden=32, layers=2, heads=2).eval()
     prompts = ["nums 2 11 7 target 6 :", "use 2 , 11 , 7 , 9 to make 6 :"]
-    together = generate(model, tokenizer, prompts, temperature=0.0, max_new_tokens=8)
-    alone = [generate(model, tokenizer, [p], temperature=0.0, max_new_tokens=8)[0] for p in prompts]
+    greedy = {"temperature": 0.0, "max_new_tokens": 8, "batch_size": 2, "seed": 0}
+    together = generate(model, tokenizer, prompts, **greedy)
+    alone = [generate(model, tokenizer, [p], **greedy)[0] for p in prompts]
     assert together == alone
 
 
@@ -68,7 +72,9 @@ def test_the_checkpoint_that_ships() -> None:
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     provenance = json.loads((CHECKPOINT / "provenance.json").read_text())
     assert provenance["parameters"] == sum(p.numel() for p in model.parameters())
-    figures = evaluate(model, tokenizer, split("validation", 32, (3, 4), level="tiny"), temperature=0.0)
+    task = Countdown(Task())
+    few, greedy = task.instances("validation", 32), {"max_new_tokens": MAX_NEW_TOKENS, "temperature": 0.0}
+    figures = evaluate(model, tokenizer, task, few, Eval(), **greedy).summary()
     assert figures["answered"] >= 0.85
     assert figures["arithmetic"] >= 0.95
     assert figures["verdicts"] >= 0.95

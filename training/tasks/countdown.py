@@ -1,9 +1,7 @@
 """Countdown: make a target from given numbers with + - * /, using each number exactly once.
 
-The paper trains Qwen3-4B-Base on the four-number game as TinyZero builds it. This file holds what a trainer
-needs of the task: instances in three splits that cannot overlap, and prompts. The verifier and its reward
-functions (`countdown_verify`) and the solver (`countdown_solver`) are re-exported here, so
-`training.tasks.countdown` is the task.
+The paper trains Qwen3-4B-Base on the four-number game as TinyZero builds it. This file holds what a trainer needs of
+the task: instances in three splits that cannot overlap, prompts, and the `score` of an answer (`countdown_verify`).
 """
 
 import operator
@@ -13,44 +11,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import combinations_with_replacement
 from math import comb
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
-from .countdown_solver import integer_steps, reachable
-from .countdown_verify import (
-    DEFAULT_LEVELS,
-    RewardLevels,
-    answer_value,
-    completion_text,
-    correctness_reward,
-    extract_answer,
-    format_reward,
-    parse_expression,
-    score,
-    score_reward,
-)
+from .countdown_solver import reachable
+from .countdown_verify import score
 
-__all__ = [
-    "DEFAULT_LEVELS",
-    "LEVELS",
-    "Instance",
-    "Level",
-    "RewardLevels",
-    "answer_value",
-    "base_prompt",
-    "chat_prompt",
-    "completion_text",
-    "correctness_reward",
-    "extract_answer",
-    "format_reward",
-    "integer_steps",
-    "parse_expression",
-    "reachable",
-    "score",
-    "score_reward",
-    "split",
-    "split_of",
-    "tiny_prompt",
-]
+__all__ = ["LEVELS", "Instance", "SplitName", "base_prompt", "chat_prompt", "score", "split", "split_of", "tiny_prompt"]
 
 SplitName = Literal["train", "validation", "test"]
 
@@ -166,8 +132,8 @@ def split(
     Raises:
         ValueError: for arguments out of range, and where the pool holds fewer than `n` instances.
     """
-    if name not in ("train", "validation", "test"):
-        raise ValueError(f"name must be 'train', 'validation' or 'test', got {name!r}")
+    if name not in get_args(SplitName):
+        raise ValueError(f"name must be one of {', '.join(get_args(SplitName))}, got {name!r}")
     if not isinstance(n, int) or n < 0:
         raise ValueError(f"n must be a non-negative integer, got {n!r}")
     if level not in LEVELS:
@@ -179,7 +145,7 @@ def split(
         raise ValueError(f"numbers must be distinct counts, got {numbers!r}")
 
     ranges = LEVELS[level]
-    columns: list[list[Instance]] = []
+    pools: list[list[Instance]] = []
     for position, count in enumerate(counts):
         wanted = len(range(position, n, len(counts)))
         rng = random.Random(f"countdown/{level}/{name}/{count}/{seed}")
@@ -187,14 +153,14 @@ def split(
             source = _enumerated(name, count, ranges, rng)
         else:
             source = _drawn(name, count, ranges, rng, _DRAWS_PER_INSTANCE * (wanted + 100))
-        column = [instance for _, instance in zip(range(wanted), source, strict=False)]
-        if len(column) < wanted:
+        pool = [instance for _, instance in zip(range(wanted), source, strict=False)]
+        if len(pool) < wanted:
             raise ValueError(
-                f"the {name} pool of level {level!r} with {count} numbers gave {len(column)} instances, "
+                f"the {name} pool of level {level!r} with {count} numbers gave {len(pool)} instances, "
                 f"{wanted} were asked for"
             )
-        columns.append(column)
-    return [columns[i % len(counts)][i // len(counts)] for i in range(n)]
+        pools.append(pool)
+    return [pools[i % len(counts)][i // len(counts)] for i in range(n)]
 
 
 _QUESTION = (

@@ -1,7 +1,7 @@
 """Which values can be made of some integers, each used once: exact, by dynamic programming over subsets.
 
-Two rules are offered. `rational` is the game's own: intermediates may be fractional or negative. `integer` is
-what the tiny model searches: every intermediate is a positive integer of at most `limit`, every division
+There are two arithmetics. In the game's own, rational one, intermediates may be fractional or negative. In the integer
+one, which the tiny model searches, every intermediate is a positive integer of at most `limit` and every division is
 exact.
 """
 
@@ -85,7 +85,7 @@ def reachable(numbers: list[int] | tuple[int, ...], limit: int | None = None) ->
         limit: None for the game's rational arithmetic; else the largest intermediate of integer arithmetic.
     """
     if not 1 <= len(numbers) <= 6 or min(numbers) < 1:
-        raise ValueError(f"expected one to six positive integers, got {numbers!r}")
+        raise ValueError(f"numbers must be one to six positive integers, got {numbers!r}")
     items = tuple(sorted(numbers))
     if limit is not None:
         return _integer_values(items, limit)

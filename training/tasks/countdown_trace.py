@@ -1,8 +1,8 @@
-"""Search traces, the tiny model's thoughts as text: written for the warm start, and read back from a model.
+"""Search traces, the tiny model's thoughts as text: written for the warm start, and counted in what a model wrote.
 
 A trace tries paths. A path joins two numbers at a time until one is left; the last equation carries a verdict
-on its value, `lo`, `hi` or `ok` against the target (comparison is a denser signal than right or wrong). Then
-either another last step is tried from the same two numbers, or a new path starts:
+on its value: `lo`, `hi` or `ok` against the target (which says more than right or wrong).
+Then either another last step is tried from the same two numbers, or a new path starts:
 
     7 - 2 = 5 , 5 + 11 = 16 hi 5 * 11 = 55 hi 11 - 7 = 4 , 4 + 2 = 6 ok answer ( 11 - 7 ) + 2
 

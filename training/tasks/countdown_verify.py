@@ -1,15 +1,14 @@
 """The Countdown verifier: reads the answer out of a completion and judges it, exactly and in bounded time.
 
-The input is whatever a model wrote, so it is treated as hostile. There is no `eval`: a tokenizer that knows
-nine characters and digits feeds a two-stack parser (no recursion), values are rational, and an expression
-longer than `MAX_EXPRESSION` characters is not read at all. That bound, and not a timer, is what keeps `1e6`
-brackets or `9**9**9` down to microseconds.
+The input is whatever a model wrote, so it is treated as hostile. There is no `eval`: a tokenizer that knows digits, six
+symbols and spaces feeds a parser of two stacks (no recursion), values are rational, and an expression longer than
+`MAX_EXPRESSION` characters is not read at all. This bound, not a timer, keeps a million brackets or `9**9**9` down to
+microseconds.
 """
 
 import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -20,18 +19,6 @@ _OPEN, _CLOSE, _WORD = "<answer>", "</answer>", "answer"
 _TOKEN = re.compile(r"[ \t\r\n]*(?:([0-9]+)|([-+*/()]))", re.ASCII)
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 _APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-
-
-@dataclass(frozen=True)
-class RewardLevels:
-    """What each kind of answer earns. The defaults are TinyZero's levels; wrong numbers earn nothing here."""
-
-    correct: float = 1.0
-    well_formed: float = 0.1
-    malformed: float = 0.0
-
-
-DEFAULT_LEVELS = RewardLevels()
 
 
 def extract_answer(completion: str) -> str | None:
@@ -151,61 +138,22 @@ def answer_value(completion: Any, numbers: Any) -> Fraction | None:
     return parsed[0]
 
 
-def score(completion: str, numbers: Sequence[int], target: int, *, levels: RewardLevels = DEFAULT_LEVELS) -> float:
-    """The reward of one completion.
+def score(completion: str, numbers: Sequence[int], target: int) -> float:
+    """The reward of one completion, at TinyZero's levels, except that wrong numbers earn nothing here.
 
     Args:
         completion: the model's text, without its prompt.
         numbers: the given integers; the answer must use each of them exactly once.
         target: the value to reach.
-        levels: what a right, a well-formed wrong and any other answer earn (1.0, 0.1, 0.0).
 
     Returns:
-        `levels.correct` if the answer's exact rational value is the target, `levels.well_formed` if it parses
-        and uses exactly the numbers but has another value, else `levels.malformed`. Pure; never raises;
-        bounded time.
+        1.0 if the answer's exact rational value is the target, 0.1 if it parses and uses exactly the numbers but has
+        another value, else 0.0. Pure; never raises; bounded time.
     """
     value = answer_value(completion, numbers)
     if value is None:
-        return levels.malformed
+        return 0.0
     try:
-        return levels.correct if value == operator.index(target) else levels.well_formed
+        return 1.0 if value == operator.index(target) else 0.1
     except TypeError:
-        return levels.malformed
-
-
-def completion_text(completion: Any) -> str:
-    """TRL hands a completion over as text, or as a list of chat messages: the text of the last one."""
-    if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
-        content = completion[-1].get("content", "")
-        return content if isinstance(content, str) else ""
-    return completion if isinstance(completion, str) else ""
-
-
-def correctness_reward(
-    completions: Sequence[Any], numbers: Sequence[Sequence[int]], target: Sequence[int], **_: Any
-) -> list[float]:
-    """TRL reward function: 1.0 for a right answer, else 0.0. `numbers` and `target` are dataset columns."""
-    levels = RewardLevels(1.0, 0.0, 0.0)
-    return [
-        score(completion_text(text), given, goal, levels=levels)
-        for text, given, goal in zip(completions, numbers, target, strict=True)
-    ]
-
-
-def format_reward(completions: Sequence[Any], numbers: Sequence[Sequence[int]], **_: Any) -> list[float]:
-    """TRL reward function: 1.0 for a well-formed answer, right or wrong, else 0.0. Give it a low weight."""
-    return [
-        float(answer_value(completion_text(text), given) is not None)
-        for text, given in zip(completions, numbers, strict=True)
-    ]
-
-
-def score_reward(
-    completions: Sequence[Any], numbers: Sequence[Sequence[int]], target: Sequence[int], **_: Any
-) -> list[float]:
-    """TRL reward function: `score` with its default levels (1.0, 0.1, 0.0), in one number."""
-    return [
-        score(completion_text(text), given, goal)
-        for text, given, goal in zip(completions, numbers, target, strict=True)
-    ]
+        return 0.0

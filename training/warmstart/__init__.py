@@ -3,7 +3,6 @@
 `python -m training.warmstart` makes the checkpoint that ships in `training/checkpoints/countdown_tiny`.
 """
 
-from .evaluation import evaluate, generate
 from .model import build_model, build_tokenizer
 
-__all__ = ["build_model", "build_tokenizer", "evaluate", "generate"]
+__all__ = ["build_model", "build_tokenizer"]

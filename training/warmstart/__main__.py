@@ -1,7 +1,7 @@
 """`python -m training.warmstart OUTPUT`: train the tiny model on search traces.
 
-Single process, made for a CPU: batches of similar length, no autocast. Traces are written on the fly, so no
-two batches repeat; instances come from the train split alone. Muon moves the hidden matrices, AdamW the rest.
+One process on a CPU: batches of traces of similar length, no autocast. Traces are written as they are needed, so no
+batch repeats; instances come from the train split alone. Muon trains the hidden matrices, AdamW the rest.
 """
 
 import argparse
@@ -16,13 +16,16 @@ import torch.nn.functional as F
 import transformers
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
+from ..evaluate import evaluate
+from ..puzzles import Countdown
+from ..recipe import Eval, Task
 from ..tasks.countdown import Instance, split, tiny_prompt
-from ..tasks.countdown_trace import draw_style, write_trace
-from .evaluation import evaluate
+from ..tasks.countdown_trace import MAX_TOKENS, draw_style, write_trace
 from .model import build_model, build_tokenizer
 
-VERDICT_WEIGHT = 5.0  # loss weight: one token in seven, hard to learn, and the whole search hangs on it
+VERDICT_WEIGHT = 5.0  # loss weight: one token in seven, hard to learn, and the search depends on it
 ANSWER_WEIGHT = 2.0
+MAX_NEW_TOKENS = MAX_TOKENS + 12  # of a response in the evaluation: the longest trace and a margin
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # input_ids, attention_mask, loss weights; (B, T) each
 
 
@@ -32,7 +35,7 @@ def encode(
     """One fresh trace an instance: token ids of prompt, trace and end, and the loss weight of each token."""
     verdict_ids = set(tokenizer.convert_tokens_to_ids(["lo", "hi", "ok"]))
     answer_id = tokenizer.convert_tokens_to_ids("answer")
-    rows = []
+    encoded = []
     for instance in instances:
         numbers = rng.sample(instance["numbers"], len(instance["numbers"]))
         prompt = tokenizer(tiny_prompt(numbers, instance["target"]))["input_ids"]
@@ -42,27 +45,27 @@ def encode(
         # The word `answer` itself keeps weight 1: more would teach the model to give up more often than the traces
         # do (measured: weight 2 cut responses from 53 to 35 tokens). What follows it is determined by the search.
         weights += [1.0, *[ANSWER_WEIGHT] * (len(trace) - start)]
-        rows.append(([*prompt, *trace, tokenizer.eos_token_id], [0.0] * len(prompt) + weights))
-    return rows
+        encoded.append(([*prompt, *trace, tokenizer.eos_token_id], [0.0] * len(prompt) + weights))
+    return encoded
 
 
 def batches(
     pool: list[list[Instance]], tokenizer: PreTrainedTokenizerBase, size: int, rng: random.Random
 ) -> Iterator[Batch]:
-    """Endless batches: half three-number, half four-number instances, rows of similar length together."""
+    """Endless batches: half three-number, half four-number instances, traces of similar length together."""
     per_pool = 8 * size // len(pool)
     while True:
-        rows = encode([rng.choice(part) for part in pool for _ in range(per_pool)], tokenizer, rng)
-        rows.sort(key=lambda row: len(row[0]))
-        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
-        rng.shuffle(chunks)
-        for chunk in chunks:
-            length = len(chunk[-1][0])
-            ids = torch.full((len(chunk), length), tokenizer.pad_token_id)
-            weights = torch.zeros(len(chunk), length)
-            for row, (tokens, token_weights) in enumerate(chunk):
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                weights[row, : len(tokens)] = torch.tensor(token_weights)
+        traces = encode([rng.choice(part) for part in pool for _ in range(per_pool)], tokenizer, rng)
+        traces.sort(key=lambda trace: len(trace[0]))
+        drawn = [traces[i : i + size] for i in range(0, len(traces), size)]
+        rng.shuffle(drawn)
+        for batch in drawn:
+            length = len(batch[-1][0])
+            ids = torch.full((len(batch), length), tokenizer.pad_token_id)
+            weights = torch.zeros(len(batch), length)
+            for batch_row, (tokens, token_weights) in enumerate(batch):
+                ids[batch_row, : len(tokens)] = torch.tensor(tokens)
+                weights[batch_row, : len(tokens)] = torch.tensor(token_weights)
             yield ids, (ids != tokenizer.pad_token_id).long(), weights
 
 
@@ -84,18 +87,20 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, hidden=args.hidden, layers=args.layers, heads=args.heads)
     pool = [split("train", 2_200, 3, level="tiny"), split("train", 12_000, 4, level="tiny")]
-    validation = split("validation", args.validation, (3, 4), level="tiny")
+    task = Countdown(Task())
+    validation = task.instances("validation", args.validation)
     stream = batches(pool, tokenizer, args.batch, rng)
     optims = optimizers(model, args.muon_lr, args.adam_lr)
-    peaks = [group["lr"] for optim in optims for group in optim.param_groups]
+    parts = [part for optim in optims for part in optim.param_groups]
+    peaks = [part["lr"] for part in parts]
 
     begin, smooth = time.monotonic(), 0.0
     for step in range(1, args.steps + 1):
         # Warm up over the first 1%, hold, and decay linearly to zero over the last 40% of the steps.
         progress = step / args.steps
         factor = min(1.0, progress / 0.01, (1.0 - progress) / 0.4)
-        for group, peak in zip((g for o in optims for g in o.param_groups), peaks, strict=True):
-            group["lr"] = peak * factor
+        for part, peak in zip(parts, peaks, strict=True):
+            part["lr"] = peak * factor
         ids, mask, weights = next(stream)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -109,8 +114,10 @@ def train(args: argparse.Namespace) -> None:
             print(f"{time.monotonic() - begin:6.0f} s  step {step:5d}  loss {smooth:.4f}", flush=True)
 
     figures = {
-        "sampled": evaluate(model, tokenizer, validation),
-        "greedy": evaluate(model, tokenizer, validation, temperature=0.0),
+        kind: evaluate(
+            model, tokenizer, task, validation, Eval(), max_new_tokens=MAX_NEW_TOKENS, temperature=temperature
+        ).summary()
+        for kind, temperature in (("sampled", 1.0), ("greedy", 0.0))
     }
     print(json.dumps(figures, indent=1))
     model.save_pretrained(args.output)

@@ -1,0 +1,149 @@
+"""Runs ended by Ctrl-C, a mistake or a full disk: they say what is kept, and change nothing before they begin."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from training import evaluate_run as evaluating
+from training import train as training
+from training.__main__ import main
+from training.evaluate_run import evaluate_run
+from training.recipe import ROOT, RecipeError
+
+from .fake_run import interrupt, start, whole
+from .runs import TINY, largest_file, save_model
+
+
+def status_of(words):
+    try:
+        return main(words)
+    except KeyboardInterrupt:
+        return pytest.fail("Ctrl-C came out as a traceback")
+
+
+@pytest.mark.parametrize("moment", ["load", "build_trainer", "evaluate_both", "examples", "write_report"])
+def test_ctrl_c_says_what_is_kept(fast, tmp_path, monkeypatch, capsys, moment):
+    run = tmp_path / "run"
+    start(run, 1)
+    monkeypatch.setattr(training, moment, interrupt)
+    capsys.readouterr()
+    assert status_of(["train", TINY, f"output.path={run}", "grpo.seed=2", "eval.size=8"]) == 130
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("train:")]  # bars
+    assert len(lines) == 1
+    said = lines[0]
+    assert said.startswith("interrupted; ")
+    unchanged = moment in ("load", "build_trainer")
+    assert ("nothing was changed" in said) == unchanged
+    assert ("kept: nothing of this run" in said) == (moment == "evaluate_both")
+    assert (f"the metrics of 2 steps in {run / 'metrics.jsonl'}, checkpoints in" in said) == (
+        moment in ("examples", "write_report")
+    )
+    assert (f"mv {run / 'previous'} ELSEWHERE" in said) != unchanged
+    assert whole(run, fast, tmp_path) == {"load": 1, "build_trainer": 1, "write_report": 2}.get(moment)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+def test_ctrl_c_in_a_reader(fast, tmp_path, monkeypatch, capsys, command):
+    run = tmp_path / "run"
+    start(run, 1)
+    monkeypatch.setattr(evaluating, "evaluate_both", interrupt)
+    monkeypatch.setattr("training.compare._page", interrupt)
+    capsys.readouterr()
+    assert status_of([command, str(run)]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was changed\n"
+
+
+def test_a_mistake_before_the_start_changes_nothing(fast, tmp_path, monkeypatch, capsys):
+    """What the model or the trainer refuses leaves the run before where it was, and no folder where none was."""
+    run = tmp_path / "run"
+    start(run, 1)
+    before = sorted(run.rglob("*"))
+
+    def refuse(*_):
+        raise RecipeError("no such loss")
+
+    for moment in ("load", "check_model", "build_trainer"):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, moment, refuse)
+            for folder in (run, tmp_path / "new" / "run"):
+                with pytest.raises(RecipeError, match=r"^no such loss$"):
+                    start(folder, 2)
+        assert sorted(run.rglob("*")) == before
+        assert not (tmp_path / "new").exists()
+    assert whole(run, fast, tmp_path) == 1
+
+
+def test_a_mistake_after_the_start_names_the_run_before(fast, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    start(run, 1)
+
+    def refuse(*_):
+        raise RecipeError("no such answer")
+
+    monkeypatch.setattr(training, "evaluate_both", refuse)
+    with pytest.raises(RecipeError, match=r"no such answer; the finished run before is in .*previous"):
+        start(run, 2)
+    with pytest.raises(RecipeError, match=r"no finished run here.*; the finished run before is in .*previous"):
+        evaluate_run(run)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Overrides that make the demo's recipe a matter of seconds, with an untrained model."""
+    return [
+        f"model.path={save_model(tmp_path_factory.mktemp('model'), hidden=64, layers=4, heads=2)}",
+        "task.train_size=16",
+        "grpo.per_device_train_batch_size=8",
+        "grpo.max_completion_length=8",
+        "eval.size=4",
+        "eval.split=validation",
+    ]
+
+
+def test_no_room_for_the_model(settings, tmp_path, capsys):
+    """The real model on a disk that takes files of 150 kB at most: the result is kept, and readers say what is not."""
+    run = tmp_path / "run"
+    with largest_file(150_000):
+        status = main(["train", TINY, *settings, "grpo.max_steps=1", f"output.path={run}"])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert status == 2
+    assert len(errors) == 1
+    assert f"the result in {run / 'result.json'}" in errors[0]
+    assert errors[0].endswith("missing: the model")
+    kept = {"config.yaml", "metrics.jsonl", "groups.json", "result.json", "report.html"}
+    assert {p.name for p in run.iterdir()} == kept
+    assert main(["evaluate", str(run)]) == 2
+    assert "its model is not" in capsys.readouterr().err
+    assert main(["compare", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    assert f"Measured, but ended before its model was saved: {run}." in capsys.readouterr().out
+
+
+def test_ctrl_c_in_a_process(settings, tmp_path):
+    """SIGINT in the middle of TRL's training: status 130, one line, no traceback."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "training", "train", TINY, *settings, "grpo.max_steps=5000", f"output.path={run}"]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+
+    def listen():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and so would its child
+
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=listen, **pipes) as process:
+        try:
+            waited = time.monotonic() + 240
+            while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text().count("\n"):
+                assert process.poll() is None and time.monotonic() < waited
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("interrupted; kept until another run starts there: the metrics of ")
+    assert last.endswith("missing: the result, the report, the model")

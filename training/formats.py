@@ -1,0 +1,43 @@
+"""Figures as text, the same in the terminal and on the pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def share(summary: Mapping[str, Any]) -> str:
+    """The accuracy of an evaluation's summary and its binomial standard error."""
+    return f"{summary['accuracy']:.1%} ± {summary['standard_error']:.1%}"
+
+
+def points(difference: float) -> str:
+    """A difference of two shares, in percentage points."""
+    return f"{difference * 100:+.1f}"
+
+
+def interval(low: float, high: float) -> str:
+    """The ends of an interval of such differences."""
+    return f"{points(low)} to {points(high)}"
+
+
+def size(count: float) -> str:
+    """Bytes as text."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def p_value(p: float) -> str:
+    """HTML: three decimals, or the power of ten that a small one is below."""
+    if p >= 0.001:
+        return f"{p:.3f}"
+    exponent = math.floor(math.log10(p)) if p > 0 else -300
+    return f"&lt; 10<sup>{exponent + 1}</sup>"
+
+
+def credit_name(mode: str) -> str:
+    return "plain GRPO" if mode == "uniform" else f"GRPO with {mode} credit"
