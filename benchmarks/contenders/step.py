@@ -71,7 +71,7 @@ class StepProblem:
 
     def learn(self, log_probs: Tensor, shaped: Tensor) -> Tensor:
         """Gradients into the model's parameters; returns the loss. `log_probs`, `shaped`: `(B, T)`."""
-        loss = surrogate(log_probs, log_probs.detach(), shaped, self.batch.response_mask)
+        loss = surrogate(log_probs, log_probs.detach(), shaped, self.batch.response_mask)[0]
         loss.backward()
         return loss.detach()
 
