@@ -71,7 +71,7 @@ class StepProblem:
 
     def learn(self, log_probs: Tensor, shaped: Tensor) -> Tensor:
         """Gradients into the model's parameters; returns the loss. `log_probs`, `shaped`: `(B, T)`."""
-        loss = surrogate(log_probs, log_probs.detach(), shaped, self.batch.response_mask)[0]
+        loss = surrogate(log_probs, log_probs.detach(), shaped, self.batch.response_mask)
         loss.backward()
         return loss.detach()
 
@@ -81,13 +81,13 @@ class StepProblem:
 
 
 def _alone(p: StepProblem) -> Results:
-    return {"loss": p.learn(token_log_probs(p.model, p.batch), p.advantages[:, None])}
+    return {"loss": p.learn(token_log_probs(p.model, p.batch)[0], p.advantages[:, None])}
 
 
 def _credit(p: StepProblem, own: OwnTime, amplitude: float = 1.5) -> Results:
     probe = RhythmProbe(p.model, p.groups, p.shape.window, p.horizon, p.batch.response_mask)
     with own.around(*PROBE), probe:
-        log_probs = token_log_probs(p.model, p.batch)
+        log_probs, _ = token_log_probs(p.model, p.batch)
     with own.bracket():
         gamma = p.credit(probe.waad, probe.fai, amplitude)
         shaped = shape_advantages(p.advantages, gamma)
@@ -103,7 +103,7 @@ def _maps(p: StepProblem, second: Any) -> Results:
         second, p.shape, p.groups, batch.input_ids, batch.attention_mask, batch.response_mask
     )
     gamma = p.credit(found["waad"], found["fai"], 1.5)
-    log_probs = token_log_probs(p.model, batch)
+    log_probs, _ = token_log_probs(p.model, batch)
     return {"loss": p.learn(log_probs, shape_advantages(p.advantages, gamma)), "gamma": gamma}
 
 
