@@ -89,14 +89,14 @@ def why_not() -> str:
 def max_jobs() -> int:
     asked = os.environ.get("MAX_JOBS", "")
     if not re.fullmatch("0*[1-9][0-9]*|", asked):
-        raise SystemExit(f"MAX_JOBS is {asked!r}: it must be a number of at least 1, or unset")
+        raise SystemExit(f"MAX_JOBS must be a number of at least 1 or unset, got {asked!r}")
     return int(asked or os.cpu_count() or 1)
 
 
 def cuda_wanted() -> str:
     wanted = os.environ.get("RHYTHM_CUDA", "")
     if wanted not in ("", "0", "1"):
-        raise SystemExit(f"RHYTHM_CUDA is {wanted!r}: it must be 0, 1 or unset")
+        raise SystemExit(f"RHYTHM_CUDA must be 0, 1 or unset, got {wanted!r}")
     return wanted
 
 
@@ -154,21 +154,19 @@ class Cuda(NamedTuple):
         asked = os.environ.get("RHYTHM_CUDA_ARCHS", "")
         entries = [entry.strip() for entry in (asked or CUDA_ARCHS).split(";") if entry.strip()]
         if not entries:
-            raise SystemExit(f"RHYTHM_CUDA_ARCHS is {asked!r}: it names no compute capability")
+            raise SystemExit(f"RHYTHM_CUDA_ARCHS must name a compute capability, got {asked!r}")
         known = {int(number) for number in re.findall(r"compute_(\d+)", output(nvcc, "--list-gpu-arch"))}
         flags, kept = [], []
         for entry in entries:
             match = re.fullmatch(r"((\d+)[af]?)(\+PTX)?", entry)
             if match is None:
-                raise SystemExit(
-                    f"RHYTHM_CUDA_ARCHS holds {entry!r}: it must be like 80, 90a or 100+PTX, separated by ;"
-                )
+                raise SystemExit(f"RHYTHM_CUDA_ARCHS must be like 80;90a;100+PTX, got {entry!r} in it")
             name, number, ptx = match.groups()
             if int(number) < 80:
-                raise SystemExit(f"RHYTHM_CUDA_ARCHS holds {entry!r}: the kernels need 80 or later")
+                raise SystemExit(f"RHYTHM_CUDA_ARCHS must be 80 or later, got {entry!r} in it")
             if int(number) not in known:
                 if asked:
-                    raise SystemExit(f"RHYTHM_CUDA_ARCHS holds {entry!r}, which {nvcc} does not know: {sorted(known)}")
+                    raise SystemExit(f"RHYTHM_CUDA_ARCHS must be among {sorted(known)} for {nvcc}, got {entry!r}")
                 print(f"rhythm-kernels: {nvcc} is too old for compute capability {name}: left out", file=sys.stderr)
                 continue
             code = f"[sm_{name},compute_{name}]" if ptx else f"sm_{name}"

@@ -14,15 +14,15 @@
 namespace rhythm {
 namespace {
 
-float* output(const Tensor& tensor, const Problem& p, bool per_head, int64_t planes, float fill) {
+float* output(const Tensor& tensor, const CpuInputs& p, bool per_head, int64_t planes, float fill) {
   const int64_t size = planes * p.batch * (per_head ? p.n_heads : 1) * p.tokens;
   float* const data = result(tensor, size);
-  std::fill_n(data, size, fill); // what no task owns: prompts, padding
+  std::fill_n(data, size, fill); // prompts and padding, which no task writes
   return data;
 }
 
-// Draw tasks 0 .. n - 1 from one counter, for they differ in cost and threads in speed: `task(i, scratch)`, with memory
-// of `bytes` that belongs to the thread, aligned to 64 and not cleared: tasks write what they read.
+// Run task(i, scratch) for i from 0 to n - 1. Threads take the next task from one counter, as tasks differ in cost and
+// threads in speed. scratch: `bytes` of the thread's own, aligned to 64; not cleared, since tasks write before they read.
 template <typename Task>
 void draw_tasks(int64_t n, int64_t bytes, const Task& task) {
   const int64_t workers = std::min<int64_t>(n, torch::stable::get_num_threads());
@@ -36,35 +36,37 @@ void draw_tasks(int64_t n, int64_t bytes, const Task& task) {
   });
 }
 
-// The call's problem and the groups it points to.
+// The inputs of one call, and the kv groups that they point to.
 struct Call {
-  Problem p{};
-  std::vector<HeadGroup> groups;
+  CpuInputs p{};
+  std::vector<KvGroup> kv_groups;
 
   Call(const Tensor& q, const Tensor& k, const Tensor* lse, RHYTHM_RULE_PARAMETERS, bool per_head) {
-    const int64_t lse_rows = set_tensors(p, q, k, lse), query_heads = q.size(2);
+    const int64_t lse_heads = set_tensors(p, q, k, lse), query_heads = q.size(2);
     set_rule(p, query_heads, RHYTHM_RULE);
     p.per_head = per_head;
     for (int64_t i = 0; i < p.n_seqs; ++i) {
       const Sequence& s = p.seqs[i];
-      STD_TORCH_CHECK(0 <= s.row && s.row < p.batch && 0 <= s.start && s.start <= s.response_start &&
+      STD_TORCH_CHECK(0 <= s.batch_row && s.batch_row < p.batch && 0 <= s.start && s.start <= s.response_start &&
                           s.response_start <= s.end && s.end <= p.tokens,
-                      "sequence ", i, " is outside q");
+                      "seqs[", i, "] must lie in q with start <= response_start <= end, got batch row ", s.batch_row,
+                      ", start ", s.start, ", end ", s.end, ", response_start ", s.response_start);
     }
     for (int64_t i = 0; i < p.n_heads; ++i) {
       const Head& h = p.heads[i];
-      STD_TORCH_CHECK(0 <= h.query && h.query < query_heads && 0 <= h.lse_row && h.lse_row < lse_rows, "head ", i,
-                      " is out of range");
+      STD_TORCH_CHECK(0 <= h.query && h.query < query_heads && 0 <= h.lse_index && h.lse_index < lse_heads,
+                      "heads[", i, "] must be a head of q and one of lse, got ", h.query, " and ", h.lse_index);
     }
-    groups = group_heads(p.heads, p.n_heads, query_heads / k.size(2));
-    p.groups = groups.data(), p.n_groups = int64_t(groups.size());
+    kv_groups = kv_groups_of(p.heads, p.n_heads, query_heads / k.size(2));
+    p.kv_groups = kv_groups.data(), p.n_kv_groups = int64_t(kv_groups.size());
   }
-  Call(const Call&) = delete; // p points into groups
+  Call(const Call&) = delete; // p points into kv_groups
 
   void run(TileTask Passes::*pass, int64_t tile_size, int64_t scratch, bool together, bool last_first) const {
     const char* const requested = std::getenv("RHYTHM_CPU_CAPABILITY");
     const Passes* const passes = choose_passes(requested);
-    STD_TORCH_CHECK(passes != nullptr, "RHYTHM_CPU_CAPABILITY names what this machine or build does not have: ",
+    STD_TORCH_CHECK(passes != nullptr,
+                    "RHYTHM_CPU_CAPABILITY must be one that build_info() lists as running here, got ",
                     requested == nullptr ? "" : requested);
     const TileTask task = passes->*pass;
     const Tiles tiles(p.seqs, p.n_seqs, tile_size, together && p.score.slope_stride == 0);
@@ -109,12 +111,9 @@ void column_stats(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RU
   call.run(&Passes::column_stats, kStatsTile, column_stats_scratch(call.p), false, false);
 }
 
-void credit(const Tensor& waad, const Tensor& fai, std::optional<Tensor> score, const Tensor& mask, std::string mode,
-            double top, int64_t neighbors, bool bottom, std::optional<double> tau_waad,
-            std::optional<double> tau_delta, std::vector<double> levels, const Tensor& out) {
-  const CreditProblem p =
-      credit_problem(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out);
-  draw_tasks(p.batch, credit_scratch(p), [&](int64_t row, char* own) { credit_response(p, row, own); });
+void credit(RHYTHM_CREDIT_PARAMETERS, const Tensor& out) {
+  const CreditInputs p = credit_inputs(RHYTHM_CREDIT, out);
+  draw_tasks(p.batch, credit_scratch(p), [&](int64_t batch_row, char* own) { credit_response(p, batch_row, own); });
 }
 
 STABLE_TORCH_LIBRARY(rhythm_kernels_native, m) {
@@ -126,7 +125,7 @@ STABLE_TORCH_LIBRARY(rhythm_kernels_native, m) {
         "int window, bool per_head, Tensor(a!) lse, Tensor(b!) waad, Tensor(c!) span) -> ()");
   m.def("column_stats(Tensor q, Tensor k, Tensor lse, " RHYTHM_RULE_SCHEMA
         "int min_distance, bool moments, bool per_head, Tensor(a!) out) -> ()");
-  m.def("credit(" RHYTHM_CREDIT "Tensor(a!) out) -> ()");
+  m.def("credit(" RHYTHM_CREDIT_SCHEMA "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rhythm_kernels_native, CPU, m) {

@@ -50,22 +50,22 @@ class Device {
 void check(int code, const char* name) { STD_TORCH_CHECK(code == 0, name, ": ", rhythm_cuda_error(code)); }
 
 // The tables lie on the device and are not read here: whoever made them has checked or clamped them.
-DeviceProblem problem(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RULE_PARAMETERS, bool per_head,
-                      const Tensor& out) {
-  DeviceProblem p{};
+CudaInputs inputs(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RULE_PARAMETERS, bool per_head,
+                  const Tensor& out) {
+  CudaInputs p{};
   set_tensors(p, q, k, &lse);
-  STD_TORCH_CHECK(1 <= p.head_dim && p.head_dim <= 256, "q must have a head size of 1 to 256");
+  STD_TORCH_CHECK(1 <= p.head_dim && p.head_dim <= 256, "q must have D from 1 to 256, got ", p.head_dim);
   set_rule(p, q.size(2), RHYTHM_RULE);
-  p.kv_group = q.size(2) / k.size(2);
+  p.queries_per_kv = q.size(2) / k.size(2);
   p.per_head = per_head;
   p.out = result(out, p.batch * (per_head ? p.n_heads : 1) * p.tokens);
-  p.out_row = (per_head ? p.n_heads : 1) * p.tokens, p.out_head = p.tokens;
+  p.out_batch = (per_head ? p.n_heads : 1) * p.tokens, p.out_head = p.tokens;
   return p;
 }
 
 void band_rows(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RULE_PARAMETERS, int64_t window,
                bool per_head, const Tensor& out) {
-  DeviceProblem p = problem(q, k, lse, RHYTHM_RULE, per_head, out);
+  CudaInputs p = inputs(q, k, lse, RHYTHM_RULE, per_head, out);
   p.window = distance("window", window, 1, p);
   const Device device(q);
   check(rhythm_cuda_band_rows(&p, device.stream()), "band_rows");
@@ -73,20 +73,18 @@ void band_rows(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RULE_
 
 void band_columns(const Tensor& q, const Tensor& k, const Tensor& lse, RHYTHM_RULE_PARAMETERS, int64_t lo, int64_t hi,
                   bool per_head, const Tensor& out) {
-  DeviceProblem p = problem(q, k, lse, RHYTHM_RULE, per_head, out);
+  CudaInputs p = inputs(q, k, lse, RHYTHM_RULE, per_head, out);
   p.lo = distance("lo", lo, 0, p), p.hi = distance("hi", hi, lo, p);
   const Device device(q);
   check(rhythm_cuda_band_columns(&p, device.stream()), "band_columns");
 }
 
-void credit(const Tensor& waad, const Tensor& fai, std::optional<Tensor> score, const Tensor& mask, std::string mode,
-            double top, int64_t neighbors, bool bottom, std::optional<double> tau_waad,
-            std::optional<double> tau_delta, std::vector<double> levels, const Tensor& scratch, const Tensor& out) {
-  const CreditProblem p =
-      credit_problem(waad, fai, score, mask, mode, top, neighbors, bottom, tau_waad, tau_delta, levels, out);
+void credit(RHYTHM_CREDIT_PARAMETERS, const Tensor& scratch, const Tensor& out) {
+  const CreditInputs p = credit_inputs(RHYTHM_CREDIT, out);
   STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Byte && scratch.is_contiguous() &&
                       scratch.numel() >= p.batch * credit_scratch(p),
-                  "scratch must be contiguous uint8 with at least ", p.batch * credit_scratch(p), " elements");
+                  "scratch must be contiguous uint8 with at least ", p.batch * credit_scratch(p), " elements, got ",
+                  described(scratch));
   const Device device(waad);
   check(rhythm_cuda_credit(&p, scratch.mutable_data_ptr(), device.stream()), "credit");
 }
@@ -96,7 +94,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(RHYTHM_CUDA_LIBRARY, m) {
         "int window, bool per_head, Tensor(a!) out) -> ()");
   m.def("cuda_band_columns(Tensor q, Tensor k, Tensor lse, " RHYTHM_RULE_SCHEMA
         "int lo, int hi, bool per_head, Tensor(a!) out) -> ()");
-  m.def("cuda_credit(" RHYTHM_CREDIT "Tensor(a!) scratch, Tensor(b!) out) -> ()");
+  m.def("cuda_credit(" RHYTHM_CREDIT_SCHEMA "Tensor(a!) scratch, Tensor(b!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(RHYTHM_CUDA_LIBRARY, RHYTHM_CUDA_KEY, m) {

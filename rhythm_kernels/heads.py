@@ -56,7 +56,8 @@ class HeadGroups:
             return cls(content["local"], content["global"], content.get("provenance"))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path}: not a file of head groups (JSON with the keys 'local' and 'global', lists of [layer, head])"
+                "path must be a file of head groups (JSON with the keys 'local' and 'global', lists of [layer, head]), "
+                f"got {path}"
             ) from error
 
     def check(self, config: Any, heads: Mapping[int, int]) -> None:
@@ -73,19 +74,20 @@ class HeadGroups:
             if differs:
                 detail = ", ".join(f"{name} {there!r}, here {now!r}" for name, (there, now) in differs.items())
                 raise ValueError(
-                    f"groups: made for another architecture ({detail}); calibrate this model with "
-                    "head_groups(model, batches)"
+                    f"groups must be made for this model, got those of another architecture ({detail}): calibrate this "
+                    "model with head_groups(model, batches)"
                 )
         for name, group in (("local", self.local), ("global_", self.global_)):
             for layer, head in group:
                 if layer not in heads:
                     raise ValueError(
-                        f"groups.{name}: layer {layer} has no softmax attention to measure; this model has it in "
-                        f"{sorted(heads)}"
+                        f"groups.{name} must be of layers with softmax attention to measure, got layer {layer}: this "
+                        f"model has it in {sorted(heads)}"
                     )
                 if head >= heads[layer]:
                     raise ValueError(
-                        f"groups.{name}: head {head} of layer {layer}, but it has {heads[layer]} query heads"
+                        f"groups.{name} must be of query heads that there are, got head {head} of layer {layer}, which "
+                        f"has {heads[layer]}"
                     )
 
 
@@ -93,13 +95,13 @@ def _heads_of(name: str, heads: Iterable[Sequence[int]]) -> list[Head]:
     try:
         pairs = [(operator.index(layer), operator.index(head)) for layer, head in heads]
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: must be a list of (layer, query head) pairs") from error
+        raise TypeError(f"{name} must be a list of (layer, query head) pairs, got {heads!r}") from error
     if not pairs:
-        raise ValueError(f"{name}: empty; a group needs at least one (layer, query head)")
+        raise ValueError(f"{name} must have at least one (layer, query head), got none")
     if len(set(pairs)) != len(pairs):
-        raise ValueError(f"{name}: a head is listed twice")
+        raise ValueError(f"{name} must list each head once, got {max(pairs, key=pairs.count)} twice")
     if min(min(pair) for pair in pairs) < 0:
-        raise ValueError(f"{name}: layers and heads are counted from 0, found a negative one")
+        raise ValueError(f"{name} must count layers and heads from 0, got {min(pairs, key=min)}")
     return pairs
 
 

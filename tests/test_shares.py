@@ -81,7 +81,7 @@ def test_empty_sequences_behind_others_change_nothing() -> None:
 def test_attention_on_a_cpu_takes_the_compiled_row_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default and by name; `torch` stays torch alone, and its own pass is not a free one for the probe."""
     from rhythm_kernels.backend import cpu
-    from rhythm_kernels.probe.attention import is_one_pass
+    from rhythm_kernels.probe.rhythm_attention import is_one_pass
 
     calls = []
     row_stats = cpu.row_stats

@@ -1,7 +1,8 @@
 // band_columns: FAI of each key from the rows at distance lo .. hi after it, the log-sum-exp given.
 //
-// Lanes are keys. A tile of keys is transposed once a kv head and the rows after it once a head; one moving row
-// position then meets every vector of keys for which its distance is inside the band.
+// Lanes are keys. A tile of keys is transposed once a kv head, the query tokens after it once a head. For a row position
+// (an offset from the tile's first key) lane i holds key i and row position + i, all at one distance; it is multiplied
+// with every vector of keys for which this distance is in the horizon.
 #include "rhythm/diagonal.h"
 #include "rhythm/passes.h"
 #include "rhythm/score.h"
@@ -23,13 +24,14 @@ RHYTHM_INLINE Met vectors_met(int64_t offset, int64_t lo, int64_t hi, int64_t n_
   return {first, last < first ? 0 : (int)(last - first + 1)};
 }
 
-// Add A of the row positions s0 + [from, to) to sums[key]; column 0 of `queries` and of `lse` is position s0 + from. No
-// row from a key's own of `ends` on sees it.
-static void add_rows(const Problem& p, const HeadRule& rule, int64_t s0, const int32_t* ends, int64_t hi, int64_t from,
-                     int64_t to, int64_t n_vectors, const float* keys, int64_t ld_keys, const float* queries,
-                     int64_t ld_queries, const float* lse, float* sums) {
+// Add A of the row positions s0 + [from, to) to sums[kColumnTile]. keys [head_dim, ld_keys] and queries [head_dim,
+// ld_queries] are transposed; column 0 of queries and of lse [ld_queries] is position s0 + from. ends [kColumnTile]: the
+// end of each key's sequence, from which on rows belong to another one.
+static void add_rows(const CpuInputs& p, const HeadRule& rule, int64_t s0, const int32_t* ends, int64_t hi,
+                     int64_t from, int64_t to, int64_t n_vectors, const float* keys, int64_t ld_keys,
+                     const float* queries, int64_t ld_queries, const float* lse, float* sums) {
   const Int lanes = lane_index();
-  Vec dots[kAccumulators];
+  Vec dots[kAccumulators]; // [fixed vector of keys, moved position], a lane a key
   int64_t moved = 0;
   for (int64_t offset = from; offset < to; offset += moved) {
     const Met met = vectors_met(offset, p.lo, hi, n_vectors);
@@ -64,21 +66,21 @@ static void add_rows(const Problem& p, const HeadRule& rule, int64_t s0, const i
 }
 
 template <typename T>
-static void run(const Problem& p, const Tile& tile, float* scratch) {
-  const int64_t s0 = tile.first, count = tile.last - tile.first, row = tile.seq.row, end = tile.seq.end;
+static void run(const CpuInputs& p, const Tile& tile, float* scratch) {
+  const int64_t s0 = tile.first, count = tile.last - tile.first, batch_row = tile.seq.batch_row, end = tile.seq.end;
   const int64_t ld_keys = padded(kColumnTile);
   const int64_t at_once = band_columns_positions(p);
   const int64_t ld_queries = padded(at_once + kMaxLanes);
-  float* const keys = scratch;
-  float* const queries = keys + p.head_dim * ld_keys;
-  float* const lse = queries + p.head_dim * ld_queries;
-  float* const sums = lse + ld_queries;
+  float* const keys = scratch;                                // [head_dim, ld_keys], transposed
+  float* const queries = keys + p.head_dim * ld_keys;         // [head_dim, ld_queries], transposed
+  float* const lse = queries + p.head_dim * ld_queries;       // [ld_queries]
+  float* const sums = lse + ld_queries;                       // [kColumnTile], as are those below
   float* const total = sums + kColumnTile;
-  float* const lost = total + kColumnTile;
+  float* const lost = total + kColumnTile;                    // rounding errors of total (add_to)
   float* const mean = lost + kColumnTile;
   __builtin_memset(mean, 0, kColumnTile * sizeof(float));
 
-  // The number of rows goes by position alone; those that a sliding window hides add nothing.
+  // FAI divides by the rows in the horizon by position: those that a sliding window hides count, with A = 0.
   float inverse[kColumnTile];
   int32_t ends[kColumnTile];
   spread(tile, kColumnTile, INT32_MIN, ends, [](const Sequence& seq) { return seq.end; });
@@ -92,22 +94,22 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
   const int64_t from = p.lo, to = hi < p.lo ? p.lo : smaller((n_vectors - 1) * kLanes + hi + 1, end - s0);
 
   int64_t loaded_head = -1;
-  for (int64_t i = 0; i < p.n_groups; ++i) {
-    const HeadGroup& group = p.groups[i];
+  for (int64_t i = 0; i < p.n_kv_groups; ++i) {
+    const KvGroup& group = p.kv_groups[i];
     if (group.kv_head != loaded_head)
-      load_transposed(head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head), p.k_token, p.head_dim, s0,
+      load_transposed(head_of<T>(p.k, batch_row, p.k_batch, group.kv_head, p.k_head), p.k_token, p.head_dim, s0,
                       n_vectors * kLanes, 0, p.tokens, keys, ld_keys);
     loaded_head = group.kv_head;
     for (int g = 0; g < group.count; ++g) {
       const Head head = p.heads[group.entry[g]];
       const HeadRule rule = rule_of(p, tile, head.query);
-      const T* const source = head_of<T>(p.q, row, p.q_row, head.query, p.q_head);
-      __builtin_memset(total, 0, 2 * kColumnTile * sizeof(float)); // and lost
+      const T* const source = head_of<T>(p.q, batch_row, p.q_batch, head.query, p.q_head);
+      __builtin_memset(total, 0, 2 * kColumnTile * sizeof(float)); // total and lost
       for (int64_t offset = from; offset < to; offset += at_once) {
         const int64_t last = smaller(offset + at_once, to);
         const int64_t columns = whole_vectors(last - offset + kLanes - 1);
         load_transposed(source, p.q_token, p.head_dim, s0 + offset, columns, 0, p.tokens, queries, ld_queries);
-        load_lse(p, row, head, rule, s0 + offset, columns, s0, end, lse);
+        load_lse(p, batch_row, head, rule, s0 + offset, columns, s0, end, lse);
         __builtin_memset(sums, 0, kColumnTile * sizeof(float));
         add_rows(p, rule, s0, ends, hi, offset, last, n_vectors, keys, ld_keys, queries, ld_queries, lse, sums);
         for (int64_t c = 0; c < n_vectors * kLanes; c += kLanes) add_to(total + c, lost + c, load(sums + c));
@@ -118,7 +120,7 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
         total[c] = value;
       }
       if (!p.per_head) continue;
-      float* const out = p.out + (row * p.n_heads + group.entry[g]) * p.tokens;
+      float* const out = p.out + (batch_row * p.n_heads + group.entry[g]) * p.tokens;
       for_each_live(tile, s0, tile.last, [=](const Sequence&, int64_t first, int64_t last) {
         __builtin_memcpy(out + first, total + (first - s0), (last - first) * sizeof(float));
       });
@@ -126,7 +128,7 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
   }
   if (!p.per_head)
     for_each_live(tile, s0, tile.last, [=](const Sequence&, int64_t first, int64_t last) {
-      for (int64_t s = first; s < last; ++s) p.out[row * p.tokens + s] = mean[s - s0] / (float)p.n_heads;
+      for (int64_t s = first; s < last; ++s) p.out[batch_row * p.tokens + s] = mean[s - s0] / (float)p.n_heads;
     });
 }
 

@@ -1,8 +1,8 @@
 // band_rows: WAAD of each row from the last W keys before it, the log-sum-exp given.
 //
-// Lanes are rows. A tile of rows is transposed once a head, its keys once a kv head; the score of distance delta for
-// kLanes rows is then one column-shifted product, so that a row costs W * D multiply-adds a head and no reduction
-// across lanes.
+// Lanes are rows. A tile of query tokens is transposed once a head, its keys once a kv head. q.k of kLanes rows with the
+// keys at one distance is then a product of the two, shifted by the distance: a row costs W * D multiply-adds a head and
+// nothing is summed across lanes.
 #include "rhythm/diagonal.h"
 #include "rhythm/passes.h"
 #include "rhythm/score.h"
@@ -11,14 +11,14 @@
 namespace rhythm {
 namespace RHYTHM_CAPABILITY {
 
-// Add A (W - distance) of the distances [near, far], summed by themselves, to band[g * kMaxStrip + lane] for the rows
-// t .. t + kLanes - 1 of `count` heads (head g's transposed rows at g * step of `rows`, its lse at g * kMaxStrip).
-// Column 0 of `keys` is token t - far; a row sees no key before its own of `starts`.
-static void add_band(const Problem& p, const HeadRule* rules, int64_t t, Int starts, int64_t near, int64_t far,
+// Add sum A (W - distance) over the distances [near, far] to band [count, kMaxStrip], rounding errors to lost, for the
+// rows t .. t + kLanes - 1 of `count` heads. rows: q [count, head_dim, kLanes], `step` a head; lse [count, kMaxStrip];
+// keys [head_dim, ld_keys], column 0 being token t - far. starts: of each row's sequence, before which it sees no key.
+static void add_band(const CpuInputs& p, const HeadRule* rules, int64_t t, Int starts, int64_t near, int64_t far,
                      const float* rows, int64_t step, const float* keys, int64_t ld_keys, const float* lse, int count,
                      float* band, float* lost) {
   const Int lanes = lane_index();
-  Vec dots[kAccumulators];
+  Vec dots[kAccumulators]; // [fixed head, moved distance], a lane a row
   for (int g = 0; g < count; g += kMaxFixed) {
     const int fixed = count - g < kMaxFixed ? count - g : kMaxFixed;
     Vec sums[kMaxFixed];
@@ -42,35 +42,35 @@ static void add_band(const Problem& p, const HeadRule* rules, int64_t t, Int sta
   }
 }
 
-// WAAD of the rows [t0, last), at most a strip of them, for all heads; `starts`: of each row, its sequence's.
+// WAAD of the rows [t0, last), a strip of at most kMaxStrip, for all heads; starts [rows]: of each row's sequence.
 //
-// Strips are short and heads are inside: the rows of a strip are then as many streams that run through memory at once,
-// which the processor's prefetchers follow better than a head at a time (measured: 0.35% of SDPA became 0.31%).
+// All heads of a short strip come before the next strip: its tokens' heads lie side by side in memory, a stream a token,
+// which prefetchers follow better than the same head of many tokens (measured: 0.35% of SDPA became 0.31%).
 template <typename T>
-static void run_strip(const Problem& p, const Tile& tile, int64_t t0, int64_t last, int64_t reach,
+static void run_strip(const CpuInputs& p, const Tile& tile, int64_t t0, int64_t last, int64_t reach,
                       const int32_t* starts, float* scratch) {
-  const int64_t rows = last - t0, row = tile.seq.row, width = whole_vectors(rows);
+  const int64_t rows = last - t0, batch_row = tile.seq.batch_row, width = whole_vectors(rows);
   const int64_t step = p.head_dim * kLanes, ld_keys = band_rows_key_columns(p);
-  float* const queries = scratch;
-  float* const keys = queries + kMaxGroup * p.head_dim * kMaxLanes;
-  float* const lse = keys + p.head_dim * ld_keys; // [g][kMaxStrip]
+  float* const queries = scratch;                                 // [kMaxGroup, head_dim, kLanes], transposed
+  float* const keys = queries + kMaxGroup * p.head_dim * kMaxLanes; // [head_dim, ld_keys], transposed
+  float* const lse = keys + p.head_dim * ld_keys;                 // [kMaxGroup, kMaxStrip], as band and lost
   float* const band = lse + kMaxGroup * kMaxStrip;
-  float* const lost = band + kMaxGroup * kMaxStrip;
-  float* const mean = lost + kMaxGroup * kMaxStrip;
+  float* const lost = band + kMaxGroup * kMaxStrip; // rounding errors of band (add_to)
+  float* const mean = lost + kMaxGroup * kMaxStrip; // [kMaxStrip], the sum over heads
   __builtin_memset(mean, 0, kMaxStrip * sizeof(float));
 
   const int64_t farthest = smaller(reach, last - 1 - tile.seq.start);
   int64_t loaded_head = -1; // whose keys `keys` holds, where one chunk of distances is all
-  for (int64_t i = 0; i < p.n_groups; ++i) {
-    const HeadGroup& group = p.groups[i];
-    const T* const kv = head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head);
+  for (int64_t i = 0; i < p.n_kv_groups; ++i) {
+    const KvGroup& group = p.kv_groups[i];
+    const T* const kv = head_of<T>(p.k, batch_row, p.k_batch, group.kv_head, p.k_head);
     __builtin_memset(band, 0, group.count * kMaxStrip * sizeof(float));
     __builtin_memset(lost, 0, group.count * kMaxStrip * sizeof(float));
     HeadRule rules[kMaxGroup];
     for (int g = 0; g < group.count; ++g) {
       const Head head = p.heads[group.entry[g]];
       rules[g] = rule_of(p, tile, head.query);
-      load_lse(p, row, head, rules[g], t0, width, t0, last, lse + g * kMaxStrip);
+      load_lse(p, batch_row, head, rules[g], t0, width, t0, last, lse + g * kMaxStrip);
     }
     for (int64_t near = 0; near <= farthest; near += kBandChunk) {
       const int64_t far = smaller(near + kBandChunk - 1, farthest);
@@ -80,7 +80,7 @@ static void run_strip(const Problem& p, const Tile& tile, int64_t t0, int64_t la
       loaded_head = group.kv_head;
       for (int64_t r = 0; r < rows; r += kLanes) {
         for (int g = 0; g < group.count; ++g)
-          load_transposed(head_of<T>(p.q, row, p.q_row, p.heads[group.entry[g]].query, p.q_head), p.q_token,
+          load_transposed(head_of<T>(p.q, batch_row, p.q_batch, p.heads[group.entry[g]].query, p.q_head), p.q_token,
                           p.head_dim, t0 + r, kLanes, 0, p.tokens, queries + g * step, kLanes);
         add_band(p, rules, t0 + r, load_int(starts + r), near, far, queries, step, keys + r, ld_keys, lse + r,
                  group.count, band + r, lost + r);
@@ -95,7 +95,7 @@ static void run_strip(const Problem& p, const Tile& tile, int64_t t0, int64_t la
         store(mean + r, load(mean + r) + waad);
       }
       if (p.per_head) {
-        float* const out = p.out + (row * p.n_heads + group.entry[g]) * p.tokens;
+        float* const out = p.out + (batch_row * p.n_heads + group.entry[g]) * p.tokens;
         for_each_live(tile, t0, last, [=](const Sequence&, int64_t from, int64_t to) {
           __builtin_memcpy(out + from, value + (from - t0), (to - from) * sizeof(float));
         });
@@ -104,12 +104,12 @@ static void run_strip(const Problem& p, const Tile& tile, int64_t t0, int64_t la
   }
   if (!p.per_head)
     for_each_live(tile, t0, last, [=](const Sequence&, int64_t from, int64_t to) {
-      for (int64_t t = from; t < to; ++t) p.out[row * p.tokens + t] = mean[t - t0] / (float)p.n_heads;
+      for (int64_t t = from; t < to; ++t) p.out[batch_row * p.tokens + t] = mean[t - t0] / (float)p.n_heads;
     });
 }
 
 template <typename T>
-static void run(const Problem& p, const Tile& tile, float* scratch) {
+static void run(const CpuInputs& p, const Tile& tile, float* scratch) {
   const int64_t strip = band_rows_strip(p);
   const int64_t reach = smaller(smaller(p.window - 1, p.score.window_left), reach_of(tile));
   int32_t starts[kBandTile];

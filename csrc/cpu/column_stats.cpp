@@ -1,8 +1,8 @@
 // column_stats: the mean of the attention that each key receives from all later rows, or its first four moments.
 //
 // Lanes are keys. Rows are streamed kChunk at a time; each chunk's central moments are taken around its own mean and
-// merged into those of the rows before (Chan, Golub and LeVeque; Pébay for the third and fourth): raw power sums
-// cancel. Rows that a sliding window keeps from all keys of the tile are not read: they join as zeros, all at once.
+// merged into those of the rows before (Chan, Golub and LeVeque; Pébay for the third and fourth), since sums of raw
+// powers would cancel. Rows that see no key of the tile (sliding window) are not read: they are merged as zeros at once.
 #include "rhythm/outer.h"
 #include "rhythm/passes.h"
 #include "rhythm/score.h"
@@ -14,8 +14,8 @@ namespace RHYTHM_CAPABILITY {
 // A is scaled before its powers are taken: the fourth power of an attention of 1e-10 would leave the range of float32.
 constexpr float kUnit = 16777216.0f;
 
-// Per key: rows counted, their mean (the plain sum where the mean alone is wanted), and the sums of the second to
-// fourth power of what is left after the mean. The mean is a long sum of small steps: `lost` is what they rounded off.
+// Of each key: the rows counted, the mean of their A (their sum where the mean alone is wanted), and the sums of
+// (A - mean)^2, ^3 and ^4. The mean is a long sum of small steps, whose rounding errors `lost` keeps (add_to).
 struct Moments {
   float count[kStatsTile], mean[kStatsTile], lost[kStatsTile], m2[kStatsTile], m3[kStatsTile], m4[kStatsTile];
 };
@@ -39,8 +39,9 @@ RHYTHM_INLINE void merge(Moments& into, int64_t c, Vec count, Vec mean, Vec m2, 
   store(into.count + c, n);
 }
 
-// Take in the rows t0 .. t0 + count - 1 for one vector of keys starting at token s: maps[n * kStatsTile + lane].
-static void take_rows(const Problem& p, const HeadRule& rule, int64_t s, int64_t t0, int64_t count, float* maps,
+// Take in the rows t0 .. t0 + count - 1 for the keys s .. s + kLanes - 1. maps: their q.k, [count, kStatsTile] from the
+// vector's column c on, overwritten with A; lse [count].
+static void take_rows(const CpuInputs& p, const HeadRule& rule, int64_t s, int64_t t0, int64_t count, float* maps,
                       const float* lse, Moments& state, int64_t c) {
   const Int lanes = lane_index();
   const Int nearest = splat_int((int32_t)p.min_distance);
@@ -76,7 +77,7 @@ static void take_rows(const Problem& p, const HeadRule& rule, int64_t s, int64_t
 }
 
 // Take in rows stop .. end - 1, whose A is 0 for the keys s .. s + kLanes - 1, whatever their log-sum-exp.
-__attribute__((noinline)) static void take_hidden(const Problem& p, int64_t s, int64_t stop, int64_t end,
+__attribute__((noinline)) static void take_hidden(const CpuInputs& p, int64_t s, int64_t stop, int64_t end,
                                                   Moments& state, int64_t c) {
   // A key's own rows begin at s + lane + min_distance, which may lie behind `stop`.
   const Vec later = (float)(end - s - smaller(p.min_distance, end - s)) - lane_number();
@@ -84,7 +85,7 @@ __attribute__((noinline)) static void take_hidden(const Problem& p, int64_t s, i
   const Vec rows = select(later < all, later, all);
   const Vec hidden = select(rows > Vec{}, rows, Vec{});
   if (p.moments) {
-    // What is left of the mean is its share of the rows: the mean less nearly all of it would cancel.
+    // merge() moves the mean to mean - mean * hidden / whole, which cancels where most rows are hidden: scale it instead.
     const Vec n = load(state.count + c), mean = load(state.mean + c), lost = load(state.lost + c);
     merge(state, c, hidden, Vec{}, Vec{}, Vec{}, Vec{});
     const Vec whole = n + hidden, share = n / select(whole > Vec{}, whole, splat(1.0f));
@@ -95,17 +96,17 @@ __attribute__((noinline)) static void take_hidden(const Problem& p, int64_t s, i
   }
 }
 
-// Write plane `plane` of token `s0 + c`, or add it to the mean over heads.
+// Where results of key tile.first + c go: into plane `plane` of p.out with per_head, and into the sum over heads.
 struct Output {
-  const Problem& p;
+  const CpuInputs& p;
   const Tile& tile;
   int32_t entry;
-  float* mean; // [plane][kStatsTile]
+  float* mean; // [planes, kStatsTile]
 
   void put(int plane, int64_t c, float value) const {
     mean[plane * kStatsTile + c] += value;
     if (p.per_head)
-      p.out[((plane * p.batch + tile.seq.row) * p.n_heads + entry) * p.tokens + tile.first + c] = value;
+      p.out[((plane * p.batch + tile.seq.batch_row) * p.n_heads + entry) * p.tokens + tile.first + c] = value;
   }
 };
 
@@ -129,39 +130,39 @@ static void finish(const Output& out, const Moments& state, int64_t count) {
 }
 
 template <typename T>
-static void run(const Problem& p, const Tile& tile, float* scratch) {
-  const int64_t s0 = tile.first, count = tile.last - tile.first, row = tile.seq.row, end = tile.seq.end;
+static void run(const CpuInputs& p, const Tile& tile, float* scratch) {
+  const int64_t s0 = tile.first, count = tile.last - tile.first, batch_row = tile.seq.batch_row, end = tile.seq.end;
   const int64_t ld_keys = padded(kStatsTile);
-  float* const keys = scratch;
-  float* const rows = keys + p.head_dim * ld_keys;
-  float* const maps = rows + kChunk * p.head_dim;
-  float* const lse = maps + kChunk * kStatsTile;
+  float* const keys = scratch;                         // [head_dim, ld_keys], transposed
+  float* const rows = keys + p.head_dim * ld_keys;     // q, [kChunk, head_dim]
+  float* const maps = rows + kChunk * p.head_dim;      // q.k, then A: [kChunk, kStatsTile]
+  float* const lse = maps + kChunk * kStatsTile;       // [kChunk]
   Moments* const state = (Moments*)(lse + kChunk);
-  float* const mean = (float*)(state + 1);
+  float* const mean = (float*)(state + 1);             // [planes, kStatsTile], the sum over heads
   const int planes = p.moments ? 5 : 1;
   __builtin_memset(mean, 0, planes * kStatsTile * sizeof(float));
 
   const int64_t width = whole_vectors(count);
   const int64_t from = s0 + smaller(p.min_distance, end - s0);
-  // No key of the tile is seen from here on.
+  // Rows from here on see no key of the tile.
   const int64_t stop = p.score.window_left < end - tile.last ? tile.last + p.score.window_left : end;
   int64_t loaded_head = -1;
-  for (int64_t i = 0; i < p.n_groups; ++i) {
-    const HeadGroup& group = p.groups[i];
+  for (int64_t i = 0; i < p.n_kv_groups; ++i) {
+    const KvGroup& group = p.kv_groups[i];
     if (group.kv_head != loaded_head)
-      load_transposed(head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head), p.k_token, p.head_dim, s0, width, s0,
-                      end, keys, ld_keys);
+      load_transposed(head_of<T>(p.k, batch_row, p.k_batch, group.kv_head, p.k_head), p.k_token, p.head_dim, s0, width,
+                      s0, end, keys, ld_keys);
     loaded_head = group.kv_head;
     for (int g = 0; g < group.count; ++g) {
       const Head head = p.heads[group.entry[g]];
       const HeadRule rule = rule_of(p, tile, head.query);
-      const T* const source = head_of<T>(p.q, row, p.q_row, head.query, p.q_head);
+      const T* const source = head_of<T>(p.q, batch_row, p.q_batch, head.query, p.q_head);
       __builtin_memset(state, 0, sizeof(Moments));
       for (int64_t t = from; t < stop; t += kChunk) {
         const int64_t n = smaller(kChunk, stop - t);
-        const int64_t whole = (n + kOuterRows - 1) / kOuterRows * kOuterRows;
-        load_rows(source, p.q_token, p.head_dim, t, whole, end, rows);
-        load_lse(p, row, head, rule, t, n, s0, end, lse);
+        const int64_t whole = (n + kOuterTokens - 1) / kOuterTokens * kOuterTokens;
+        load_tokens(source, p.q_token, p.head_dim, t, whole, end, rows);
+        load_lse(p, batch_row, head, rule, t, n, s0, end, lse);
         outer_product(keys, ld_keys, width, rows, whole, p.head_dim, maps, kStatsTile);
         for (int64_t c = 0; c < width; c += kLanes) take_rows(p, rule, s0 + c, t, n, maps + c, lse, *state, c);
       }
@@ -173,7 +174,7 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
   if (!p.per_head)
     for (int plane = 0; plane < planes; ++plane)
       for (int64_t c = 0; c < count; ++c)
-        p.out[(plane * p.batch + row) * p.tokens + s0 + c] = mean[plane * kStatsTile + c] / (float)p.n_heads;
+        p.out[(plane * p.batch + batch_row) * p.tokens + s0 + c] = mean[plane * kStatsTile + c] / (float)p.n_heads;
 }
 
 RHYTHM_DEFINE(column_stats)

@@ -33,9 +33,9 @@ class Response {
   typedef typename Ordered<T>::Key Key;
 
  public:
-  Response(const CreditProblem& p, int64_t row, void* scratch)
+  Response(const CreditInputs& p, int64_t batch_row, void* scratch)
       : p_(p),
-        first_(row * p.tokens),
+        first_(batch_row * p.tokens),
         waad_(static_cast<Key*>(scratch)),
         delta_(waad_ + p.tokens),
         rank_(delta_ + p.tokens),
@@ -54,7 +54,7 @@ class Response {
   }
 
  private:
-  // The response's tokens and their WAAD; false where there is nothing to give credit by.
+  // Collect the masked tokens and their keys; false where there are none, or a measure is not finite.
   bool gather() {
     const bool* const mask = p_.mask + first_;
     for (int64_t t = 0; t < p_.tokens; ++t)
@@ -113,10 +113,10 @@ class Response {
     }
   }
 
-  const CreditProblem& p_;
+  const CreditInputs& p_;
   const int64_t first_;
   int64_t n_ = 0;
-  // By place in the response:
+  // [n_], by place in the response (the masked tokens alone):
   Key* const waad_;
   Key* const delta_;
   Key* const rank_;
@@ -127,11 +127,11 @@ class Response {
 
 } // namespace
 
-void credit_response(const CreditProblem& p, int64_t row, void* scratch) {
+void credit_response(const CreditInputs& p, int64_t batch_row, void* scratch) {
   if (p.wide)
-    Response<double>(p, row, scratch).run();
+    Response<double>(p, batch_row, scratch).run();
   else
-    Response<float>(p, row, scratch).run();
+    Response<float>(p, batch_row, scratch).run();
 }
 
 } // namespace rhythm

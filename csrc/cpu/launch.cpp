@@ -24,9 +24,9 @@ Tiles::Tiles(const Sequence* sequences, int64_t count, int64_t tile_size, bool t
       if (response_of(seq) == 0) continue;
       const int64_t tokens = int64_t(seq.end) - first.response_start;
       alone += vectors(response_of(seq));
-      // Prompts between responses fill lanes too: then two tiles may take less.
-      if (seq.row != first.row || seq.start < end || tokens > tile_size || vectors(tokens) > alone) break;
-      if (next - i > 2 * tile_size) break; // empty responses between are walked over by every tile and head
+      // Prompts between responses take lanes too: with long ones, separate tiles take fewer vectors.
+      if (seq.batch_row != first.batch_row || seq.start < end || tokens > tile_size || vectors(tokens) > alone) break;
+      if (next - i > 2 * tile_size) break; // every tile and head walks over the empty responses between
       end = seq.end;
       stop = next + 1;
     }
@@ -47,16 +47,16 @@ Tile Tiles::operator[](int64_t task) const {
   return {seq, first, std::min<int64_t>(first + tile_size_, seq.end), sequences_ + run->begin, run->end - run->begin};
 }
 
-std::vector<HeadGroup> group_heads(const Head* heads, int64_t count, int64_t queries_per_kv) {
+std::vector<KvGroup> kv_groups_of(const Head* heads, int64_t count, int64_t queries_per_kv) {
   std::vector<int32_t> order(count);
   std::iota(order.begin(), order.end(), 0);
   const auto kv_head = [&](int32_t entry) { return int32_t(heads[entry].query / queries_per_kv); };
   std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return kv_head(a) < kv_head(b); });
-  std::vector<HeadGroup> groups;
+  std::vector<KvGroup> groups;
   for (const int32_t entry : order) {
     if (groups.empty() || groups.back().kv_head != kv_head(entry) || groups.back().count == kMaxGroup)
       groups.push_back({kv_head(entry), 0, {}});
-    HeadGroup& group = groups.back();
+    KvGroup& group = groups.back();
     group.entry[group.count++] = entry;
   }
   return groups;

@@ -10,7 +10,7 @@ namespace rhythm {
 
 class Tiles {
  public:
-  // `together`: short sequences that follow each other in a row share a tile where that saves vectors.
+  // `together`: short sequences that follow each other in a batch row share a tile where that saves vectors.
   Tiles(const Sequence* sequences, int64_t count, int64_t tile_size, bool together);
 
   int64_t size() const { return runs_.empty() ? 0 : runs_.back().tiles; }
@@ -19,7 +19,7 @@ class Tiles {
  private:
   // Sequences [begin, end) of the table: one of any length, or several in one tile.
   struct Run {
-    int64_t begin, end, tiles; // tiles: up to and with this run
+    int64_t begin, end, tiles; // tiles: of this run and all before
   };
 
   const Sequence* sequences_;
@@ -27,7 +27,7 @@ class Tiles {
   std::vector<Run> runs_;
 };
 
-// The selected heads, those of one kv head side by side, so that its keys are read once for all of them.
-std::vector<HeadGroup> group_heads(const Head* heads, int64_t count, int64_t queries_per_kv);
+// The selected heads by kv head, at most kMaxGroup in a kv group, which reads its keys once for all of them.
+std::vector<KvGroup> kv_groups_of(const Head* heads, int64_t count, int64_t queries_per_kv);
 
 } // namespace rhythm

@@ -1,7 +1,7 @@
 // row_stats: log-sum-exp, WAAD and span of each row in one pass over its keys (online softmax).
 //
 // Lanes are rows: maximum, sum and rescaling stay inside a lane. Keys are streamed kChunk at a time and read once for
-// all query heads of a group.
+// all query heads of a kv group.
 #include "rhythm/outer.h"
 #include "rhythm/passes.h"
 #include "rhythm/score.h"
@@ -10,10 +10,10 @@
 namespace rhythm {
 namespace RHYTHM_CAPABILITY {
 
-// What the online softmax of one head of the tile carries, a float a row: the running maximum (from the sink on, where
-// there is one), and over the keys alone the sums of e = exp(x - maximum), of e (t - s) (distances, as t - sum e s would
-// cancel) and of e max(W - (t - s), 0). A chunk is summed by itself and then added at once, and what that rounds away is
-// kept: single keys would vanish beside a first key, or a sink, that has nearly all of the row.
+// What the online softmax of one head carries from chunk to chunk, a float a row: the maximum so far (it starts at the
+// sink, where there is one), and over the keys without the sink sum = sum e with e = exp(x - maximum), distance =
+// sum e (t - s) (t sum e - sum e s would cancel) and band = sum e max(W - (t - s), 0). A chunk is summed first and added
+// at once, its rounding error kept (*_lost): single keys would vanish beside one that has nearly all of the row.
 struct Running {
   float maximum[kRowTile], sum[kRowTile], distance[kRowTile], band[kRowTile];
   float sum_lost[kRowTile], distance_lost[kRowTile], band_lost[kRowTile];
@@ -25,8 +25,9 @@ struct Running {
 };
 static_assert(sizeof(Running) == 7 * kRowTile * sizeof(float), "row_stats_scratch counts these");
 
-// Take in the keys s0 .. s0 + count - 1 of one vector of rows starting at token t: dots[n * kRowTile + lane].
-static void take_keys(const Problem& p, const HeadRule& rule, int64_t t, int64_t s0, int64_t count, float* dots,
+// Take in the keys s0 .. s0 + count - 1 for the rows t .. t + kLanes - 1. dots: their q.k, [count, kRowTile] from the
+// vector's column r on, overwritten with logits.
+static void take_keys(const CpuInputs& p, const HeadRule& rule, int64_t t, int64_t s0, int64_t count, float* dots,
                       Running& state, int64_t r) {
   const Int lanes = lane_index();
   const Vec minus_inf = splat(-__builtin_inff());
@@ -38,12 +39,12 @@ static void take_keys(const Problem& p, const HeadRule& rule, int64_t t, int64_t
     const Int distance = lanes + (int32_t)(t - (s0 + n));
     Vec x = logit(load(dots + n * kRowTile), number(distance), rule, p.score);
     if (!all_visible) x = select((distance >= splat_int(0)) & (distance <= window), x, minus_inf);
-    // Kept as rounded: the largest is one of these, so that no exponent below is above 0. Scaled anew there, in one
-    // step with the subtraction, it would be off by half a unit of the largest: by 128 for logits of 2^31.
+    // Logits are stored once rounded, so that the maximum is exactly one of them and x - maximum <= 0 below. Computed
+    // anew with the subtraction fused in, they would differ from it by a rounding: by 128 for logits of 2^31.
     store(dots + n * kRowTile, x);
     maximum = max_or_nan(maximum, x);
   }
-  // A row that has seen no key yet keeps -inf; its exponentials are taken from 0 and are all 0.
+  // Rows that have seen no key keep the maximum -inf; 0 in its place makes their exponentials exp(-inf) = 0, not NaN.
   const Vec origin = select(maximum == minus_inf, Vec{}, maximum);
   state.rescale(r, exp(before - origin));
   Vec sum = Vec{}, far = Vec{}, band = Vec{};
@@ -55,7 +56,7 @@ static void take_keys(const Problem& p, const HeadRule& rule, int64_t t, int64_t
     far += e * distance;
     if (near) {
       const Vec weight = (float)p.window - distance;
-      // Keys after the row have e = 0 and a weight above W, both finite.
+      // Keys after the row have e = 0 and weights above W: finite, so the product is 0.
       band += e * select(weight > Vec{}, weight, Vec{});
     }
     distance -= 1.0f;
@@ -66,17 +67,17 @@ static void take_keys(const Problem& p, const HeadRule& rule, int64_t t, int64_t
   if (near) add_to(state.band + r, state.band_lost + r, band);
 }
 
-// lse, WAAD and span of `rows` rows of one head, from what was carried.
-static void finish(const Problem& p, const HeadRule& rule, const Tile& tile, int32_t entry, const Running& state,
+// lse, WAAD and span of one head's rows, from the sums over all keys; means [kRowTile] are summed over the heads.
+static void finish(const CpuInputs& p, const HeadRule& rule, const Tile& tile, int32_t entry, const Running& state,
                    float* waad_mean, float* span_mean) {
-  const int64_t rows = tile.last - tile.first, row = tile.seq.row;
-  const int64_t at = (row * p.n_heads + entry) * p.tokens + tile.first;
+  const int64_t rows = tile.last - tile.first, batch_row = tile.seq.batch_row;
+  const int64_t at = (batch_row * p.n_heads + entry) * p.tokens + tile.first;
   float whole[kRowTile], waad[kRowTile], span[kRowTile];
   for (int64_t r = 0; r < rows; r += kLanes) {
     const Vec sum = load(state.sum + r);
     Vec all = sum;
     if (rule.sink != -__builtin_inff()) all += exp(rule.sink - load(state.maximum + r));
-    // Not 1 - the sink's share: that would be known to 1e-7 of the row, and not of what the sink leaves.
+    // rowsum is not 1 - the sink's share: where the sink has nearly all, that difference would cancel.
     const Vec w = waad_from_band(sum / all, load(state.band + r) / all, (float)p.window);
     const Vec d = load(state.distance + r) / all;
     store(whole + r, all);
@@ -93,13 +94,13 @@ static void finish(const Problem& p, const HeadRule& rule, const Tile& tile, int
 }
 
 template <typename T>
-static void run(const Problem& p, const Tile& tile, float* scratch) {
-  const int64_t t0 = tile.first, rows = tile.last - tile.first, row = tile.seq.row;
+static void run(const CpuInputs& p, const Tile& tile, float* scratch) {
+  const int64_t t0 = tile.first, rows = tile.last - tile.first, batch_row = tile.seq.batch_row;
   const int64_t ld_rows = padded(kRowTile), step = p.head_dim * ld_rows;
-  float* const queries = scratch;
-  float* const keys = queries + kMaxGroup * step;
-  float* const dots = keys + kChunk * p.head_dim;
-  Running* const states = (Running*)(dots + kChunk * kRowTile);
+  float* const queries = scratch;                               // [kMaxGroup, head_dim, ld_rows], transposed
+  float* const keys = queries + kMaxGroup * step;               // [kChunk, head_dim]
+  float* const dots = keys + kChunk * p.head_dim;               // [kChunk, kRowTile]
+  Running* const states = (Running*)(dots + kChunk * kRowTile); // [kMaxGroup]
   float* const waad_mean = (float*)(states + kMaxGroup);
   float* const span_mean = waad_mean + kRowTile;
   __builtin_memset(waad_mean, 0, 2 * kRowTile * sizeof(float));
@@ -107,23 +108,23 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
   const int64_t width = whole_vectors(rows);
   const int64_t first_key =
       p.score.window_left < t0 - tile.seq.start ? t0 - p.score.window_left : tile.seq.start;
-  for (int64_t i = 0; i < p.n_groups; ++i) {
-    const HeadGroup& group = p.groups[i];
+  for (int64_t i = 0; i < p.n_kv_groups; ++i) {
+    const KvGroup& group = p.kv_groups[i];
     HeadRule rules[kMaxGroup];
     for (int g = 0; g < group.count; ++g) {
       const Head head = p.heads[group.entry[g]];
-      load_transposed(head_of<T>(p.q, row, p.q_row, head.query, p.q_head), p.q_token, p.head_dim, t0, width, t0,
+      load_transposed(head_of<T>(p.q, batch_row, p.q_batch, head.query, p.q_head), p.q_token, p.head_dim, t0, width, t0,
                       tile.last, queries + g * step, ld_rows);
       __builtin_memset(&states[g], 0, sizeof(Running));
       rules[g] = rule_of(p, tile, head.query);
       for (int64_t r = 0; r < kRowTile; ++r) states[g].maximum[r] = rules[g].sink;
     }
-    const T* const kv = head_of<T>(p.k, row, p.k_row, group.kv_head, p.k_head);
+    const T* const kv = head_of<T>(p.k, batch_row, p.k_batch, group.kv_head, p.k_head);
     for (int64_t s = first_key; s < tile.last; s += kChunk) {
       const int64_t count = smaller(kChunk, tile.last - s);
-      const int64_t whole = (count + kOuterRows - 1) / kOuterRows * kOuterRows;
-      load_rows(kv, p.k_token, p.head_dim, s, whole, tile.last, keys);
-      const int64_t seeing = s > t0 ? (s - t0) / kLanes * kLanes : 0; // the vectors of rows before see none of these
+      const int64_t whole = (count + kOuterTokens - 1) / kOuterTokens * kOuterTokens;
+      load_tokens(kv, p.k_token, p.head_dim, s, whole, tile.last, keys);
+      const int64_t seeing = s > t0 ? (s - t0) / kLanes * kLanes : 0; // rows before this column see none of these keys
       for (int g = 0; g < group.count; ++g) {
         outer_product(queries + g * step + seeing, ld_rows, width - seeing, keys, whole, p.head_dim, dots + seeing,
                       kRowTile);
@@ -135,8 +136,8 @@ static void run(const Problem& p, const Tile& tile, float* scratch) {
   }
   if (!p.per_head)
     for (int64_t r = 0; r < rows; ++r) {
-      p.out[row * p.tokens + t0 + r] = waad_mean[r] / (float)p.n_heads;
-      p.out_span[row * p.tokens + t0 + r] = span_mean[r] / (float)p.n_heads;
+      p.out[batch_row * p.tokens + t0 + r] = waad_mean[r] / (float)p.n_heads;
+      p.out_span[batch_row * p.tokens + t0 + r] = span_mean[r] / (float)p.n_heads;
     }
 }
 

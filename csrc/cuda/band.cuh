@@ -1,8 +1,8 @@
-// What both bands share: which tokens and heads a warp has, how the heads' sums meet, and the choice of an instance.
+// What both band passes share: which tokens and heads a warp has, how heads are summed, and which kernel is launched.
 //
-// A warp owns a slab of 16 tokens, or of twice 16, and a run of the head table. A block has `slabs` neighbouring slabs,
-// whose bands overlap and meet in its L1 cache, and `lanes` runs of heads, whose sums meet in shared memory in a fixed
-// order: the mean over the heads needs neither atomics nor a second kernel, and is the same bits every time.
+// A warp owns a slab of 16 or 32 tokens and a run of the head table. A block has `slabs` neighbouring slabs, whose bands
+// overlap and so share loads in the L1 cache, and `lanes` runs of heads, whose sums are added in shared memory in index
+// order: the mean over the heads needs neither atomics nor a second kernel, and has the same bits every time.
 #pragma once
 
 #include "launch.h"
@@ -15,7 +15,7 @@ namespace rhythm {
 constexpr int kMaxWarps = 16; // of a block
 
 struct Band {
-  DeviceProblem p;
+  CudaInputs p;
   int tiles; // of a sequence, a block each
   int slabs, lanes;
 };
@@ -28,16 +28,16 @@ struct Work {
   int heads_from, heads_to;
 };
 
-// A lane has `halves` tokens of its slab: first + row + 8 half.
+// Tokens of a slab. A lane has kHalves of them: first + lane.row + 8 half.
 template <int kHalves>
 constexpr int kSlab = 8 * kHalves;
 
-// Zeros where no block writes a result: from the sequence before this one in its row to this one's response, and after
-// the last sequence of a row. The sequence's blocks share them; nobody has to fill the output before the launch.
+// Write zeros where there is no result: from the end of the sequence before this one in its batch row to this one's
+// response, and after the last sequence of a batch row. The sequence's blocks share the work; the output may be unset.
 __device__ inline void clear_others(const Band& band, const Sequence& seq, int index, int part, int64_t tile_tokens) {
-  const DeviceProblem& p = band.p;
-  const bool first = index == 0 || p.seqs[index - 1].row != seq.row;
-  const bool last = index + 1 == p.n_seqs || p.seqs[index + 1].row != seq.row;
+  const CudaInputs& p = band.p;
+  const bool first = index == 0 || p.seqs[index - 1].batch_row != seq.batch_row;
+  const bool last = index + 1 == p.n_seqs || p.seqs[index + 1].batch_row != seq.batch_row;
   const int64_t reached = seq.response_start + band.tiles * tile_tokens;
   const int64_t ranges[2][2] = {{first ? 0 : p.seqs[index - 1].end, seq.response_start},
                                 {reached < seq.end ? reached : seq.end, last ? p.tokens : seq.end}};
@@ -47,7 +47,7 @@ __device__ inline void clear_others(const Band& band, const Sequence& seq, int i
 #pragma unroll 1
     for (int64_t t = range[0] + part * blockDim.x + threadIdx.x; t < range[1]; t += int64_t(band.tiles) * blockDim.x)
 #pragma unroll 1
-      for (int plane = 0; plane < planes; ++plane) p.out[seq.row * p.out_row + plane * p.out_head + t] = 0.0f;
+      for (int plane = 0; plane < planes; ++plane) p.out[seq.batch_row * p.out_batch + plane * p.out_head + t] = 0.0f;
 }
 
 // Tiles vary fastest, so that neighbouring blocks share tokens in the L2 cache. Everything is on grid x: y and z end at
@@ -59,7 +59,7 @@ __device__ inline bool locate(const Band& band, Work& work) {
   work.sequence = blockIdx.x / band.tiles;
   work.seq = band.p.seqs[work.sequence];
   clear_others(band, work.seq, work.sequence, part, tile_tokens);
-  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); // the same in all lanes: said so
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); // of all lanes
   work.slab = warp % band.slabs, work.lane = warp / band.slabs;
   const int64_t tile = work.seq.response_start + part * tile_tokens;
   if (tile >= work.seq.end) return false;
@@ -70,25 +70,25 @@ __device__ inline bool locate(const Band& band, Work& work) {
   return true;
 }
 
-// The sum over the four lanes that share a resident token.
+// The sum over the four lanes (columns) that share a resident token.
 __device__ inline float over_columns(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
 template <typename T>
-__device__ inline Tokens<T> tokens_of(const void* base, int64_t row, int64_t row_stride, int64_t head,
+__device__ inline Tokens<T> tokens_of(const void* base, int64_t batch_row, int64_t batch_stride, int64_t head,
                                       int64_t head_stride, int64_t stride, int last, int head_dim) {
-  const T* const from = static_cast<const T*>(base) + row * row_stride + head * head_stride;
+  const T* const from = static_cast<const T*>(base) + batch_row * batch_stride + head * head_stride;
   return {reinterpret_cast<const char*>(from), static_cast<uint64_t>(stride) * sizeof(T), last, head_dim};
 }
 
 // The log-sum-exp of an entry of the head table, as tokens of one number.
-__device__ inline Tokens<float> lse_of(const DeviceProblem& p, const Work& work, Head head, int last) {
-  return tokens_of<float>(p.lse, work.seq.row, p.lse_row, head.lse_row, p.lse_head, p.lse_token, last, 1);
+__device__ inline Tokens<float> lse_of(const CudaInputs& p, const Work& work, Head head, int last) {
+  return tokens_of<float>(p.lse, work.seq.batch_row, p.lse_batch, head.lse_index, p.lse_head, p.lse_token, last, 1);
 }
 
-// Of a lane's values of one resident token each, that of the token row + 8 column: the columns share the stores.
+// All four columns of a row hold the same value[kHalves]; column h gives value[h], so that they share the stores.
 template <int kHalves>
 __device__ inline float of_column(const float (&value)[kHalves], Lane lane) {
   float chosen = value[0];
@@ -101,7 +101,7 @@ __device__ inline float of_column(const float (&value)[kHalves], Lane lane) {
 template <int kHalves>
 __device__ inline void store_head(const Band& band, const Work& work, Lane lane, int entry,
                                   const float (&value)[kHalves]) {
-  float* const out = band.p.out + work.seq.row * band.p.out_row + entry * band.p.out_head;
+  float* const out = band.p.out + work.seq.batch_row * band.p.out_batch + entry * band.p.out_head;
   const int token = work.first + lane.row + 8 * lane.column;
   if (lane.column < kHalves && token < work.seq.end) out[token] = of_column(value, lane);
 }
@@ -110,7 +110,7 @@ __device__ inline void store_head(const Band& band, const Work& work, Lane lane,
 template <int kHalves>
 __device__ inline void store_mean(const Band& band, const Work& work, Lane lane, const float (&total)[kHalves]) {
   constexpr int kTokens = kSlab<kHalves>;
-  __shared__ float sums[kMaxWarps][kTokens];
+  __shared__ float sums[kMaxWarps][kTokens]; // [lane of heads, slab; token]
   const int warp = work.lane * band.slabs + work.slab;
   if (lane.column < kHalves) sums[warp][lane.row + 8 * lane.column] = of_column(total, lane);
   __syncthreads();
@@ -119,15 +119,15 @@ __device__ inline void store_mean(const Band& band, const Work& work, Lane lane,
     float sum = 0.0f;
     for (int l = 0; l < band.lanes; ++l) sum += sums[l * band.slabs + slab][i % kTokens];
     if (token < work.seq.end)
-      band.p.out[work.seq.row * band.p.out_row + token] = sum / static_cast<float>(band.p.n_heads);
+      band.p.out[work.seq.batch_row * band.p.out_batch + token] = sum / static_cast<float>(band.p.n_heads);
   }
 }
 
 // Whether rows of q and k can be read 16 bytes at a time.
-inline bool aligned_to_sixteen(const DeviceProblem& p) {
+inline bool aligned_to_sixteen(const CudaInputs& p) {
   const int64_t size = p.dtype == Dtype::kFloat32 ? 4 : 2;
   const int64_t all = reinterpret_cast<intptr_t>(p.q) | reinterpret_cast<intptr_t>(p.k) |
-                      size * (p.q_row | p.q_token | p.q_head | p.k_row | p.k_token | p.k_head | p.head_dim);
+                      size * (p.q_batch | p.q_token | p.q_head | p.k_batch | p.k_token | p.k_head | p.head_dim);
   return all % 16 == 0;
 }
 
@@ -135,14 +135,14 @@ inline bool aligned_to_sixteen(const DeviceProblem& p) {
 constexpr int64_t kMultiprocessors = 128;
 
 template <typename Instance>
-int launch_instance(const DeviceProblem& p, void* stream) {
+int launch_instance(const CudaInputs& p, void* stream) {
   Band band{p, 0, 4, 1};
   const auto blocks = [&] {
     const int64_t tokens = band.slabs * kSlab<Instance::kHalves>;
     band.tiles = static_cast<int>((p.max_seqlen + tokens - 1) / tokens);
     return band.tiles * p.n_seqs;
   };
-  // Wide blocks read less twice; narrow ones, with the heads in more runs, are more of them.
+  // Blocks of more slabs load fewer tokens twice; where there are too few blocks, heads are split into more runs instead.
   while (blocks() < kMultiprocessors * Instance::kBlocks && band.slabs > 1) band.slabs /= 2;
   const int64_t runs = Instance::kWarps / band.slabs;
   band.lanes = static_cast<int>(p.n_heads < runs ? p.n_heads : runs);
@@ -155,7 +155,7 @@ int launch_instance(const DeviceProblem& p, void* stream) {
 
 // Pick the instance of a pass, `Pass<Variant, T, kChunks, kWhole>`; whole: the head fills its chunks.
 template <template <typename, typename, int, bool> class Pass, typename Variant>
-int launch_variant(const DeviceProblem& p, void* stream) {
+int launch_variant(const CudaInputs& p, void* stream) {
   const bool aligned = aligned_to_sixteen(p);
   const auto chunks = [&](auto type, auto number) {
     using T = decltype(type);
@@ -179,7 +179,7 @@ int launch_variant(const DeviceProblem& p, void* stream) {
 }
 
 template <template <typename, typename, int, bool> class Pass>
-int launch_band(const DeviceProblem& p, void* stream) {
+int launch_band(const CudaInputs& p, void* stream) {
   return for_variant(p.score, [&](auto variant) { return launch_variant<Pass, decltype(variant)>(p, stream); });
 }
 

@@ -18,17 +18,17 @@ namespace rhythm {
 namespace {
 
 // Rows are resident, keys pass: a slab of 16 rows meets 16 + W - 1 keys. Query heads that follow each other in the
-// table and read the same kv head find its keys still in registers, where the band fits one chunk of 8 kTiles keys.
+// table and share a kv head find its keys still in registers, where the band fits one chunk of 8 kTiles keys.
 template <typename Variant, typename T, int kChunks, bool kWhole, int kTiles, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band band) {
-  const DeviceProblem& p = band.p;
+  const CudaInputs& p = band.p;
   Work work;
   if (!locate<2>(band, work)) return;
   const Lane lane(threadIdx.x % 32);
-  float total[2] = {0.0f, 0.0f};
+  float total[2] = {0.0f, 0.0f}; // [half]: WAAD of the lane's two rows, summed over its heads
   if (work.first < work.seq.end) {
     const int head_dim = kWhole ? 32 * kChunks : static_cast<int>(p.head_dim);
-    const int window = static_cast<int>(p.window);
+    const int window = static_cast<int>(p.window), b = work.seq.batch_row;
     const int far = visible_far(p.window - 1, p.score);
     const int last = work.first + kResident < work.seq.end ? work.first + kResident - 1 : work.seq.end - 1;
     const int keys_from = work.first - far > work.seq.start ? work.first - far : work.seq.start;
@@ -37,18 +37,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
 
     Resident<T, kChunks> queries;
     Passing<T, kChunks, kTiles> keys;
-    int held = -1; // whose keys `keys` has, all of them
+    int held = -1; // the kv head whose keys `keys` has, where one chunk is all
     for (int entry = work.heads_from; entry < work.heads_to; ++entry) {
       const Head head = p.heads[entry];
       const HeadRule rule = rule_of<Variant>(p.score, work.sequence, head.query);
-      const int kv_head = head.query / static_cast<int>(p.kv_group);
-      const Tokens<T> q = tokens_of<T>(p.q, work.seq.row, p.q_row, head.query, p.q_head, p.q_token, last, head_dim);
-      const Tokens<T> k = tokens_of<T>(p.k, work.seq.row, p.k_row, kv_head, p.k_head, p.k_token, last, head_dim);
-      // All loads go out before the first is waited for, which is where the rows become fragments: keys first.
+      const int kv_head = head.query / static_cast<int>(p.queries_per_kv);
+      const Tokens<T> q = tokens_of<T>(p.q, b, p.q_batch, head.query, p.q_head, p.q_token, last, head_dim);
+      const Tokens<T> k = tokens_of<T>(p.k, b, p.k_batch, kv_head, p.k_head, p.k_token, last, head_dim);
+      // All loads are issued before the first is waited for, where queries become fragments: so keys come first.
       if (kv_head != held) keys.load(k, keys_from, lane);
       held = one_chunk ? kv_head : -1;
       const Tokens<float> row_lse = lse_of(p, work, head, last);
-      float lse[2], sum[2] = {0.0f, 0.0f};
+      float lse[2], sum[2] = {0.0f, 0.0f}; // [half]
 #pragma unroll
       for (int half = 0; half < 2; ++half) lse[half] = __ldg(row_lse[row[half]]);
       queries.load(q, work.first, lane);
@@ -58,14 +58,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) band_rows_kernel(const Band
 
       for (int s0 = keys_from; s0 <= last; s0 += kPassing * kTiles) {
         if (s0 > keys_from) keys.load(k, s0, lane);
-        float x[kTiles][4];
+        float x[kTiles][4]; // [tile of keys, fragment element], products.cuh
         products(queries, keys, head_dim, x);
         const auto distance = [&](int tile, int i) {
           return row[i / 2] - (s0 + kPassing * tile + 2 * lane.column + i % 2);
         };
         exponents<Variant>(x, rule, p.score, distance, [&](int, int i) { return lse[i / 2]; });
-        // A chunk's pairs join the sum at once: one by one they would vanish beside a key that has nearly all of a row.
-        float part[2] = {0.0f, 0.0f};
+        // A chunk is summed first: one by one its pairs would vanish beside a key that has nearly all of a row.
+        float part[2] = {0.0f, 0.0f}; // [half]
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -108,6 +108,6 @@ struct BandRows {
 } // namespace
 } // namespace rhythm
 
-extern "C" int rhythm_cuda_band_rows(const rhythm::DeviceProblem* problem, void* stream) {
-  return rhythm::launch_band<rhythm::BandRows>(*problem, stream);
+extern "C" int rhythm_cuda_band_rows(const rhythm::CudaInputs* inputs, void* stream) {
+  return rhythm::launch_band<rhythm::BandRows>(*inputs, stream);
 }

@@ -1,8 +1,8 @@
 // credit: gamma (eqs. 14 to 19) of a batch of jagged responses in one launch, the reference's bits.
 //
-// A block owns a response, whatever its length: it closes the holes of the mask, finds every threshold by radix selection
-// on keys in the order of the floats, eight bits at a time, and gives ties to the earlier token by a scan. What it keeps
-// lies in global memory (cached: 21 bytes a token); atomics count integers in shared memory alone.
+// A block owns a response of any length: it packs the masked tokens together, finds every threshold by radix selection
+// (on integer keys ordered as the floats, eight bits at a time), and gives ties to the earlier token by a scan. Scratch is
+// global memory (cached: 21 bytes a token); atomics count integers in shared memory alone.
 #include "launch.h"
 #include "rhythm/credit.h"
 
@@ -10,7 +10,7 @@ namespace rhythm {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kItems = 8; // tokens in a row that a thread takes where their order matters
+constexpr int kItems = 8; // consecutive tokens that a thread takes where their order matters
 constexpr unsigned kWarp = 0xffffffffu;
 
 struct Scan {
@@ -28,7 +28,7 @@ __device__ inline int warp_scan(int count) {
   return count;
 }
 
-// Every thread of the block comes here; memory written before is seen after.
+// Called by every thread of the block; it is a barrier for their memory too.
 __device__ inline Scan block_scan(int count) {
   __shared__ int sums[kMaxThreads / 32];
   const int upto = warp_scan(count), warp = threadIdx.x / 32;
@@ -50,7 +50,7 @@ struct Cut {
   int ties;
 };
 
-// 1 <= wanted <= n. Every thread of the block comes here and gets the same.
+// 1 <= wanted <= n. Called by every thread of the block, which all get the same.
 template <typename Key>
 __device__ Cut<Key> largest(const Key* keys, int n, int wanted) {
   __shared__ int count[256];
@@ -65,7 +65,7 @@ __device__ Cut<Key> largest(const Key* keys, int n, int wanted) {
       const Key key = i < n ? keys[i] : 0;
       const bool counts = i < n && (key & known) == found;
       const int digit = static_cast<int>(key >> shift & 255);
-      // Exponents are alike: one lane counts for all that share the first one's digit, the others for themselves.
+      // Most keys share the exponent's digits: one atomic counts the lanes with the first one's digit, the others their own.
       const unsigned counting = __ballot_sync(kWarp, counts);
       if (counting == 0) continue;
       const int leader = __ffs(static_cast<int>(counting)) - 1;
@@ -96,15 +96,15 @@ __device__ Cut<Key> largest(const Key* keys, int n, int wanted) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) credit_kernel(const CreditProblem p, unsigned char* const all_scratch) {
+__global__ void __launch_bounds__(kMaxThreads) credit_kernel(const CreditInputs p, unsigned char* const all_scratch) {
   typedef typename Ordered<T>::Key Key;
-  const int64_t row = blockIdx.x, start = row * p.tokens;
+  const int64_t batch_row = blockIdx.x, start = batch_row * p.tokens;
   const int64_t step = blockDim.x, chunk = step * kItems;
   const bool by_fai = p.mode == CreditMode::kGlobal || p.mode == CreditMode::kCoupled;
   const bool by_delta = p.mode == CreditMode::kLocal || p.mode == CreditMode::kCoupled;
 
-  // By place in the response.
-  Key* const waad = reinterpret_cast<Key*>(all_scratch + row * credit_scratch(p));
+  // [n], by place in the response (the masked tokens alone).
+  Key* const waad = reinterpret_cast<Key*>(all_scratch + batch_row * credit_scratch(p));
   Key* const delta = waad + p.tokens;
   Key* const rank = delta + p.tokens;
   int32_t* const token = reinterpret_cast<int32_t*>(rank + p.tokens);
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kMaxThreads) credit_kernel(const CreditProblem
       const int64_t last = i + neighbors < n - 1 ? i + neighbors : n - 1;
       for (int64_t later = i + 1; later <= last && !introduces; ++later) introduces = intro[later] == i;
     }
-    // Selected, not indexed: parameters that are indexed are copied to the stack.
+    // Selections, not p.levels[index]: nvcc copies parameters that are indexed to the stack.
     const float alone = role == kOutside ? p.levels[0] : role == kAnchor ? p.levels[1] : p.levels[2];
     const float both = role == kOutside ? p.levels[3] : role == kAnchor ? p.levels[4] : p.levels[5];
     out[token[i]] = introduces ? both : alone;
@@ -223,9 +223,9 @@ __global__ void __launch_bounds__(kMaxThreads) credit_kernel(const CreditProblem
 } // namespace
 } // namespace rhythm
 
-extern "C" int rhythm_cuda_credit(const rhythm::CreditProblem* problem, void* scratch, void* stream) {
+extern "C" int rhythm_cuda_credit(const rhythm::CreditInputs* inputs, void* scratch, void* stream) {
   using namespace rhythm;
-  const CreditProblem& p = *problem;
+  const CreditInputs& p = *inputs;
   if (p.batch == 0) return 0;
   int threads = 128;
   while (threads < kMaxThreads && threads * kItems < p.tokens) threads *= 2;

@@ -1,14 +1,14 @@
-// The products of 16 resident tokens with 8 kTiles passing ones, for one warp: every form of input gives the same
-// distribution of results, that of the accumulator of mma.m16n8k16.
+// q.k of 16 resident tokens (kept for a whole loop) with 8 kTiles passing ones (a chunk of it), for one warp. Whatever
+// the input type, results are distributed over the lanes as the accumulator of mma.m16n8k16 is.
 //
 //   lane = 4 row + column;  c[tile][i] belongs to the resident token row + 8 (i / 2)
 //                           and to the passing token 8 tile + 2 column + i % 2
 //
-// A product does not care in which order the head dimension is summed, as long as both operands agree. A lane therefore
-// reads 16 consecutive bytes of a token, and calls them elements 2c, 2c+1, 2c+8, 2c+9 of two instructions: fragments
-// come straight from global memory in 16-byte loads, with neither shared memory nor shuffles between.
+// The head dimension may be summed in any order that both operands share. A lane therefore reads 16 consecutive bytes of
+// a token and uses them as elements 2c, 2c+1, 2c+8, 2c+9 of two instructions (c its column): fragments come from global
+// memory in 16-byte loads, with neither shared memory nor shuffles between.
 //
-// float32, whose products of full precision tensor cores have not, and unaligned input run on CUDA cores.
+// float32, which tensor cores do not multiply in full precision, and unaligned input run on CUDA cores.
 //
 // Tokens past `last` are read as `last`: no load leaves the range, the caller masks their products, nothing branches.
 #pragma once
@@ -17,7 +17,7 @@
 #include <type_traits>
 
 #include "launch.h"
-#include "rhythm/problem.h"
+#include "rhythm/inputs.h"
 
 namespace rhythm {
 
@@ -37,8 +37,8 @@ struct Lane {
   __device__ explicit Lane(int lane) : row(lane >> 2), column(lane & 3) {}
 };
 
-// Tokens of one head, from the sequence's row of q or k. Token t begins t * stride bytes after the base: an unsigned t
-// takes two instructions to get there, and what follows it lies at constant offsets.
+// Tokens of one head in a batch row of q or k. Token t begins t * stride bytes after the base; with an unsigned t the
+// address takes two instructions.
 template <typename T>
 struct Tokens {
   const char* base;
@@ -92,7 +92,7 @@ __device__ inline float to_float(Float16 x) {
 // Tensor cores: 16-bit elements, aligned to 16 bytes, of heads up to 32 kChunks of them (and multiples of 8).
 template <typename T, int kChunks>
 struct Resident {
-  unsigned fragment[kChunks][2][4]; // as mma wants them, in neighbouring registers
+  unsigned fragment[kChunks][2][4]; // [32 dimensions, instruction, register of its A], as mma wants them
 
   // Tokens past the last are zeros. (Were they anything else, the fragments would be copies of what was loaded, and
   // ptxas would put the copying where they are used, four instructions a product.)
@@ -114,7 +114,7 @@ struct Resident {
 
 template <typename T, int kChunks, int kTiles>
 struct Passing {
-  uint4 part[kTiles][kChunks];
+  uint4 part[kTiles][kChunks]; // [tile, 32 dimensions]: a lane's 8 elements, B of two instructions
 
   __device__ void load(const Tokens<T>& tokens, int first, Lane lane) {
 #pragma unroll
@@ -126,7 +126,7 @@ struct Passing {
   }
 };
 
-// c = resident . passing.
+// c [tile, fragment element] = resident . passing.
 template <typename T, int kChunks, int kTiles>
 __device__ inline void products(const Resident<T, kChunks>& resident, const Passing<T, kChunks, kTiles>& passing,
                                 int, float (&c)[kTiles][4]) {
@@ -150,7 +150,7 @@ constexpr int kAligned = 0, kUnaligned = -1;
 
 template <typename T>
 struct ResidentPointers {
-  const T* token[2];
+  const T* token[2]; // [half]
 
   __device__ void load(const Tokens<T>& tokens, int first, Lane lane) {
     token[0] = tokens[first + lane.row], token[1] = tokens[first + lane.row + 8];
@@ -159,7 +159,7 @@ struct ResidentPointers {
 
 template <typename T, int kTiles>
 struct PassingPointers {
-  const T* token[kTiles][2];
+  const T* token[kTiles][2]; // [tile, i % 2]
 
   __device__ void load(const Tokens<T>& tokens, int first, Lane lane) {
 #pragma unroll

@@ -13,8 +13,8 @@
 
 namespace rhythm {
 
-// 2^x in the chip's one instruction. Below 2^-126 it gives 0: exp2f() pays four more to give those numbers too, which
-// are 1e-38 of an A that is summed to 1e-7.
+// 2^x by one instruction, 0 below 2^-126. exp2f() takes four more to keep those numbers, although A, which is at most 1
+// and summed to 1e-7, does not need 1e-38.
 __device__ inline float exp2_of(float x) {
 #ifdef RHYTHM_EMULATE
   const float value = exp2f(x);
@@ -37,7 +37,7 @@ __device__ inline float tanh_of(float x) {
   return size < 0.3f ? near : copysignf(far, x); // a NaN goes through `far`
 }
 
-// What kernels are compiled for, each by itself: registers are scarce, and what a variant takes must not cost others.
+// Kernels are compiled once for each variant, so that the registers that slopes take do not cost calls without them.
 struct Plain {};
 struct Alibi {};
 
@@ -47,7 +47,7 @@ int for_variant(const ScoreRule& rule, const Launch& launch) {
   return rule.slopes == nullptr ? launch(Plain()) : launch(Alibi());
 }
 
-// What the rule has for one query head in a sequence of the table, looked up once.
+// The rule's numbers of one query head in a sequence of the table, looked up once.
 struct HeadRule {
   float sink;  // -inf: none
   float slope; // Alibi
@@ -60,9 +60,9 @@ __device__ inline HeadRule rule_of(const ScoreRule& rule, int sequence, int quer
   return head;
 }
 
-// Products become x - lse in place, what A is the exponential of, in nats: scaling x and lse to bits before they are
-// subtracted would round each at its size. `lse(tile, i)` is that of the row of x[tile][i], which comes
-// `distance(tile, i)` after its key. The branch is taken once.
+// Turn products q.k into x - lse = log A in place. It stays in nats: multiplied by log2(e) before the subtraction, x and
+// lse would each be rounded at their own size. `lse(tile, i)` is that of the row of x[tile][i] ([kTiles, 4], products.cuh),
+// which comes `distance(tile, i)` after its key.
 template <typename Variant, int kTiles, typename Distance, typename Lse>
 __device__ inline void exponents(float (&x)[kTiles][4], const HeadRule& head, const ScoreRule& rule, Distance distance,
                                  Lse lse) {
@@ -82,12 +82,12 @@ __device__ inline void exponents(float (&x)[kTiles][4], const HeadRule& head, co
   }
 }
 
-// 0; NaN where the sink of this head is +inf or NaN, beside which no key has a share. One of -inf is no sink.
+// 0, or NaN where the sink of this head is +inf or NaN, so that A has no value. A sink of -inf is none.
 __device__ inline float nothing(const HeadRule& head) {
   return head.sink == -INFINITY ? 0.0f : 0.0f * head.sink;
 }
 
-// A log-sum-exp as it was given, NaN where it is not finite, or where `zero`, of nothing(), is NaN.
+// lse, or NaN where it is not finite or `zero` (from nothing()) is NaN: results then are NaN, not a plausible number.
 __device__ inline float known(float lse, float zero) { return fmaf(lse, zero, lse); }
 
 // The share of a row's softmax that its keys get: 1, or what the sink leaves (lse has the sink in it).

@@ -91,12 +91,15 @@ def band_columns(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, lo: int, hi: int
     return out
 
 
+def _credit_scratch(waad: Tensor) -> int:
+    """Bytes for all responses; credit_scratch() of csrc/include/rhythm/credit.h gives those of one."""
+    batch, tokens = waad.shape
+    return batch * ((tokens * (3 * (8 if waad.dtype == torch.float64 else 4) + 9) + 63) // 64 * 64)
+
+
 def credit(waad: Tensor, fai: Tensor, score: Tensor | None, mask: Tensor, choice: Choice) -> Tensor:
     """Gamma (eqs. 14 to 19), `(B, T)` float32, all responses in one launch."""
-    batch, tokens = mask.shape
-    key = 8 if waad.dtype == torch.float64 else 4
-    scratch_of_one = (tokens * (3 * key + 9) + 63) // 64 * 64  # credit_scratch() of csrc/include/rhythm/credit.h
-    scratch = torch.empty(batch * scratch_of_one, dtype=torch.uint8, device=mask.device)
+    scratch = torch.empty(_credit_scratch(waad), dtype=torch.uint8, device=mask.device)
     out = torch.empty(mask.shape, dtype=torch.float32, device=mask.device)
     extension.registered().cuda_credit.default(waad, fai, score, mask, *choice, scratch, out)
     return out

@@ -9,6 +9,6 @@ The first probe or calibration of a process registers it as well, so `model.set_
 from then on. Importing rhythm_kernels alone does not: that needs torch only.
 """
 
-from ..probe.attention import NAME, register
+from ..probe.rhythm_attention import NAME, register
 
 __all__ = ["NAME", "register"]

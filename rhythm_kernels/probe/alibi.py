@@ -1,7 +1,8 @@
-"""Models with ALiBi: a bias of their scores, linear in the distance, that each adds in a place of its own.
+"""Models with ALiBi: they add a bias to their scores, linear in the distance, each in a place of its own.
 
-The probe meets q, k and a mask. Where the bias is added inside of the attention function it is in none of them, and q
-and k alone would be measured in silence; so such models are refused when a probe is built, by what shows them.
+The probe is given q, k and a mask. A bias that is added inside of the attention function is in none of them, and the
+probe would silently measure attention without it. So a model is refused when the probe is built, where its
+configuration, its modules or the code of their forwards show ALiBi.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attentions import forward_names
+from .measurable import forward_names
 
 WAY_OUT = "rk.waad and rk.fai measure q and k of your own with alibi_slopes=..."
 
@@ -21,8 +22,7 @@ def refuse_alibi(decoder: nn.Module) -> None:
     shown = _shown_by_config(decoder.config) or _shown_by_modules(decoder.modules())
     if shown:
         raise ValueError(
-            f"model: {type(decoder).__name__} adds ALiBi to its scores ({shown}), a bias that the probe cannot read: "
-            f"{WAY_OUT}"
+            f"{type(decoder).__name__} adds ALiBi to its scores ({shown}), a bias that the probe cannot read: {WAY_OUT}"
         )
 
 
@@ -38,17 +38,17 @@ def _shown_by_config(config: Any) -> str:
 
 
 def _shown_by_modules(modules: Iterable[nn.Module]) -> str:
-    """What is called alibi: a tensor, module or switch that one holds, or a function that its forward calls.
+    """What is called alibi: a tensor, a module or a switch that a module holds, or a function that its forward calls.
 
-    One that holds a switch of False, as Falcon does, has none whatever its forward names.
+    A module with a switch that is False has no ALiBi, although its forward may name it (Falcon's does).
     """
     for module in modules:
         held = {name: value for name, value in _held(module) if "alibi" in name.lower()}
         if any(value is False for value in held.values()):
             continue
         called = {name for name in forward_names(module) if "alibi" in name.lower()} - held.keys()
-        there = [name for name, value in held.items() if value is True or isinstance(value, Tensor | nn.Module)]
-        for name in (*there, *sorted(called)):
+        on = [name for name, value in held.items() if value is True or isinstance(value, Tensor | nn.Module)]
+        for name in (*on, *sorted(called)):
             return f"{name} of {type(module).__name__}"
     return ""
 

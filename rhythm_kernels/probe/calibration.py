@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from ..heads import Head, HeadGroups, architecture
 from ..passes import column_moments, span
 from ..settings import RhythmSettings, check_quantile
-from .capture import Capture, LayerCall, Wanted
+from .capture import Capture, Wanted
 from .checks import on_device
 from .chunks import rows_after
-from .masks import ForwardInputs
+from .forward_sequences import ForwardInputs
+from .layer_call import LayerCall
 from .structure import attention_layers, find_decoder
 
 _DISTANCE = 4  # of the nearest later token whose attention counts as received
@@ -57,7 +58,7 @@ def head_groups(
         ValueError: no batch, no response token, a quantile outside (0, 1], or whatever a probe refuses.
     """
     calibration = Calibration(model, layers, quantile, by=by)
-    lean = _one_logit(model, find_decoder(model).module)
+    one_logit = _one_logit(model, find_decoder(model).module)
     with evaluating(model), calibration:
         for batch in batches:
             if not isinstance(batch, Mapping):
@@ -67,7 +68,7 @@ def head_groups(
                 )
             inputs = dict(batch)
             calibration.response_mask = _response_mask(inputs)
-            model(**{**lean, **inputs, "use_cache": False})
+            model(**{**one_logit, **inputs, "use_cache": False})
             calibration.examine()
     return calibration.groups()
 
@@ -86,10 +87,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _one_logit(model: nn.Module, decoder: nn.Module) -> dict[str, int]:
-    """The argument that spares a calibration all logits but the last, where model and wrapper take it by name.
+    """The argument by which the model computes only the last token's logits, where it and its wrapper take it by name.
 
     Not where the decoder takes it too: Gemma 4's then computes its last layers, those that share keys and values, for
-    the last token alone, and a calibration is of all tokens.
+    the last token alone, and a calibration needs all tokens.
     """
     from transformers import PreTrainedModel
 
@@ -140,7 +141,7 @@ class Calibration:
     ) -> None:
         check_quantile("quantile", quantile)
         if by not in ("span", "receiver"):
-            raise ValueError(f"by: {by!r}, must be 'span' or 'receiver'")
+            raise ValueError(f"by must be 'span' or 'receiver', got {by!r}")
         self.response_mask: Tensor | None = None
         self._quantile, self._by = quantile, by
         self._decoder = find_decoder(model)
@@ -176,7 +177,7 @@ class Calibration:
         spans, kurtosis = self.scores()
         count = max(1, round(self._quantile * len(spans)))
         by_span = sorted(spans, key=lambda head: (spans[head], head))
-        # Equal scores are ordered by (layer, head), so the ranks from the top are those of one ascending order.
+        # Local and global heads are the two ends of one order, in which equal spans are ordered by (layer, head).
         local, global_ = by_span[:count], by_span[-count:]
         if self._by == "receiver":
             global_ = sorted(spans, key=lambda head: (kurtosis[head], head))[-count:]
@@ -195,13 +196,13 @@ class Calibration:
         return HeadGroups(local, global_, provenance)
 
     def scores(self) -> tuple[dict[Head, float], dict[Head, float]]:
-        """Each head's span, in tokens, and its kurtosis, which is 0 where heads are not chosen by it.
+        """Each head's span, in tokens, and its kurtosis, which is 0 unless heads are chosen by it.
 
         Raises:
             ValueError: no response token was met.
         """
         if not self._tokens:
-            raise ValueError("batches: no response token in any of them, so no head has a span")
+            raise ValueError("batches must hold response tokens, got no response token: without one no head has a span")
         return self._means(self._span, self._tokens), self._means(self._kurtosis, max(self._responses, 1))
 
     def _means(self, sums: dict[int, Tensor], count: int) -> dict[Head, float]:
@@ -218,7 +219,7 @@ class Calibration:
             return None
         if not isinstance(self.response_mask, Tensor) or tuple(self.response_mask.shape) != shape:
             found = getattr(self.response_mask, "shape", type(self.response_mask).__name__)
-            raise ValueError(f"response_mask: {found}, must be a tensor of shape {shape} like input_ids")
+            raise ValueError(f"response_mask must be a tensor of the shape {shape} of input_ids, got {found}")
         return on_device(self.response_mask, inputs.device)
 
     def wants(self, layer: int) -> Wanted:
@@ -241,13 +242,13 @@ class Calibration:
         moments = column_moments(call.form(heads), _DISTANCE, per_head=True)
         mean, count = call.of_all_rows(call.unpack(moments.mean), _DISTANCE, None), call.unpack(moments.count)
         rows = rows_after(call.sequences, _DISTANCE, None)
-        if rows is not None:  # rows behind the chunk count too: a token at a chunk's end receives 0, and not nothing
+        if rows is not None:  # rows behind the chunk count too: a token at a chunk's end receives a mean of 0
             count = rows[1].to(count.device)[:, None].expand_as(count)
-        for row, start, end in _sequences(call).tolist():
-            counted = count[row, 0, start:end] > 0
+        for batch_row, start, end in _sequences(call).tolist():
+            counted = count[batch_row, 0, start:end] > 0
             if int(counted.sum()) < 2:
                 continue
-            received = mean[row, :, start:end][:, counted].double()
+            received = mean[batch_row, :, start:end][:, counted].double()
             centred = received - received.mean(dim=1, keepdim=True)
             variance = centred.square().mean(dim=1)
             kurtosis = torch.where(variance > 0, centred.pow(4).mean(dim=1) / variance.square(), 0.0)
@@ -255,16 +256,16 @@ class Calibration:
             self._responses += call.layer == min(self._heads_of)
 
     def end(self) -> None:
-        """Nothing is left to do: every layer was added when it was met."""
+        """Nothing is left to do: each layer was added in its call."""
 
     def abandon(self, reason: str) -> None:
-        """A batch that was not measured must not silently miss from the calibration."""
+        """Raise: a calibration must not silently lack a batch."""
         if "exception" not in reason:
-            raise ValueError(f"batches: a batch was not measured, because {reason}")
+            raise ValueError(f"a batch was not measured, because {reason}")
 
 
 def _sequences(call: LayerCall) -> Tensor:
-    """`(S, 3)` row, start, end: the rows of a padded batch, the sequences of a packed one that hold a token."""
+    """`(S, 3)` batch row, start, end: of a padded batch all sequences, of a packed one those that hold a token."""
     bounds = call.sequences.bounds
     return bounds[bounds[:, 2] > bounds[:, 1]] if call.sequences.packed else bounds
 

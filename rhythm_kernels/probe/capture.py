@@ -4,13 +4,12 @@
 attention registry, lets every attention call run as it would, and hands a consumer one `LayerCall` per chosen layer,
 under `no_grad` and without autocast. Nothing of it outlives the call: the consumer reduces q and k and returns.
 
-Outside of that span nothing is installed. Recomputation by gradient checkpointing happens in the backward pass, so it
-is not met again; forwards that are given a KV cache (`generate`, decoding) are not met at all.
+Outside of a forward nothing is installed, so the recomputation of gradient checkpointing, in the backward pass, is not
+measured a second time. Forwards that are given a KV cache (`generate`, decoding) are not measured.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,81 +18,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..canonical import Canonical, canonical
-from ..reference import AttentionStats
-from . import attention, registry
+from . import rhythm_attention, taps
+from .attention_call import AttentionCall, Observed, observing
 from .checks import Checks, Pending
-from .chunks import chunk_of, in_chunks, rows_after
-from .flash import FlashReturns
+from .chunks import chunk_of, in_chunks
+from .forward_sequences import ForwardInputs, Sequences, sequences_of
 from .inputs import as_attended, forward_inputs, refuse_cut, refuse_dropped, refuse_unsupported
-from .lse import LseObserver, as_batched
-from .masks import ForwardInputs, NamedWindow, Sequences, sequences_of, window_of_layer
+from .layer_call import LayerCall, layer_call, present
+from .layer_window import left_window
+from .readers import LseFrom, reader_of
 from .structure import Decoder, bind_forward
 
 _CACHES = ("cache", "past_key_values")  # what models call a KV cache since transformers 5.24, and before
 
 _watching: dict[int, list[Capture]] = {}  # id of a decoder -> who watches it; the last one is told of its forwards
-
-
-@dataclass
-class LayerCall:
-    """One attention call of one layer, in the layout of the public functions.
-
-    Attributes:
-        q, k: `(B, T, H, D)` and `(B, T, H_kv, D)`, or `(B * T, ...)` for packed batches; views of the model's own.
-        lse: `(B, H, T)` / `(H, B * T)` float32 as the model's attention operator computed it, or None.
-        source: where lse comes from, in words.
-        first_head: which of the layer's query heads q begins with: above 0 on later ranks of a tensor-parallel model.
-        score: the score rule, and `sequences` the live ranges, both as keyword arguments of the public functions.
-        stats: WAAD and span of what the consumer wanted of this layer, `(B, T)` or `(B, H_selected, T)`, 0 outside R,
-            where the attention call itself gave them.
-    """
-
-    layer: int
-    q: Tensor
-    k: Tensor
-    lse: Tensor | None
-    source: str
-    score: dict[str, Any]
-    sequences: Sequences
-    first_head: int = 0
-    stats: AttentionStats | None = None
-
-    def present(self, heads: Sequence[int]) -> list[int]:
-        """Those of `heads` that q holds, counted within q."""
-        return _present(heads, self.first_head, self.q.shape[-2])
-
-    def form(self, heads: Sequence[int]) -> Canonical:
-        """The canonical form of the call for heads of q, as the functions of :mod:`rhythm_kernels.passes` take it."""
-        table = self.sequences.table.to(self.q.device)
-        return canonical(self.q, self.k, self.lse, heads=list(heads), **self.score, table=table)
-
-    def measure(self, function: Callable[..., Tensor], heads: Sequence[int], **options: Any) -> Tensor:
-        """Call one of the passes on heads of q: `(B, T)` float32, or `(B, Hs, T)` with `per_head=True`."""
-        return self.unpack(function(self.form(heads), **options))
-
-    def of_all_rows(self, mean: Tensor, low: int, high: int | None) -> Tensor:
-        """A mean over the rows `low..high` after each token, as the passes give it, over all such rows in R.
-
-        In chunked attention the passes see the rows of the token's chunk; the others have A = 0.
-        """
-        counts = rows_after(self.sequences, low, high)
-        if counts is None:
-            return mean
-        inside, of_all = (x.to(mean.device) for x in counts)
-        share = inside / of_all.clamp(min=1)
-        return mean * (share if mean.dim() == 2 else share[:, None])
-
-    def unpack(self, result: Tensor) -> Tensor:
-        """Undo the flattening of a packed batch: `(..., B * T) -> (B, ..., T)`."""
-        if not self.sequences.packed:
-            return result
-        result = result.unflatten(-1, (self.sequences.batch, self.sequences.length))
-        return result.movedim(-2, 0)
-
-
-def _present(heads: Sequence[int], first: int, count: int) -> list[int]:
-    return [head - first for head in heads if 0 <= head - first < count]
 
 
 @dataclass(frozen=True)
@@ -125,19 +63,19 @@ class Consumer(Protocol):
 class Capture:
     """Watch `layers` of a decoder for `consumer`, inside a `with` block.
 
-    With `aside=True` it may be entered inside of another's block, between two forwards: that one then sees none of the
-    forwards until this one is left.
+    With `aside=True` it may be entered inside of another capture's block, between two forwards: the other then sees no
+    forwards until this one's block is left.
     """
 
     def __init__(self, decoder: Decoder, layers: Sequence[int], consumer: Consumer, aside: bool = False) -> None:
-        attention.register()
+        rhythm_attention.register()
         self._decoder = decoder
         self._consumer = consumer
         self._aside = aside
         self._layer_of = decoder.layer_of
         self._layers: list[int] = []
         self._modules: list[nn.Module] = []
-        self._taps: dict[int, registry.Tap] = {}
+        self._taps: dict[int, taps.Tap] = {}
         self._undo: list[Callable[[], None]] = []
         self._used: list[tuple[Any, str]] | None = None  # what is installed, while a forward is being measured
         self._depth = 0
@@ -174,7 +112,7 @@ class Capture:
         for undo in self._undo:
             undo()
         self._undo = []
-        self._disarm()
+        self._uninstall()
         self._depth = 0
         watchers = _watching[id(self._decoder.module)]
         watchers.remove(self)
@@ -184,17 +122,17 @@ class Capture:
             self.examine()
 
     def examine(self, wait: bool = False) -> None:
-        """Raise what the checks of earlier forwards found, as far as the host knows; with `wait` it knows all."""
+        """Raise what the checks of earlier forwards found, as far as the answers have arrived; `wait`: wait for all."""
         while self._pending and self._pending[0].known(wait):
             self._pending.pop(0).raise_first()
 
     def valid(self, *results: Tensor) -> tuple[Tensor, ...]:
-        """The results of this forward, NaN where a check failed that could not raise yet."""
+        """The results of this forward; all NaN if one of its checks failed whose answer the host cannot read yet."""
         answers = self._checks.answers(results[0].device)
         if answers is None:
             return results
-        held = answers.all()
-        return tuple(torch.where(held, x, float("nan")) for x in results)
+        all_hold = answers.all()
+        return tuple(torch.where(all_hold, x, float("nan")) for x in results)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
@@ -203,21 +141,21 @@ class Capture:
         self.examine()
         given = bind_forward(module, args, kwargs)
         if any(given.get(name) is not None for name in _CACHES):
-            self._consumer.abandon("it was given a KV cache, as generate does; only forwards without one are")
+            self._consumer.abandon("it was given a KV cache, as generate does; only forwards without one are measured")
             return
         self._inputs = forward_inputs(given)
         self._response_mask = self._consumer.begin(self._inputs)
         self._sequences = None
         self._checks = Checks()
         self._met = set()
-        self._used = registry.install(self._taps, self._modules)
+        self._used = taps.install(self._taps, self._modules)
 
     def _after(self, failed: bool) -> None:
         self._depth = max(self._depth - 1, 0)
         if self._depth or self._used is None:
             return
         inputs = self._inputs
-        self._disarm()
+        self._uninstall()
         if failed:
             self._consumer.abandon("it raised an exception")
             return
@@ -235,14 +173,14 @@ class Capture:
         if pending is not None:
             self._pending.append(pending)
 
-    def _disarm(self) -> None:
+    def _uninstall(self) -> None:
         if self._used is not None:
-            registry.uninstall(self._taps, self._used)
+            taps.uninstall(self._taps, self._used)
         self._used = self._inputs = self._sequences = self._response_mask = None
 
     def _tap(
         self,
-        function: registry.AttentionFunction,
+        function: taps.AttentionFunction,
         name: str,
         module: nn.Module,
         query: Tensor,
@@ -251,51 +189,21 @@ class Capture:
         mask: Any,
         kwargs: dict[str, Any],
     ) -> Any:
-        layer = self._layer_of[id(module)]
-        flash = "flash" in name
-        request: attention.Request | None = None
-        refuse_unsupported(self._decoder, layer, name, query, key, kwargs)
-        seen: LseObserver | FlashReturns | None
-        returned: FlashReturns | None = None
-        if flash:
-            with FlashReturns(name) as returned, LseObserver() as observed:
-                out = function(module, query, key, value, mask, **kwargs)
-            refuse_dropped(layer, name, returned, kwargs)
-            seen = observed if returned.lse is None else returned
-        elif name in ("sdpa", attention.NAME):
-            if name == attention.NAME:
-                request = self._request(layer, query)
-            with attention.asking(request), LseObserver() as seen:
-                out = function(module, query, key, value, mask, **kwargs)
-        else:  # eager computes none, and flex_attention's is rounded to the values' dtype
-            seen = None
+        call = AttentionCall(self._layer_of[id(module)], name, reader_of(name), module, query, key, mask, kwargs)
+        refuse_unsupported(self._decoder, call)
+        with observing(name, call.reader, self._request(call)) as seen:
             out = function(module, query, key, value, mask, **kwargs)
+        refuse_dropped(call, seen.package)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            self._measure(layer, module, name, query, key, mask, kwargs, seen, returned, request)
+            self._measure(call, seen)
         return out
 
-    def _measure(
-        self,
-        layer: int,
-        module: nn.Module,
-        name: str,
-        query: Tensor,
-        key: Tensor,
-        mask: Any,
-        kwargs: dict[str, Any],
-        seen: LseObserver | FlashReturns | None,
-        returned: FlashReturns | None,
-        request: attention.Request | None,
-    ) -> None:
+    def _measure(self, call: AttentionCall, seen: Observed) -> None:
         """All that is done around one attention call once attention itself is through: ranges, checks, passes, sums.
 
         Benchmarks wrap this method to time it. No gradients, no autocast, and on CUDA no wait for the device.
-
-        Args:
-            seen: what observed the log-sum-exp, if anything could.
-            returned: what the flash-attention package was given; None under other implementations.
-            request: the statistics that the attention call was asked for.
         """
+        layer, query = call.layer, call.query
         if layer in self._met:
             raise RuntimeError(
                 f"layer {layer} attended twice in one forward; such models are not supported by the probe"
@@ -309,105 +217,29 @@ class Capture:
                 f"given {(self._inputs.batch, self._inputs.length)}: sequence-parallel layouts (Ulysses, ring "
                 "attention) and prompts prepended inside the model are not supported by the probe"
             )
-        flash = "flash" in name
         if self._sequences is None:
-            inputs = as_attended(self._inputs, flash, mask, returned)
-            self._sequences = sequences_of(inputs, self._response_mask, flash, self._checks)
+            inputs = as_attended(self._inputs, call, seen.package)
+            self._sequences = sequences_of(inputs, self._response_mask, call.reader.takes_lengths, self._checks)
         sequences = self._sequences
-        chunk = None if flash else chunk_of(module, sequences.length)  # flash: transformers refuses more than one chunk
+        # Without a (T, T) mask attention cannot end at a chunk; transformers refuses more than one chunk there.
+        chunk = None if call.reader.takes_lengths else chunk_of(call.module, sequences.length)
         if chunk is not None:
             sequences = in_chunks(sequences, chunk)
-        left = _left_window(sequences, module, name, mask, kwargs, flash, self._checks)
-        call = _layer_call(layer, query, key, seen, sequences, left, kwargs, self._checks)
-        call.first_head = self._first_head(layer, query)
-        if request is not None and request.stats is not None:
-            response = call.sequences.response[:, None] if request.per_head else call.sequences.response
-            response = response.to(query.device)
-            call.stats = AttentionStats(*(torch.where(response, x, 0.0) for x in request.stats))
-        self._consumer.layer(call)
+        left = left_window(sequences, call, self._checks)
+        self._consumer.layer(layer_call(call, seen, sequences, left, self._first_head(call), self._checks))
 
-    def _first_head(self, layer: int, query: Tensor) -> int:
-        if self._decoder.shards is None or query.shape[1] == self._decoder.heads[layer]:
+    def _first_head(self, call: AttentionCall) -> int:
+        heads = call.query.shape[1]
+        if self._decoder.shards is None or heads == self._decoder.heads[call.layer]:
             return 0
-        return self._decoder.shards.rank * query.shape[1]
+        return self._decoder.shards.rank * heads
 
-    def _request(self, layer: int, query: Tensor) -> attention.Request | None:
-        wanted = self._consumer.wants(layer)
-        if wanted is None or not attention.is_one_pass(query.device):
+    def _request(self, call: AttentionCall) -> rhythm_attention.Request | None:
+        """What to ask of our own attention function, where it gives statistics at no cost; else None."""
+        if call.reader.lse is not LseFrom.OURS:
             return None
-        heads = _present(wanted.heads, self._first_head(layer, query), query.shape[1])
-        return attention.Request(heads, wanted.window, wanted.per_head) if heads else None
-
-
-def _left_window(
-    sequences: Sequences,
-    module: nn.Module,
-    name: str,
-    mask: Any,
-    kwargs: dict[str, Any],
-    flash: bool,
-    checks: Checks,
-) -> int:
-    """How many keys to the left of its own a query sees; -1: all."""
-    window = kwargs.get("sliding_window")
-    if flash:  # the kernel gets the window itself, and no mask but the padding
-        return -1 if window is None or window >= sequences.length else window - 1
-    config = module.config
-    hints = [window, getattr(module, "sliding_window", None), getattr(config, "sliding_window", None)]
-    known = [h for h in hints if isinstance(h, int) and h > 0]
-    named = _named_window(module, kwargs, sequences.length)
-    left = window_of_layer(sequences, mask, known, name, checks, named)
-    if not named.sure and mask is not None:
-        _windows_read[module] = left + 1 if left >= 0 else None
-    return left
-
-
-# What the masks of layers showed that name no window while their configuration has one.
-_windows_read: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
-
-
-def _named_window(module: nn.Module, kwargs: dict[str, Any], length: int) -> NamedWindow:
-    """The sliding window that a layer names to its attention function, as flash attention needs it, or as its own.
-
-    The configuration's alone says nothing: some models keep one and do not use it, and a few use it without naming it
-    (phimoe). Their mask is read once, in the first forward in which it matters.
-    """
-    if "sliding_window" in kwargs or hasattr(module, "sliding_window"):
-        named = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-        return NamedWindow(named if isinstance(named, int) and named > 0 else None)
-    kept = getattr(module.config, "sliding_window", None)
-    if not isinstance(kept, int) or not 0 < kept < length:
-        return NamedWindow(None)
-    return NamedWindow(_windows_read.get(module), sure=module in _windows_read)
-
-
-def _layer_call(
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    seen: LseObserver | FlashReturns | None,
-    sequences: Sequences,
-    left: int,
-    kwargs: dict[str, Any],
-    checks: Checks,
-) -> LayerCall:
-    sinks = kwargs.get("s_aux")
-    lse = None
-    if seen is not None and seen.lse is not None and (sinks is None or seen.has_sinks):
-        lse = as_batched(seen.lse, query.shape[0], query.shape[1], query.shape[2], sequences.live, checks)
-    # The measures must be of the q and k that gave the lse: autocast lowers them inside of the attention function.
-    dtype = seen.dtype if lse is not None and seen is not None else torch.promote_types(query.dtype, key.dtype)
-    dtype = torch.float32 if dtype == torch.float64 else dtype
-    q, k = (x.detach().to(dtype).transpose(1, 2) for x in (query, key))
-    source = seen.source if lse is not None and seen is not None else None
-    if sequences.packed:
-        q, k = q.flatten(0, 1), k.flatten(0, 1)
-        lse = None if lse is None else lse.transpose(0, 1).flatten(1, 2)
-    score = {
-        "softmax_scale": kwargs.get("scaling"),
-        "window_size": (left, 0),
-        "softcap": float(kwargs.get("softcap") or 0.0),
-        "sinks": None if sinks is None else sinks.detach().float().contiguous(),
-    }
-    lse = None if lse is None else lse.detach().float()
-    return LayerCall(layer, q, k, lse, source or "streamed from q and k", score, sequences)
+        wanted = self._consumer.wants(call.layer)
+        if wanted is None or not rhythm_attention.is_one_pass(call.query.device):
+            return None
+        heads = present(wanted.heads, self._first_head(call), call.query.shape[1])
+        return rhythm_attention.Request(heads, wanted.window, wanted.per_head) if heads else None

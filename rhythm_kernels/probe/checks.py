@@ -1,9 +1,10 @@
 """Checks of a measured forward that never make the host wait for a GPU.
 
-A check asks whether a mask is what the measures take it for. On the CPU it is read at once and raises. Reading it on a
-CUDA device would stop the host until the device has caught up, at every forward; there the answers of one forward are
-gathered on the device, where they turn its results into NaN if one of them is no, and travel to the host behind its
-back. The host raises the error when it knows: before a later forward, when the block is left, or when results are read.
+A check asks whether a mask is what the measures take it for. On the CPU its answer is read at once, and the error is
+raised. To read it from a CUDA device, the host would have to wait at every forward until the device has caught up.
+There the answers of one forward are gathered on the device: if one is False, the forward's results become NaN. They are
+copied to the host without a wait, and the host raises the error once they have arrived: before a later forward, when
+the block is left, or when results are read.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ def reads_now(device: torch.device) -> bool:
 
 
 def on_device(mask: Tensor, device: torch.device) -> Tensor:
-    """A mask as bool on `device`; on its way there from the host nobody waits for it.
+    """A mask as bool on `device`, copied there from the host without a wait.
 
-    But for one in pinned memory, which the copy would read later, when its owner may have written the next.
+    From pinned memory it is copied with a wait: the copy would read that memory later, when the owner of the mask may
+    have written the next one into it.
     """
     return mask.to(device, torch.bool, non_blocking=mask.device.type == "cpu" and not mask.is_pinned())
 
@@ -56,7 +58,8 @@ class Checks:
         return self._gathered
 
     def pending(self, device: torch.device) -> Pending | None:
-        """The answers on their way to the host, or None: nothing is open, or the host cannot learn it here."""
+        """The answers, being copied to the host; None: there are none, or none can be copied (under a tracer, in a
+        CUDA graph)."""
         answers = self.answers(device)
         if answers is None or not ordinary():
             return None
@@ -66,7 +69,7 @@ class Checks:
 
 
 class Pending:
-    """Answers of a forward that travel to the host."""
+    """Answers of a forward that are being copied to the host."""
 
     def __init__(self, answers: Tensor, errors: list[Exception]) -> None:
         self._errors = errors
@@ -80,7 +83,7 @@ class Pending:
             self._answers = answers
 
     def known(self, wait: bool) -> bool:
-        """Whether the answers are here; with `wait` they are."""
+        """Whether the answers have arrived; with `wait`, after waiting for them."""
         if self._arrived is None:
             return True
         if wait:
@@ -89,6 +92,6 @@ class Pending:
 
     def raise_first(self) -> None:
         """Raise the error of the first check that failed, if one did."""
-        for held, error in zip(self._answers.tolist(), self._errors):
-            if not held:
+        for holds, error in zip(self._answers.tolist(), self._errors):
+            if not holds:
                 raise type(error)(f"{error} ({_LATE})")

@@ -1,10 +1,10 @@
 """The log-sum-exp of the flash-attention packages, by the return flags of their own functions.
 
 transformers keeps the functions of the package that is loaded (flash-attn 2, 3, 4, or a build from the kernels hub) in
-module variables. `FlashReturns` stands before them during one attention call, adds the flag by which the package
-returns its log-sum-exp, and gives transformers the output alone. The flag changes no argument of the kernel in versions
-2 and 3, which compute the log-sum-exp at every call; version 4 does so wherever gradients are wanted, and without
-gradients the flag picks the variant of its kernel that also stores it.
+module variables. During one attention call `FlashReturns` puts functions of ours in their place, which add the flag by
+which the package returns its log-sum-exp, and give transformers the output alone. In versions 2 and 3, which compute
+the log-sum-exp at every call, the flag changes no argument of the kernel. Version 4 computes it wherever gradients are
+wanted; without gradients the flag picks the variant of its kernel that also stores it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FlashReturns:
         has_sinks: whether the function was given attention sinks, so that `lse` holds them.
         has_softcap: whether it was given a softcap.
         called: whether a function of the package was called at all.
-        cu_seqlens: int `(S + 1,)`, the bounds of the sequences as the function was given them; None: one a row.
+        cu_seqlens: int `(S + 1,)`, the bounds of the sequences as the function was given them; None: one a batch row.
         max_seqlen: at most how many tokens each of these has; None where the host was not told.
     """
 
@@ -53,8 +53,8 @@ class FlashReturns:
     def __enter__(self) -> FlashReturns:
         from transformers import modeling_flash_attention_utils as utils
 
-        # Loading within the call would put the package's own functions in the place of ours. Where it fails, the call
-        # itself will tell, if it needs the package.
+        # Load the package now: in the call, that would put its own functions in the place of ours. Where it cannot be
+        # loaded, the call raises the error itself, if it needs the package.
         with contextlib.suppress(Exception):
             utils.lazy_import_flash_attention(self._implementation)
         for name in _FUNCTIONS:

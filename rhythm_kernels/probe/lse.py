@@ -96,10 +96,10 @@ def as_batched(lse: Tensor, batch: int, heads: int, length: int, live: Tensor | 
     if lse.dim() == 4 and lse.shape[-1] == 1:  # cuDNN keeps the reduced dimension
         lse = lse.squeeze(-1)
     if lse.shape == (1, heads, batch * length):
-        return lse.unflatten(2, (batch, length))[0].transpose(0, 1)  # ours, over several packed rows
+        return lse.unflatten(2, (batch, length))[0].transpose(0, 1)  # ours, over several packed batch rows
     if lse.dim() == 3 and lse.shape[:2] == (batch, heads) and lse.shape[2] >= length:
         return lse[..., :length]  # the efficient kernel pads T to its alignment
-    if length == 1 and lse.numel() == batch * heads:  # a single query is attended with its heads packed as rows
+    if length == 1 and lse.numel() == batch * heads:  # kernels may take the heads of a single query for queries
         return lse.reshape(batch, heads, 1)
     if lse.dim() == 2 and lse.shape[0] != heads:
         lse = lse.T  # flash-attn's Triton backend gives (total, H)
@@ -107,13 +107,14 @@ def as_batched(lse: Tensor, batch: int, heads: int, length: int, live: Tensor | 
         if live is None:
             return lse.unflatten(1, (batch, length)).transpose(0, 1) if lse.shape[1] == batch * length else None
         flat = live.flatten()
-        rank = flat.cumsum(0)
-        fits = rank[-1] == lse.shape[1]
+        place = flat.cumsum(0)  # of each live token in lse, counted from 1
+        fits = place[-1] == lse.shape[1]
         if reads_now(lse.device) and not bool(fits):
             return None
-        checks.require(fits, ValueError("attention_mask: the attention kernel left other tokens out than it names"))
+        error = "attention_mask must leave out as many tokens as the attention kernel did, got another number of them"
+        checks.require(fits, ValueError(error))
         if lse.shape[1] == 0:  # a batch of padding alone
             return lse.new_zeros((batch, heads, length))
-        at = (rank - 1).clamp(0, lse.shape[1] - 1)
+        at = (place - 1).clamp(0, lse.shape[1] - 1)
         return torch.where(flat, lse[:, at], 0.0).unflatten(1, (batch, length)).transpose(0, 1)
     return None

@@ -11,9 +11,10 @@ from ..arguments import check_horizon, check_window
 from ..heads import HeadGroups
 from ..passes import fai, waad
 from ..settings import RhythmSettings
-from .capture import Capture, LayerCall
+from .capture import Capture
 from .checks import on_device
-from .masks import ForwardInputs
+from .forward_sequences import ForwardInputs
+from .layer_call import LayerCall
 from .structure import find_decoder
 
 
@@ -38,9 +39,9 @@ class RhythmProbe:
             between forwards, as in `probe.groups = head_groups(model, batches)` every few steps of training.
         window: W of eq. 9, in tokens.
         horizon: `(H_lo, H_hi)` of eq. 10, in tokens; `H_hi = None` runs to the end of the response.
-        response_mask: `(B, T)` bool (or 0/1): R of a row runs from its first to its last True, holes included. May be
-            set anew before each forward. Default: all live tokens. Packed batches: `(1, total)`, first to last True of
-            each sequence.
+        response_mask: `(B, T)` bool (or 0/1): R of a batch row runs from its first to its last True, holes included.
+            May be set anew before each forward. Default: all live tokens. Packed batches: `(1, total)`, first to last
+            True of each sequence.
 
     Attributes:
         waad, fai: `(B, T)` float32 in the layout of `input_ids`, of the latest forward, 0 outside R; readable after the
@@ -128,8 +129,8 @@ class RhythmProbe:
             if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
                 found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(
-                    f"response_mask: {found}, must be {shape} like this forward's tokens; "
-                    "set probe.response_mask before each forward of another shape"
+                    f"response_mask must have the shape {shape} of this forward's tokens, got {found}: set "
+                    "probe.response_mask before each forward of another shape"
                 )
             mask = on_device(mask, inputs.device)
         self._sums = (
@@ -179,7 +180,7 @@ class RhythmProbe:
 def _check_groups(groups: object) -> None:
     if not isinstance(groups, HeadGroups):
         raise TypeError(
-            f"groups: {type(groups).__name__}, must be HeadGroups (from head_groups, HeadGroups.load, or by hand)"
+            f"groups must be HeadGroups, got {type(groups).__name__}: make them by head_groups, HeadGroups.load or hand"
         )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..arguments import check_tensor
 from ..heads import HeadGroups
 from .calibration import Calibration
-from .capture import LayerCall
-from .masks import ForwardInputs
+from .forward_sequences import ForwardInputs
+from .layer_call import LayerCall
 from .probe import RhythmProbe
 
 __all__ = ["BatchCalibration", "BatchProbe"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..heads import HeadGroups
 from .alibi import refuse_alibi
-from .attentions import find_attentions, makes_masks
+from .measurable import find_attentions, makes_masks
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[bool], None]
@@ -69,7 +69,9 @@ class Decoder:
         """Raise `ValueError` where the groups do not fit this model or name a layer that cannot be measured."""
         for layer, _ in [*groups.local, *groups.global_]:
             if layer in self.left_out:
-                raise ValueError(f"groups: layer {layer} cannot be measured: {self.left_out[layer]}")
+                raise ValueError(
+                    f"groups must be of layers that can be measured, got layer {layer}: {self.left_out[layer]}"
+                )
         groups.check(self.config, self.heads)
 
     def on_forward(self, before: Before, after: After) -> list[Callable[[], None]]:
@@ -77,7 +79,7 @@ class Decoder:
         target = self.watched
         compiled: Callable[..., Any] | None = getattr(target, "_compiled_call_impl", None)
         if compiled is not None:
-            # `module.compile()` puts the hooks inside of the compiled call, where added ones may never be seen.
+            # `module.compile()` puts hooks inside of the compiled call, which may not run those that are added later.
             compiled_call = compiled
 
             def watched_call(*args: Any, **kwargs: Any) -> Any:
@@ -110,7 +112,7 @@ class Decoder:
 
 
 class _Hook:
-    """A hook of one module. Copies and pickles of the module carry it along; there it does nothing."""
+    """A hook of one module. Copies and pickles of the module carry it along, and in those it does nothing."""
 
     def __init__(self, module: nn.Module | None = None, hook: Callable[..., None] | None = None) -> None:
         self._module = module
@@ -135,12 +137,15 @@ def find_decoder(model: nn.Module) -> Decoder:
     from transformers import PreTrainedModel
 
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__}, must be a transformers model (or a wrapper around one)")
+        raise TypeError(f"model must be a transformers model (or a wrapper around one), got {type(model).__name__}")
     if isinstance(model, nn.DataParallel):
-        raise ValueError("model: nn.DataParallel copies the model at every forward; use DistributedDataParallel")
+        raise ValueError(
+            "model must be the one that computes, got nn.DataParallel, which copies it at every forward: use "
+            "DistributedDataParallel"
+        )
     outer = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if outer is None:
-        raise TypeError(f"model: {type(model).__name__} holds no transformers PreTrainedModel")
+        raise TypeError(f"model must be or hold a transformers PreTrainedModel, got {type(model).__name__}")
     _refuse_prompt_learning(model)
     module = outer.get_decoder()
     if not isinstance(module, nn.Module) or not hasattr(module, "config"):
@@ -150,7 +155,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     if not attentions:
         why = f": {next(iter(left_out.values()))}" if left_out else ""
         raise ValueError(
-            f"model: no layer of {type(module).__name__} has causal softmax attention that goes through transformers' "
+            f"no layer of {type(module).__name__} has causal softmax attention that goes through transformers' "
             f"attention registry, so there is nothing to measure{why}"
         )
     _refuse_outer_masks(outer, module)
@@ -191,17 +196,17 @@ def attention_layers(decoder: Decoder, layers: str | Sequence[int]) -> list[int]
     if layers == "all":
         return _known(decoder, sorted(decoder.attentions), layers)
     if isinstance(layers, str):
-        raise ValueError(f"layers: {layers!r}, must be 'middle5', 'all' or a list of layer indices")
+        raise ValueError(f"layers must be 'middle5', 'all' or a list of layer indices, got {layers!r}")
     try:
         layers = [operator.index(layer) for layer in layers]
     except TypeError as error:
-        raise TypeError(f"layers: {layers!r}, must be 'middle5', 'all' or a list of layer indices") from error
+        raise TypeError(f"layers must be 'middle5', 'all' or a list of layer indices, got {layers!r}") from error
     for layer in layers:
         if layer in decoder.left_out:
-            raise ValueError(f"layers: layer {layer} cannot be measured: {decoder.left_out[layer]}")
+            raise ValueError(f"layers must be those that can be measured, got layer {layer}: {decoder.left_out[layer]}")
         if layer not in decoder.attentions:
             raise ValueError(
-                f"layers: layer {layer} has no softmax attention to measure; this model has it in "
+                f"layers must have softmax attention to measure, got layer {layer}: this model has it in "
                 f"{sorted(decoder.attentions)}"
             )
     return _known(decoder, sorted(set(layers)), layers)
@@ -210,7 +215,7 @@ def attention_layers(decoder: Decoder, layers: str | Sequence[int]) -> list[int]
 def _known(decoder: Decoder, layers: list[int], asked: str | Sequence[int]) -> list[int]:
     if not layers:
         raise ValueError(
-            f"layers: {asked!r} holds no layer with softmax attention; this model has it in "
+            f"layers must hold one with softmax attention, got {asked!r}: this model has it in "
             f"{sorted(decoder.attentions)}"
         )
     return layers
@@ -222,7 +227,7 @@ def _query_heads(attention: nn.Module, config: Any) -> int:
             value = getattr(owner, name, None)
             if isinstance(value, int):
                 return value
-    raise ValueError(f"model: the number of query heads of {type(attention).__name__} is not known")
+    raise ValueError(f"the number of query heads of {type(attention).__name__} is not known to the probe")
 
 
 def _shards(model: nn.Module) -> HeadShards | None:
@@ -246,14 +251,15 @@ def _watched(model: nn.Module, decoder: nn.Module) -> nn.Module:
 def _refuse_outer_masks(outer: nn.Module, decoder: nn.Module) -> None:
     """Raise where a module around the decoder makes its masks, as models with image tokens do that see each other.
 
-    The decoder is then given ready masks: what they mean is known only when an image comes, in the middle of a run.
+    The decoder is then given ready masks, and only in a forward with an image, in the middle of a run, would they show
+    that its tokens see each other.
     """
     for module in outer.modules():
         if module is decoder or not makes_masks(module) or all(child is not decoder for child in module.modules()):
             continue
         alone = _text_model(decoder)
         raise ValueError(
-            f"model: {type(module).__name__} makes the attention masks outside of its language model, where image "
+            f"{type(module).__name__} makes the attention masks outside of its language model, where image "
             "tokens may see each other in both directions, which the probe does not support: load the language model "
             f"alone{f' ({alone})' if alone else ''}, without images"
         )
@@ -272,5 +278,5 @@ def _refuse_prompt_learning(model: nn.Module) -> None:
         configs: Any = getattr(module, "peft_config", None)
         if isinstance(configs, dict) and any(c.is_prompt_learning for c in configs.values()):
             raise ValueError(
-                "model: PEFT prompt learning adds keys or tokens inside the model, which the probe does not support"
+                "PEFT prompt learning adds keys or tokens inside the model, which the probe does not support"
             )

@@ -1,8 +1,8 @@
-"""Measure the few tiles between which only a GPU can decide against those of the tables, in one short step.
+"""Time a few tiles beside those of the tables, on a GPU, in one short step.
 
-``python -m rhythm_kernels.tuning --shortlist --seconds 60 --save rows.jsonl``. The candidates are data, in
-``configs.CANDIDATES``: they read as well as the table's tile in machine code, or better. Nothing is changed by it: who
-reads the rows changes the table.
+``python -m rhythm_kernels.tuning --shortlist --seconds 60 --save results.jsonl``. The candidates are data, in
+``configs.CANDIDATES``: by their machine code they promise as much as the table's tile, so that only a GPU can decide.
+The shortlist writes no tiles: whoever reads the results edits the table.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import torch
 from ..backend.triton import choosing, configs
 from ..backend.triton.configs import Tile, words
 from ..backend.triton.interpreted import INTERPRETED
-from .trial import DTYPES, Problem, Trial, arguments, first_line, outputs
+from .trial import DTYPES, Trial, Workload, arguments, first_line, outputs
 
-ROUNDS = 2  # each tile is timed so often, in turn with the table's; the least counts
-# The most wanted first: a budget may end before the last.
+ROUNDS = 2  # how often each tile is timed, in turn with the table's; the shortest time counts
+# The most important first: a budget may end before the last.
 ORDER = (
     "band_columns", "band_rows", "attention", "row_stats", "column_stats", "column_moments", "attention_alone",
     "attention_dq", "attention_dkv",
 )  # fmt: skip
-TARGET = Problem(8192, 16, 8, 128, "bf16")
+TARGET = Workload(8192, 16, 8, 128, "bf16")
 
 
 class Job(NamedTuple):
@@ -41,45 +41,45 @@ class Job(NamedTuple):
 
 
 def shortlist(
-    device: torch.device, seconds: float, kernels: list[str] | None = None, problem: Problem = TARGET,
+    device: torch.device, seconds: float, kernels: list[str] | None = None, workload: Workload = TARGET,
     save: Path | None = None, workers: int | None = None, clock: Callable[[], float] = time.monotonic,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Time every candidate of `kernels` beside the table's tile; print a line for each, as soon as it is known.
 
     Args:
-        seconds: nothing is begun after it.
+        seconds: no measurement is begun after so many.
         kernels: which, in this order; default :data:`ORDER`.
-        save: a file to which each row is added as a line of JSON when it is there.
-        workers: processes that compile in advance, into Triton's cache on disk; default one for each processor but
+        save: a file to which each result is added as a line of JSON as soon as it is known.
+        workers: processes that compile in advance, into Triton's cache on disk; default the number of processors less
             two, none where Triton is interpreted.
 
     Returns:
-        A row a tile: `kernel`, `tile`, whether it is the `table`'s, `ms` and `table_ms` (medians of the whole pass,
+        A result a tile: `kernel`, `tile`, whether it is the `table`'s, `ms` and `table_ms` (medians of the whole pass,
         milliseconds, cold caches), or `objection`, why it has no time.
     """
     start = clock()
     arch = choosing.architecture(device)
-    bits = 32 if INTERPRETED else 8 * DTYPES[problem.dtype].itemsize
+    bits = 32 if INTERPRETED else 8 * DTYPES[workload.dtype].itemsize
     chosen = [name for name in kernels or ORDER if configs.CANDIDATES.get(arch, {}).get(name)]
-    table = {name: configs.listed(name, arch, bits, problem.head_size) for name in configs.TILES[arch]}
+    table = {name: configs.listed(name, arch, bits, workload.head_size) for name in configs.TILES[arch]}
     jobs = [Job(name, tile) for name in chosen for tile in (table[name], *configs.CANDIDATES[arch][name])]
     if workers is None:
         workers = 0 if INTERPRETED else max(0, (os.cpu_count() or 2) - 2)
     if workers:
-        compile_in_advance(jobs, problem, workers, 0.5 * seconds)
+        compile_in_advance(jobs, workload, workers, 0.5 * seconds)
         print(f"compiled in advance: {clock() - start:.1f} s", flush=True)
-    rows: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
 
     def add(kernel: str, tile: Tile, text: str, **found: Any) -> None:
-        rows.append({"kernel": kernel, "tile": tile._asdict(), "table": tile == table[kernel], **found})
+        results.append({"kernel": kernel, "tile": tile._asdict(), "table": tile == table[kernel], **found})
         print(f"{kernel:<16} {words(tile):<46} {text}", flush=True)
         if save is not None:
             with save.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+                file.write(json.dumps(results[-1]) + "\n")
 
-    # Whatever RHYTHM_TILES says, what is compared with are the tables.
+    # Candidates are compared with the tables' tiles, whatever RHYTHM_TILES says.
     with choosing.forced(table):
-        given = arguments(problem, device, rules=False)
+        given = arguments(workload, device, full_rule=False)
         for kernel in chosen:
             if clock() - start >= seconds:
                 print(f"out of time before {', '.join(chosen[chosen.index(kernel) :])}", flush=True)
@@ -108,26 +108,26 @@ def shortlist(
                     continue
                 table_ms, ms = (min(times) for times in zip(*pairs))
                 add(kernel, tile, f"{ms:9.4f} ms  {ms / table_ms:.3f} of the table's", ms=ms, table_ms=table_ms)
-    return rows
+    return results
 
 
-def compile_in_advance(jobs: list[Job], problem: Problem, workers: int, seconds: float) -> None:
-    """Have other processes compile for `seconds` at most. What they cannot do is left for later, without a word.
+def compile_in_advance(jobs: list[Job], workload: Workload, workers: int, seconds: float) -> None:
+    """Have other processes compile for `seconds` at most; what they leave or fail at is compiled when it is timed.
 
-    No length makes a new compilation, so they run the passes on a few tokens.
+    They run the passes on a few tokens, since kernels do not depend on the length.
     """
-    short = problem._replace(length=64)
+    short = workload._replace(length=64)
     workers = min(workers, len(jobs))
     shares = [[(kernel, list(tile)) for kernel, tile in jobs[i::workers]] for i in range(workers)]
     with contextlib.ExitStack() as stack:
         running = []
         for share in shares:
             process = subprocess.Popen(
-                [sys.executable, "-m", __name__, json.dumps({"problem": list(short), "jobs": share})],
+                [sys.executable, "-m", __name__, json.dumps({"workload": list(short), "jobs": share})],
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2],
             )  # fmt: skip
             stack.callback(process.wait)
-            stack.callback(process.kill)  # first; nothing to it that has ended
+            stack.callback(process.kill)  # called before the wait; does nothing to a process that has ended
             running.append(process)
         until = time.monotonic() + seconds
         for process in running:
@@ -136,11 +136,11 @@ def compile_in_advance(jobs: list[Job], problem: Problem, workers: int, seconds:
 
 
 def compile_jobs(text: str) -> Iterator[str]:
-    """Run each job of a share once; yields why one failed."""
+    """Run each job of a worker's share, a JSON object, once; yields a line for each that failed."""
     share = json.loads(text)
-    problem = Problem(*share["problem"])
+    workload = Workload(*share["workload"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    given = arguments(problem, device, rules=False)
+    given = arguments(workload, device, full_rule=False)
     for kernel, fields in share["jobs"]:
         try:
             with choosing.forced({kernel: Tile(*fields)}):

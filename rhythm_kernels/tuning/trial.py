@@ -1,6 +1,6 @@
-"""One kernel on one problem: whether a tile runs, spills, gives the results of the table's tile, and how long it takes.
+"""One kernel on one workload: whether a tile runs, spills, gives the results of the table's tile, and how fast it is.
 
-Times are those of a whole pass: `attention_dq` and `attention_dkv` share theirs.
+Times are those of a whole pass: `attention_dq` and `attention_dkv`, two kernels of one pass, have the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..backend.triton.interpreted import INTERPRETED
 from ..rule import Rule
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Kernel: the pass that runs it, what that is given besides, and what its outputs are.
+# Kernel: the pass that runs it, further arguments of the pass, and what its outputs are.
 RUNS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "band_rows": ("band_rows", {}, ("waad",)),
     "band_columns": ("band_columns", {}, ("fai",)),
@@ -34,8 +34,8 @@ RUNS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-class Problem(NamedTuple):
-    """What is tuned for; `length` in tokens, one sequence."""
+class Workload(NamedTuple):
+    """What a trial runs: random tokens of one sequence, `length` of them."""
 
     length: int
     heads: int
@@ -44,27 +44,30 @@ class Problem(NamedTuple):
     dtype: str
 
 
-def arguments(problem: Problem, device: torch.device, rules: bool) -> dict[str, Any]:
-    """What any pass takes, for random tokens, without rules or under all of them."""
+def arguments(workload: Workload, device: torch.device, full_rule: bool) -> dict[str, Any]:
+    """The arguments of every pass, with the plain score rule, or with softcap, sliding window and sinks at once.
+
+    The full rule has no ALiBi slopes: of what ALiBi makes of a kernel, the tuner sees nothing.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def tokens(heads: int) -> Tensor:
-        x = torch.randn(1, problem.length, heads, problem.head_size, generator=generator)
-        return x.to(device, DTYPES[problem.dtype])
+        x = torch.randn(1, workload.length, heads, workload.head_size, generator=generator)
+        return x.to(device, DTYPES[workload.dtype])
 
     given = {
-        "q": tokens(problem.heads), "k": tokens(problem.kv_heads), "v": tokens(problem.kv_heads),
-        "grad_out": tokens(problem.heads),
+        "q": tokens(workload.heads), "k": tokens(workload.kv_heads), "v": tokens(workload.kv_heads),
+        "grad_out": tokens(workload.heads),
         "window": 10, "lo": 10, "hi": 100, "min_distance": 4, "per_head": False,
     }  # fmt: skip
     given["rule"] = Rule(
-        seqs=torch.tensor([[0, 0, problem.length, 0]], dtype=torch.int32, device=device),
-        heads=torch.arange(problem.heads, dtype=torch.int32, device=device)[:, None].repeat(1, 2),
-        max_seqlen=problem.length,
-        scale=problem.head_size**-0.5,
-        softcap=20.0 if rules else 0.0,
-        window_left=problem.length // 3 if rules else -1,
-        sinks=torch.randn(problem.heads, generator=generator).to(device) if rules else None,
+        seqs=torch.tensor([[0, 0, workload.length, 0]], dtype=torch.int32, device=device),
+        heads=torch.arange(workload.heads, dtype=torch.int32, device=device)[:, None].repeat(1, 2),
+        max_seqlen=workload.length,
+        scale=workload.head_size**-0.5,
+        softcap=20.0 if full_rule else 0.0,
+        window_left=workload.length // 3 if full_rule else -1,
+        sinks=torch.randn(workload.heads, generator=generator).to(device) if full_rule else None,
     )
     given["out"], given["lse"] = outputs("attention", given)[:2]
     return given
@@ -75,7 +78,7 @@ def outputs(kernel: str, given: dict[str, Any]) -> list[Tensor]:
     name, fixed, _ = RUNS[kernel]
     if kernel == "attention_alone":
         rule = given["rule"]
-        given = given | {"rule": rule._replace(heads=rule.heads[:1])}  # it runs the heads that are not selected
+        given = given | {"rule": rule._replace(heads=rule.heads[:1])}  # the kernel runs heads that are not selected
     function = getattr(passes, name)
     wanted = inspect.signature(function).parameters
     found = function(**{key: value for key, value in (given | fixed).items() if key in wanted})
@@ -83,9 +86,9 @@ def outputs(kernel: str, given: dict[str, Any]) -> list[Tensor]:
 
 
 def limit(kind: str, want: Tensor, eps: float) -> Tensor:
-    """How far an output may be from the table's: what the tests allow between a kernel and its definition, or less."""
+    """How far an output may be from that of the table's tile: at most what the tests allow from the definition."""
     size = want.abs()
-    if kind == "tokens":  # a rounding of its dtype, at the size of the vector it is in
+    if kind == "tokens":  # roundings of the dtype, at the size of the token's vector
         return 2 * max(eps, 1e-4) * (size.amax(-1, keepdim=True) + size.max() / 64)
     if kind == "moments":
         return 1e-3 * torch.maximum(size, size.amax(-1, keepdim=True).clamp(max=1))
@@ -111,24 +114,24 @@ def _wait() -> None:
 
 
 class Trial:
-    """One kernel on one problem: the table's results, to which those of a candidate are held."""
+    """One kernel on one workload: the results of the table's tile, to which those of a candidate are compared."""
 
     def __init__(self, kernel: str, given: dict[str, Any]) -> None:
         self.kernel, self.given = kernel, given
         self.want, self.spilled = self._run()
 
     def _run(self) -> tuple[list[Tensor], int]:
-        """The outputs, and what all the kernels that were launched spill, in 32-bit words."""
-        _wait()  # what is cleared is unloaded
+        """The outputs, and how many 32-bit words the kernels that were launched spill, all together."""
+        _wait()  # clearing a cache unloads its kernels, which must have ended
         for cache in compiled():
-            cache.clear()  # what is there afterwards was launched; Triton has the binaries on disk
+            cache.clear()  # then it holds only what this run launches; Triton still has the binaries on disk
         found = outputs(self.kernel, self.given)
         _wait()
         kernels = {id(x): x for cache in compiled() for device in cache.values() for x in device[0].values()}
         return found, sum(kernel.n_spills for kernel in kernels.values())
 
     def objection(self, tile: Tile) -> str:
-        """Why a tile is out; empty where it is as right as the table's."""
+        """Why a tile is refused; empty where it runs, spills no more than the table's tile and agrees with it."""
         from triton.errors import TritonError
 
         try:
@@ -140,7 +143,7 @@ class Trial:
             return f"spills: {spilled} words, the table's {self.spilled}"
         for kind, x, want in zip(RUNS[self.kernel][2], found, self.want):
             eps = torch.finfo(want.dtype).eps
-            # A NaN is not within anything.
+            # `not all within` rather than `any beyond`: a NaN compares false, and must be refused.
             if not bool(((x.float() - want.float()).abs() <= limit(kind, want.float(), eps)).all()):
                 return f"wrong: {kind}"
         return ""

@@ -31,6 +31,9 @@ class Usage(NamedTuple):
     spilled: int
 
 
+COMPILE = ("-std=c++17", "-O3", f"-I{ROOT / 'csrc' / 'include'}")
+
+
 def nvcc() -> str | None:
     return shutil.which("nvcc")
 
@@ -38,7 +41,7 @@ def nvcc() -> str | None:
 def compile_kernels(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> list[Usage]:
     """Compile one source for all architectures in one call, warnings being errors."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(nvcc()), "-std=c++17", "-O3", f"-I{ROOT / 'csrc' / 'include'}", "-Xptxas", "-v", "-c"]
+        command = [str(nvcc()), *COMPILE, "-Xptxas", "-v", "-c"]
         command += ["-Werror", "all-warnings", "-Xcompiler", "-Wall", "-Xcompiler", "-Wno-unused-function"]
         for architecture in architectures:
             command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
@@ -71,17 +74,8 @@ def _parse(text: str) -> list[Usage]:
 
 def tensor_core_kernels(source: Path) -> set[str]:
     """The kernels of a source whose PTX has `mma.sync`."""
-    command = [
-        str(nvcc()),
-        "-std=c++17",
-        "-O3",
-        f"-I{ROOT / 'csrc' / 'include'}",
-        "-arch=compute_80",
-        "-ptx",
-        "-o",
-        "-",
-    ]
-    text = subprocess.run([*command, str(source)], capture_output=True, text=True, check=True).stdout
+    command = [str(nvcc()), *COMPILE, "-arch=compute_80", "-ptx", "-o", "-", str(source)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     text = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
     bodies = re.split(r"\.entry (?:void )?", text)[1:]
     names = (re.sub(r"\(anonymous namespace\)::|rhythm::", "", body.split("(rhythm::")[0]) for body in bodies)

@@ -23,17 +23,23 @@ def bands() -> Emulated:
 
 
 @pytest.fixture
-def cuda_on_cpu(bands: Emulated, monkeypatch: pytest.MonkeyPatch) -> Emulated:
-    """Backend "cuda" serves CPU tensors: the bands by the emulated kernels, the other passes by tile-wise torch."""
-    emulated = Passes(bands)
-    module = SimpleNamespace(**vars(tiled_torch) | {x: getattr(emulated, x) for x in ("band_rows", "band_columns")})
-    choose, module_of = dispatch.choose, dispatch._module
+def cuda_serves_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`backend="cuda"` is chosen for CPU tensors too."""
+    choose = dispatch.choose
 
     def choose_cuda(pass_name: str, backend: str | None, device: torch.device) -> str:
         return "cuda" if backend == "cuda" else choose(pass_name, backend, device)
 
-    monkeypatch.setattr(ops, "choose", choose_cuda)
-    monkeypatch.setattr(dispatch, "choose", choose_cuda)
+    for module in (ops, dispatch):
+        monkeypatch.setattr(module, "choose", choose_cuda)
+
+
+@pytest.fixture
+def cuda_on_cpu(bands: Emulated, cuda_serves_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    """Backend "cuda" serves CPU tensors: the bands by the emulated kernels, the other passes by tile-wise torch."""
+    emulated = Passes(bands)
+    module = SimpleNamespace(**vars(tiled_torch) | {x: getattr(emulated, x) for x in ("band_rows", "band_columns")})
+    module_of = dispatch._module
     monkeypatch.setattr(dispatch, "_module", lambda backend: module if backend == "cuda" else module_of(backend))
     bands.set_order("forward")
     return bands

@@ -29,7 +29,7 @@ MORE = [
     Case("window of a chunk", length=120, batch=1, window=17, dtype=torch.bfloat16, dim=64),
     Case("window past a chunk", length=120, batch=1, window=18, dtype=torch.bfloat16, dim=64),
     Case("more heads than warps", heads=24, kv_heads=3, length=50, dtype=torch.bfloat16, dim=32),
-    Case("heads of several groups, shuffled", heads=12, kv_heads=4, length=50, dtype=torch.bfloat16, dim=32,
+    Case("heads of several kv heads, shuffled", heads=12, kv_heads=4, length=50, dtype=torch.bfloat16, dim=32,
          options={"heads": [11, 0, 7, 1, 8, 2, 10]}),
     Case("the paper's horizon", length=170, batch=1, heads=26, kv_heads=13, horizon=(10, 100), dim=128,
          dtype=torch.bfloat16),
@@ -94,7 +94,7 @@ def test_what_is_not_finite_stays_where_it_is(
     at, tokens = 70, torch.arange(150)
 
     def changed(*broken: Tensor) -> list[Tensor]:
-        """Which tokens of row 0 of the batch changed, of WAAD and FAI; row 1 must not have."""
+        """Which tokens of batch row 0 changed, of WAAD and FAI; batch row 1 must not have."""
         pairs = list(zip(bands(q, k, lse), bands(*broken), strict=True))
         assert all(torch.equal(before[1], after[1]) for before, after in pairs)
         return [before[0] != after[0] for before, after in pairs]
@@ -119,7 +119,7 @@ def test_what_is_not_finite_stays_where_it_is(
 
 
 def test_offsets_are_64_bit(cuda_on_cpu: Emulated) -> None:
-    """Strides as of a huge batch: tokens, heads and rows lie 2^31 elements and more apart, in memory never touched."""
+    """Strides as of a huge batch: tokens, heads and batch rows lie 2^31 elements or more apart, in untouched memory."""
     shape, kv_shape = (2, 20, 2, 8), (2, 20, 1, 8)
     q, k = torch.randn(shape), torch.randn(kv_shape)
     lse = reference.attention_lse(q.double(), k.double()).float()
@@ -152,7 +152,7 @@ def test_offsets_are_64_bit(cuda_on_cpu: Emulated) -> None:
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_position_is_written(dtype: torch.dtype, per_head: bool, cuda_on_cpu: Emulated) -> None:
-    """The output comes full of NaN: prompts, gaps, ends of rows, rows without tokens and what lies past max_seqlen."""
+    """The output comes full of NaN: prompts, gaps, ends of batch rows, empty ones and what lies past max_seqlen."""
     q, k = torch.randn(3, 300, 4, 64).to(dtype), torch.randn(3, 300, 2, 64).to(dtype)
     lse = 5 + torch.rand(3, 4, 300)  # every A is small, no measure 0
     seqs = torch.tensor(

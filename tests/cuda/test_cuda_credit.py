@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rhythm_kernels import reference
+from rhythm_kernels.backend import cuda
 from rhythm_kernels.credit import rhythm_credit
 from rhythm_kernels.ops import dispatch
 from rhythm_kernels.rule import Choice
@@ -27,8 +28,8 @@ _CANARY = 64  # bytes on either side of what the kernel writes
 _POINTER = ctypes.c_void_p
 
 
-class CreditProblem(ctypes.Structure):
-    """`rhythm::CreditProblem` of csrc/include/rhythm/credit.h."""
+class CreditInputs(ctypes.Structure):
+    """`rhythm::CreditInputs` of csrc/include/rhythm/credit.h."""
 
     _fields_ = (
         ("wide", ctypes.c_bool), ("waad", _POINTER), ("fai", _POINTER), ("score", _POINTER), ("mask", _POINTER),
@@ -51,19 +52,18 @@ def emulated_credit(
     """The `credit` of every backend."""
     mode, top, neighbors, bottom, tau_waad, tau_delta, levels = choice
     batch, tokens = mask.shape
-    wide = waad.dtype == torch.float64
-    bytes_a_response = (tokens * (3 * (8 if wide else 4) + 9) + 63) // 64 * 64
     scratch, out = (
-        torch.full((n + 2 * _CANARY,), 0xA5, dtype=torch.uint8) for n in (batch * bytes_a_response, 4 * mask.numel())
+        torch.full((n + 2 * _CANARY,), 0xA5, dtype=torch.uint8) for n in (cuda._credit_scratch(waad), 4 * mask.numel())
     )
-    problem = CreditProblem(
-        wide=wide, waad=waad.data_ptr(), fai=fai.data_ptr(), score=None if score is None else score.data_ptr(),
-        mask=mask.data_ptr(), batch=batch, tokens=tokens, mode=_MODES[mode], top=top, neighbors=neighbors,
+    inputs = CreditInputs(
+        wide=waad.dtype == torch.float64, waad=waad.data_ptr(), fai=fai.data_ptr(),
+        score=None if score is None else score.data_ptr(), mask=mask.data_ptr(),
+        batch=batch, tokens=tokens, mode=_MODES[mode], top=top, neighbors=neighbors,
         lowest=bottom, given_tau_waad=tau_waad is not None, given_tau_delta=tau_delta is not None,
         tau_waad=tau_waad or 0.0, tau_delta=tau_delta or 0.0,
         levels=(ctypes.c_float * 6)(*levels), out=out.data_ptr() + _CANARY,
     )  # fmt: skip
-    library().call("rhythm_cuda_credit", ctypes.byref(problem), ctypes.c_void_p(scratch.data_ptr() + _CANARY), None)
+    library().call("rhythm_cuda_credit", ctypes.byref(inputs), ctypes.c_void_p(scratch.data_ptr() + _CANARY), None)
     for written in (scratch, out):
         assert (written[:_CANARY] == 0xA5).all() and (written[-_CANARY:] == 0xA5).all()
     return out[_CANARY:-_CANARY].clone().view(torch.float32).view(batch, tokens)

@@ -166,16 +166,16 @@ esac
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RHYTHM_CUDA_ARCHS": "100"}, r"RHYTHM_CUDA_ARCHS holds '100', which .* does not know: \[80, 86, 90\]"),
-        ({"RHYTHM_CUDA_ARCHS": "8.0"}, "RHYTHM_CUDA_ARCHS holds '8.0': it must be like 80, 90a or 100"),
-        ({"RHYTHM_CUDA_ARCHS": "75"}, "RHYTHM_CUDA_ARCHS holds '75': the kernels need 80 or later"),
-        ({"RHYTHM_CUDA_ARCHS": " ; "}, "RHYTHM_CUDA_ARCHS is ' ; ': it names no compute capability"),
-        ({"MAX_JOBS": "0"}, "MAX_JOBS is '0': it must be a number of at least 1, or unset"),
+        ({"RHYTHM_CUDA_ARCHS": "100"}, r"RHYTHM_CUDA_ARCHS must be among \[80, 86, 90\] for .*nvcc, got '100'"),
+        ({"RHYTHM_CUDA_ARCHS": "8.0"}, r"RHYTHM_CUDA_ARCHS must be like 80;90a;100\+PTX, got '8.0'"),
+        ({"RHYTHM_CUDA_ARCHS": "75"}, "RHYTHM_CUDA_ARCHS must be 80 or later, got '75'"),
+        ({"RHYTHM_CUDA_ARCHS": " ; "}, "RHYTHM_CUDA_ARCHS must name a compute capability, got ' ; '"),
+        ({"MAX_JOBS": "0"}, "MAX_JOBS must be a number of at least 1 or unset, got '0'"),
         (
             {"CXX": "/bin/false"},
             "RHYTHM_CUDA=1, but no compiled kernels can be built: the compiler `/bin/false` cannot",
         ),
-        ({"RHYTHM_CUDA": "yes"}, "RHYTHM_CUDA is 'yes': it must be 0, 1 or unset"),
+        ({"RHYTHM_CUDA": "yes"}, "RHYTHM_CUDA must be 0, 1 or unset, got 'yes'"),
         (
             {"CUDA_HOME": "/no/such/cuda"},
             "cannot be built: no nvcc was found in CUDA_HOME=/no/such/cuda",

@@ -258,10 +258,10 @@ def test_batches_may_say_use_cache():
 @pytest.mark.parametrize(
     ("options", "mask", "error", "name"),
     [
-        ({"layers": 1}, None, TypeError, "layers: 1"),
+        ({"layers": 1}, None, TypeError, "layers must be .*, got 1"),
         ({"layers": [1.0]}, None, TypeError, "layers"),
         ({"quantile": "0.3"}, None, TypeError, "quantile"),
-        ({}, [[True] * 30] * 2, ValueError, "response_mask: list"),
+        ({}, [[True] * 30] * 2, ValueError, "response_mask must be a tensor .*, got list"),
     ],
 )
 def test_arguments_of_a_wrong_type(options, mask, error, name):

@@ -91,7 +91,7 @@ def test_a_module_that_is_in_several_layers():
     layers[1].self_attn.layer_idx = -1
     decoder = find_decoder(model)
     assert sorted(decoder.attentions) == [0, 2]
-    with pytest.raises(ValueError, match=r"groups: layer 3 cannot be measured: it shares one Qwen3Attention"):
+    with pytest.raises(ValueError, match=r"groups must be .* measured, got layer 3: it shares one Qwen3Attention"):
         RhythmProbe(model, HeadGroups([(0, 0)], [(3, 0)]))
 
 
@@ -99,9 +99,9 @@ def test_compressed_keys_are_left_out():
     model = causal_types.build("deepseek_v4")
     decoder = find_decoder(model)
     assert sorted(decoder.attentions) == [0, 3]
-    with pytest.raises(ValueError, match="layer 1 cannot be measured: it attends to compressed keys"):
+    with pytest.raises(ValueError, match="measured, got layer 1: it attends to compressed keys"):
         attention_layers(decoder, [0, 1])
-    with pytest.raises(ValueError, match="layer 2 cannot be measured: it attends to compressed keys"):
+    with pytest.raises(ValueError, match="measured, got layer 2: it attends to compressed keys"):
         RhythmProbe(model, HeadGroups([(0, 0)], [(2, 0)]))
 
 
@@ -131,7 +131,7 @@ def test_heads_that_are_too_large():
     large = {**causal_types.OVERRIDES["gemma4_text"], "global_head_dim": 512}
     decoder = find_decoder(AutoModelForCausalLM.from_config(causal_types.small(type(config), large)))
     assert attention_layers(decoder, "all") == [0, 2]
-    with pytest.raises(ValueError, match="layer 1 cannot be measured: its heads are of size 512"):
+    with pytest.raises(ValueError, match="measured, got layer 1: its heads are of size 512"):
         attention_layers(decoder, [1])
 
 

@@ -11,11 +11,11 @@ from transformers.models.llama4 import modeling_llama4
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, passes
 from rhythm_kernels.canonical import canonical
 from rhythm_kernels.integrations.transformers import register
-from rhythm_kernels.probe import attention
+from rhythm_kernels.probe import rhythm_attention
 from rhythm_kernels.probe.calibration import Calibration, evaluating
 from rhythm_kernels.probe.checks import Checks
 from rhythm_kernels.probe.chunks import in_chunks
-from rhythm_kernels.probe.masks import ForwardInputs, sequences_of
+from rhythm_kernels.probe.forward_sequences import ForwardInputs, sequences_of
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
 
 from . import probe_models as models
@@ -113,7 +113,7 @@ def test_several_packed_rows():
 @pytest.mark.parametrize("implementation", ["sdpa", "rhythm", "rhythm in one pass"])
 def test_calibration(implementation, monkeypatch):
     if implementation.endswith("one pass"):  # as where Triton runs: the attention call gives the spans
-        monkeypatch.setattr(attention, "is_one_pass", lambda device: True)
+        monkeypatch.setattr(rhythm_attention, "is_one_pass", lambda device: True)
     model = llama4(implementation.split()[0])
     batch = models.padded_batch()
     mask = batch["attention_mask"]

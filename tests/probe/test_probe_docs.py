@@ -9,11 +9,16 @@ import pytest
 import torch
 
 from rhythm_kernels import RhythmProbe
+from rhythm_kernels.integrations.transformers import NAME
+from rhythm_kernels.probe import lse
+from rhythm_kernels.probe.layer_call import STREAMED
+from rhythm_kernels.probe.readers import READERS, LseFrom, reader_of
 
 from . import probe_models as models
 
 DOCS = Path(__file__).parents[2] / "docs" / "probe.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+TEXT = DOCS.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 class Tokenizer:
@@ -63,3 +68,52 @@ def test_blocks(family, monkeypatch, tmp_path):
     with torch.no_grad(), RhythmProbe(names["model"], groups) as probe:
         names["model"](models.tokens(2, 15))
     assert set(probe.lse_source.values()) == {"rhythm attention"}
+
+
+def table_of_implementations():
+    """The cells of each entry, below the header."""
+    rows = re.search(r"^\| implementation \|.*\n\| ---.*\n((?:\|.*\n)+)", TEXT, re.MULTILINE)[1].splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_table_of_implementations_is_the_codes():
+    expected = [
+        (
+            reader.name,
+            reader.lse.value,
+            "their lengths" if reader.takes_lengths else "its mask",
+            "its argument" if reader.takes_window else "its mask",
+            ", ".join(sorted(reader.drops)) or "nothing",
+        )
+        for reader in READERS
+    ]
+    found = [
+        (re.match(r"`([^`]+)`", name)[1], source, packing, window, dropped)
+        for name, source, _, packing, window, dropped in table_of_implementations()
+    ]
+    assert found == expected
+
+
+def test_the_table_names_every_source_that_the_probe_reports():
+    named = {source for row in table_of_implementations() for source in re.findall(r"`([^`]+)`", row[2])}
+    assert named == {*lse._ATEN_SOURCES.values(), *lse._FLASH_SOURCES.values(), STREAMED}
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("flash_attention_2", "flash_attention_2"),
+        ("flash_attention_3", "*flash*"),
+        ("kernels-community/vllm-flash-attn3", "*flash*"),
+        ("sdpa", "sdpa"),
+    ],
+)
+def test_the_first_entry_that_fits_a_name_is_its_reader(name, entry):
+    assert reader_of(name).name == entry
+
+
+def test_our_own_attention_has_an_entry():
+    assert reader_of(NAME).lse is LseFrom.OURS
+    for unknown in ("paged|sdpa", "mystery", "sdpa_2"):
+        with pytest.raises(NotImplementedError, match=re.escape(repr(unknown))):
+            reader_of(unknown)

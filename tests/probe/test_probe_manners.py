@@ -249,8 +249,8 @@ def test_no_change_in_the_middle_of_a_forward(model):
 @pytest.mark.parametrize(
     ("local", "message"),
     [
-        ([(4, 0)], "layer 4 has no softmax attention"),
-        ([(0, 4)], "it has 4 query heads"),
+        ([(4, 0)], r"groups\.local must be of layers with softmax attention to measure, got layer 4"),
+        ([(0, 4)], "got head 4 of layer 0, which has 4"),
     ],
 )
 def test_wrong_groups(model, local, message):
@@ -345,7 +345,7 @@ def test_packing_beside_a_mask(model):
     left[1, :7] = 0
     with torch.no_grad(), RhythmProbe(model, GROUPS) as probe:
         for mask in (whole, padded):
-            with pytest.raises(ValueError, match="start again within a row"):
+            with pytest.raises(ValueError, match="start again within one"):
                 model(**batch, attention_mask=mask, use_cache=False)
         # Positions of padding may be anything.
         positions = (left.cumsum(1) - 1).masked_fill(left == 0, 1)
@@ -397,7 +397,7 @@ def test_layers_without_softmax_attention():
     )
     groups = head_groups(model, [{"input_ids": models.tokens(2, 40)}], layers="all")
     assert {layer for layer, _ in groups.local + groups.global_} <= {1, 3}
-    with pytest.raises(ValueError, match=r"layer 0 has no softmax attention.*\[1, 3\]"):
+    with pytest.raises(ValueError, match=r"softmax attention to measure, got layer 0: .*\[1, 3\]"):
         head_groups(model, [{"input_ids": models.tokens(2, 40)}], layers=[0, 1])
     with torch.no_grad(), RhythmProbe(model, groups) as probe:
         model(models.tokens(2, 40))

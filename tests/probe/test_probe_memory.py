@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups
 from rhythm_kernels.ops import dispatch
-from rhythm_kernels.probe import capture
+from rhythm_kernels.probe import capture, layer_call, layer_window
 
 from . import probe_models as models
 
@@ -52,7 +52,7 @@ def backend(request, monkeypatch):
 @pytest.fixture(params=["lse of the model", "streamed lse"])
 def lse(request, monkeypatch):
     if request.param == "streamed lse":
-        monkeypatch.setattr(capture, "as_batched", lambda *_: None)
+        monkeypatch.setattr(layer_call, "as_batched", lambda *_: None)
     return request.param
 
 
@@ -86,8 +86,8 @@ def test_what_is_ours_in_padded_and_packed_batches(backend, packed, monkeypatch)
 
     for owner, name in (
         (capture, "sequences_of"),
-        (capture, "window_of_layer"),
-        (capture, "_layer_call"),
+        (layer_window, "window_of_mask"),
+        (capture, "layer_call"),
         (RhythmProbe, "layer"),
     ):
         monkeypatch.setattr(owner, name, walked(getattr(owner, name)))
@@ -114,7 +114,7 @@ def test_peak_memory_is_linear_at_16k():
         import torch
         from tests.probe import probe_models as models
         from rhythm_kernels import HeadGroups, RhythmProbe
-        from rhythm_kernels.probe import capture
+        from rhythm_kernels.probe import layer_call
         torch.set_num_threads(1)
         small = dict(num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1)
         model = models.tiny_model("llama", **small, hidden_size=32, intermediate_size=32)
@@ -131,7 +131,7 @@ def test_peak_memory_is_linear_at_16k():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak(1024, True)
         print(*(peak(length, probed) for length in (8192, 16384) for probed in (False, True)))
-        capture.as_batched = lambda *_: None
+        layer_call.as_batched = lambda *_: None
         print(peak(16384, True))
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]

@@ -12,7 +12,7 @@ import torch
 
 from rhythm_kernels import HeadGroups, RhythmProbe, functional, head_groups
 from rhythm_kernels.integrations.transformers import register
-from rhythm_kernels.probe import attention
+from rhythm_kernels.probe import rhythm_attention
 from rhythm_kernels.probe.calibration import Calibration, evaluating
 
 from . import causal_types
@@ -84,10 +84,10 @@ def test_few_logits_are_refused_by_name(model_type, implementation):
     assert probe.waad.any()
     if not cuts_queries(model):
         return
-    refused = pytest.raises(ValueError, match=r"logits_to_keep=10: .*layer 2 .* leave logits_to_keep out")
+    refused = pytest.raises(ValueError, match=r"logits_to_keep must be left out .*, got 10: .*layer 2 ")
     with refused, torch.no_grad(), RhythmProbe(model, GROUPS):
         model(**batch, use_cache=False, logits_to_keep=10)
-    with pytest.raises(ValueError, match="leave logits_to_keep out"):
+    with pytest.raises(ValueError, match="logits_to_keep must be left out"):
         head_groups(model, [{**batch, "logits_to_keep": 1}], layers="all")
 
 
@@ -102,7 +102,7 @@ def test_logits_under_rhythm(model_type, kept, padded, monkeypatch):
         calls.append(1)
         return functional.attention_with_rhythm(*args, **kwargs)
 
-    monkeypatch.setattr(attention, "attention_with_rhythm", counted)
+    monkeypatch.setattr(rhythm_attention, "attention_with_rhythm", counted)
     mine, theirs = built(model_type, "rhythm"), built(model_type, "eager")
     batch = models.padded_batch(40)
     live = batch["attention_mask"].bool()[:, 40 - kept if kept else 0 :]

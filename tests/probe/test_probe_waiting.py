@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 
 from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, tensor_cache
 from rhythm_kernels.integrations.transformers import register
-from rhythm_kernels.probe import capture, checks, inputs, lse, masks
+from rhythm_kernels.probe import capture, checks, forward_sequences, inputs, layer_call, layer_window, lse
 
 from . import flash_standin
 from . import probe_models as models
@@ -38,7 +38,7 @@ LLAMA4 = {
 
 def forbid_reading(monkeypatch):
     """Have every device be one that the host must not wait for."""
-    for module in (checks, masks, lse, inputs):
+    for module in (checks, forward_sequences, layer_window, lse, inputs):
         monkeypatch.setattr(module, "reads_now", lambda device: False)
 
 
@@ -249,9 +249,9 @@ def test_the_window_of_each_layer_is_known_by_name(family, monkeypatch):
 
     def run():
         found = []
-        decide = capture.window_of_layer
+        decide = layer_window.window_of_mask
         with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(capture, "window_of_layer", lambda *args: (found.append(decide(*args)), found[-1])[1])
+            patch.setattr(layer_window, "window_of_mask", lambda *args: (found.append(decide(*args)), found[-1])[1])
             every = [(layer, 0) for layer in range(4)]
             with RhythmProbe(model, HeadGroups(every, every)) as probe:
                 model(**batch, use_cache=False)
@@ -269,8 +269,10 @@ def test_a_window_that_only_the_configuration_names_is_read_once(family, window,
     model = models.tiny_model(family, "eager", sliding_window=window)
     forbid_reading(monkeypatch)
     read = []
-    decide = capture.window_of_layer
-    monkeypatch.setattr(capture, "window_of_layer", lambda *args: (read.append(not args[-1].sure), decide(*args))[1])
+    decide = layer_window.window_of_mask
+    monkeypatch.setattr(
+        layer_window, "window_of_mask", lambda *args: (read.append(not args[-1].sure), decide(*args))[1]
+    )
     found = []
     for length in (window, 40, 40):
         batch = {"input_ids": models.tokens(2, length), "attention_mask": torch.ones(2, length, dtype=torch.long)}
@@ -309,7 +311,7 @@ def holes():
 
 def unseen_packing():
     batch, _ = models.packed_batch()
-    return "llama", {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}, "start again within a row"
+    return "llama", {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}, "start again within one"
 
 
 def block():
@@ -406,8 +408,8 @@ def test_one_table_a_forward(monkeypatch):
     """Every measured layer reads the table that the first one made."""
     model, batch = models.tiny_model("qwen3"), models.padded_batch()
     tables = []
-    make = capture.canonical
-    monkeypatch.setattr(capture, "canonical", lambda *args, **kw: (tables.append(kw["table"]), make(*args, **kw))[1])
+    make = layer_call.canonical
+    monkeypatch.setattr(layer_call, "canonical", lambda *args, **kw: (tables.append(kw["table"]), make(*args, **kw))[1])
     with torch.no_grad(), RhythmProbe(model, GROUPS):
         model(**batch, use_cache=False)
     assert len(tables) == 4

@@ -13,8 +13,8 @@ import torch
 
 from rhythm_kernels import HeadGroups, RhythmProbe, functional, head_groups
 from rhythm_kernels.integrations.transformers import register
-from rhythm_kernels.probe import attention, calibration
-from rhythm_kernels.probe.ranges import RangeMask, rhythm_mask
+from rhythm_kernels.probe import calibration, rhythm_attention
+from rhythm_kernels.probe.range_mask import RangeMask, rhythm_mask
 
 from . import probe_models as models
 from .probe_oracle import eager_maps, oracle, padded_bounds
@@ -51,7 +51,7 @@ def counted(monkeypatch):
     """How many attention calls our own op computed."""
     calls = []
     monkeypatch.setattr(
-        attention,
+        rhythm_attention,
         "attention_with_rhythm",
         lambda *args, **kwargs: (calls.append(1), functional.attention_with_rhythm(*args, **kwargs))[1],
     )
@@ -276,9 +276,9 @@ def test_calibration_in_the_same_pass(family, layout, monkeypatch):
     batches = [{**batch, "response_mask": response}]
     apart = head_groups(model, batches, layers="all")
     requests = []
-    ask = attention.asking
-    monkeypatch.setattr(attention, "asking", lambda request: (requests.append(request), ask(request))[1])
-    monkeypatch.setattr(attention, "is_one_pass", lambda device: True)
+    ask = rhythm_attention.asking
+    monkeypatch.setattr(rhythm_attention, "asking", lambda request: (requests.append(request), ask(request))[1])
+    monkeypatch.setattr(rhythm_attention, "is_one_pass", lambda device: True)
     with monkeypatch.context() as patch:
         patch.setattr(calibration, "span", None)  # nobody takes another pass
         together = head_groups(model, batches, layers="all")
@@ -303,8 +303,8 @@ def test_on_triton(family, monkeypatch):
     batch["attention_mask"][0, :5] = 0
     groups = HeadGroups(local=[(0, 0), (0, 1), (1, 3)], global_=[(1, 0)])
     on_triton = functools.partial(functional.attention_with_rhythm, backend="triton")
-    monkeypatch.setattr(attention, "attention_with_rhythm", on_triton)
-    monkeypatch.setattr(attention, "is_one_pass", lambda device: True)
+    monkeypatch.setattr(rhythm_attention, "attention_with_rhythm", on_triton)
+    monkeypatch.setattr(rhythm_attention, "is_one_pass", lambda device: True)
     with torch.no_grad():
         plain = mine(**batch, use_cache=False).logits
         with RhythmProbe(mine, groups) as probe:
@@ -361,7 +361,7 @@ def test_sparse_attention_is_refused():
     module = models.tiny_model("llama", "rhythm").model.layers[0].self_attn
     q = torch.zeros(1, 4, 8, 16)
     with pytest.raises(NotImplementedError, match="sparse attention"):
-        attention.rhythm_attention(module, q, q[:, :2], q[:, :2], None, indices=torch.zeros(1, 8, 2))
+        rhythm_attention.rhythm_attention(module, q, q[:, :2], q[:, :2], None, indices=torch.zeros(1, 8, 2))
     mask = rhythm_mask(2, 8, 8, attention_mask=torch.tensor([[True] * 8, [False] * 3 + [True] * 5]))
     assert isinstance(mask, RangeMask)
     for use in (lambda: mask[:, 0], lambda: q[0, 0] + mask, lambda: mask & mask):

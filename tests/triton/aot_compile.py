@@ -2,7 +2,7 @@
 
 A script of its own, because a process that interprets kernels cannot compile them:
 ``python -m tests.triton.aot_compile --arch sm_90 --dtype bf16 --head-size 128 --kernel band_rows``.
-Each argument may be given several times; features are switched on by ``--feature softcap,window,sinks,alibi``.
+Each argument may be given several times; features are switched on by ``--feature softcap,sliding_window,sinks,alibi``.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ INSTRUCTIONS = {
 def launched(
     arch: str, dtype: str, head_size: int, v_size: int, features: frozenset[str], only: str = ""
 ) -> Iterator[Launch]:  # fmt: skip
-    """Every kernel that the passes launch for such a problem, each variant once; `only`: those of one kernel's pass."""
+    """Every kernel that the passes launch for such inputs, each variant once; `only`: those of one kernel's pass."""
     rule: dict[str, Any] = {"size": head_size, "v_size": v_size, "dtype": DTYPES[dtype]}
-    if "window" in features:
+    if "sliding_window" in features:
         rule["window_left"] = 20
     if "softcap" in features:
         rule["softcap"] = 30.0
@@ -101,10 +101,10 @@ def main(given: list[str]) -> None:
     for arch, dtype, size, used in itertools.product(
         chosen.arch or TARGETS, chosen.dtype or ["bf16"], sizes, features
     ):  # fmt: skip
-        problem = {"arch": arch, "dtype": dtype, "head_size": size[0], "v_size": size[-1], "features": sorted(used)}
+        point = {"arch": arch, "dtype": dtype, "head_size": size[0], "v_size": size[-1], "features": sorted(used)}
         for launch in launched(arch, dtype, size[0], size[-1], used):
             if chosen.kernel is None or launch.name in chosen.kernel:
-                print(json.dumps(problem | compile_one(launch, arch)), flush=True)
+                print(json.dumps(point | compile_one(launch, arch)), flush=True)
 
 
 if __name__ == "__main__":

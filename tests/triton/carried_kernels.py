@@ -2,8 +2,8 @@
 
 On the GPU each kernel costs seconds of a processor, and there are hundreds. Triton finds them by the hash of their
 source, options and its own files: the folder serves a machine with the same Python, Triton and sources, and is harmless
-on any other. The passes are called as the tests call them, in front of a driver that only claims to be there, and what
-they would compile is kept. Needs no GPU; a process that interprets kernels cannot do it.
+on any other. The passes are called as the tests call them, with a stand-in for the GPU's driver, and what they would
+compile is kept. Needs no GPU; a process that interprets kernels cannot do it.
 
     python -m tests.triton.carried_kernels FOLDER [ARCH]
 """

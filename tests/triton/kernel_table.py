@@ -88,7 +88,7 @@ def compiled_table() -> Iterator[str]:
     """Tile, registers a thread and shared memory a block of every kernel on every architecture."""
     from .aot_compile import compile_one, launched
 
-    yield f"Triton {triton.__version__}, bfloat16, D = {SHAPE.dim}, no rules:"
+    yield f"Triton {triton.__version__}, bfloat16, D = {SHAPE.dim}, plain rule:"
     yield ""
     cells: dict[str, dict[str, str]] = {}
     for arch in ARCHITECTURES:
@@ -110,7 +110,7 @@ def reading_table() -> Iterator[str]:
     """What the main loop of every kernel reads as on sm_90."""
     from . import sass
 
-    yield f"Triton {triton.__version__}, bfloat16, D = {SHAPE.dim}, no rules, sm_90:"
+    yield f"Triton {triton.__version__}, bfloat16, D = {SHAPE.dim}, plain rule, sm_90:"
     yield ""
     yield (
         "| kernel | tile | registers | blocks an SM | slots a pair | ahead: copies, loads, of | "

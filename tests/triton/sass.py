@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--kernel", action="append", choices=sorted(configs.TILES[ARCH]))
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--feature", default="", help="softcap,window,sinks")
+    parser.add_argument("--feature", default="", help="softcap,sliding_window,sinks,alibi")
     parser.add_argument("--tile", action="append", help="rows,keys,warps,stages[,registers]; default the table's")
     parser.add_argument("--code", action="store_true", help="the main loop too")
     parser.add_argument("--json", action="store_true")

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from . import sass
+from . import compiling, sass
 from .sass import Instruction
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def code(*lines: str) -> list[Instruction]:
@@ -23,17 +17,7 @@ def code(*lines: str) -> list[Instruction]:
 
 def read(*arguments: str) -> list[dict[str, Any]]:
     """Readings of the script, in a process that does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.triton.sass", "--json", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in compiling.output("sass", "--json", *arguments).splitlines()]
 
 
 def test_innermost_loops() -> None:

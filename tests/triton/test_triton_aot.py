@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import triton
 
 from rhythm_kernels.backend.triton import configs
 
-ROOT = Path(__file__).resolve().parents[2]
+from . import compiling
+
 # Shared memory a block may use, in bytes; the table of sm_80 also serves sm_86, sm_89 and sm_120.
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Instructions that spill: none with the Triton that the launch choices were made with. Other versions bring other
@@ -21,48 +18,38 @@ SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942
 SPILLS = 0 if triton.__version__.startswith("3.8.") else 64
 # An empty kernel compiles without an error, to 4 registers; the least that a kernel of ours takes is 64.
 REGISTERS = 40
-EVERY_RULE = "softcap,window,sinks"
-# (architecture, inputs, head sizes of q and k and of v, rules): every architecture with 16-bit and 32-bit inputs, every
-# kind of head size (one chunk, two, a masked one) and both ends of the rules, without their product.
+FULL_RULE = "softcap,sliding_window,sinks"
+# (architecture, inputs, head sizes of q and k and of v, rule): every architecture with 16-bit and 32-bit inputs, every
+# kind of head size (one chunk, two, a masked one), the plain rule and the full one, but not all their combinations.
 POINTS = [
-    ("sm_80", "bf16", "16", EVERY_RULE),
+    ("sm_80", "bf16", "16", FULL_RULE),
     ("sm_80", "bf16", "112", ""),
-    ("sm_80", "fp32", "160", EVERY_RULE),
-    ("sm_90", "bf16", "128", EVERY_RULE),
+    ("sm_80", "fp32", "160", FULL_RULE),
+    ("sm_90", "bf16", "128", FULL_RULE),
     ("sm_90", "bf16", "256", ""),
     ("sm_90", "fp32", "112", ""),
-    ("sm_100", "bf16", "128", EVERY_RULE),
+    ("sm_100", "bf16", "128", FULL_RULE),
     ("sm_100", "fp16", "64", ""),
     ("sm_100", "fp32", "80", ""),
-    ("gfx942", "bf16", "128", EVERY_RULE),
+    ("gfx942", "bf16", "128", FULL_RULE),
     ("gfx942", "fp16", "192", ""),
-    ("gfx942", "fp32", "64", EVERY_RULE),
+    ("gfx942", "fp32", "64", FULL_RULE),
 ]
 # Attention has launch choices for more head sizes and rules, some of whose kernels once spilled, and unequal sizes.
 ATTENTION = {"attention", "attention_alone", "attention_dq", "attention_dkv"}
 ATTENTION_POINTS = [
-    ("sm_80", "bf16", "144", EVERY_RULE),
+    ("sm_80", "bf16", "144", FULL_RULE),
     ("sm_80", "bf16", "192,128", ""),
     ("sm_90", "fp16", "112", ""),
-    ("sm_90", "bf16", "128", "window"),
-    ("sm_90", "bf16", "160", EVERY_RULE),
+    ("sm_90", "bf16", "128", "sliding_window"),
+    ("sm_90", "bf16", "160", FULL_RULE),
     ("sm_100", "bf16", "192", ""),
 ]
 
 
 def compile_kernels(*arguments: str) -> list[dict]:
     """Reports of the script, in a process that does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.triton.aot_compile", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in compiling.output("aot_compile", *arguments).splitlines()]
 
 
 def check(reports: list[dict], kernels: set[str]) -> None:
@@ -80,15 +67,15 @@ def test_every_kernel_for_hopper() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("arch", "dtype", "sizes", "rules"), POINTS)
-def test_every_target(arch: str, dtype: str, sizes: str, rules: str) -> None:
-    point = ("--arch", arch, "--dtype", dtype, "--head-size", sizes, "--feature", rules)
+@pytest.mark.parametrize(("arch", "dtype", "sizes", "rule"), POINTS)
+def test_every_target(arch: str, dtype: str, sizes: str, rule: str) -> None:
+    point = ("--arch", arch, "--dtype", dtype, "--head-size", sizes, "--feature", rule)
     check(compile_kernels(*point), set(configs.TILES[arch]))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("arch", "dtype", "sizes", "rules"), ATTENTION_POINTS)
-def test_attention_at_other_head_sizes(arch: str, dtype: str, sizes: str, rules: str) -> None:
-    point = ("--arch", arch, "--dtype", dtype, "--head-size", sizes, "--feature", rules)
+@pytest.mark.parametrize(("arch", "dtype", "sizes", "rule"), ATTENTION_POINTS)
+def test_attention_at_other_head_sizes(arch: str, dtype: str, sizes: str, rule: str) -> None:
+    point = ("--arch", arch, "--dtype", dtype, "--head-size", sizes, "--feature", rule)
     chosen = [argument for name in sorted(ATTENTION) for argument in ("--kernel", name)]
     check(compile_kernels(*point, *chosen), ATTENTION)

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from . import compiling
 
 
 @pytest.fixture(scope="module", name="variants")
 def _variants() -> dict[str, dict[str, list[str]]]:
     """The report of the script, in a process that does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.triton.compiled_variants"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout)
+    return json.loads(compiling.output("compiled_variants"))
 
 
 def test_nothing_new_is_compiled(variants: dict[str, dict[str, list[str]]]) -> None:

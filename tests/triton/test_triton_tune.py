@@ -25,7 +25,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ARCH = choosing.architecture(DEVICE)
 SIZE = 16
 TINY = ["--length", "40", "--head-size", str(SIZE), "--dtype", "fp32", "--heads", "2", "--kv-heads", "1"]
-PROBLEM = trial.Problem(40, 2, 1, SIZE, "fp32")
+WORKLOAD = trial.Workload(40, 2, 1, SIZE, "fp32")
 TABLE = {name: configs.listed(name, ARCH, 32, SIZE) for name in trial.RUNS}
 FAVOURITE = {name: tune.candidates(tile, 2)[1] for name, tile in TABLE.items()}
 
@@ -99,7 +99,7 @@ def test_every_kernel_has_a_run() -> None:
 
 
 def test_from_tuning_to_choosing(favourites: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel's winner is written with where it comes from; read only when asked for; serves that problem only."""
+    """Every kernel's winner is written with where it comes from; read only when asked for; serves its own key only."""
     content = main(tmp_path / "new" / "tiles.json")
     assert tiles(content) == FAVOURITE
     assert content["architecture"] == ARCH and content["triton"] == triton.__version__
@@ -114,7 +114,7 @@ def test_from_tuning_to_choosing(favourites: None, tmp_path: Path, monkeypatch: 
         return {name: choosing.choose(name, ARCH, bits, size) for name in trial.RUNS}
 
     assert chosen() == TABLE  # a file is there, and nobody asked
-    given = trial.arguments(PROBLEM, DEVICE, rules=True)
+    given = trial.arguments(WORKLOAD, DEVICE, full_rule=True)
     want = {name: trial.outputs(name, given) for name in trial.RUNS}
     monkeypatch.setenv("RHYTHM_TILES", str(tmp_path / "new" / "tiles.json"))
     assert chosen() == TABLE  # looked up once
@@ -149,7 +149,7 @@ def test_what_is_asked_for_does_not_change_what_is_tuned_against(
     [
         (lambda x, rule: x + 1e-3, "wrong: waad"),
         (lambda x, rule: x * float("nan"), "wrong: waad"),
-        (lambda x, rule: x + (1e-3 if rule["softcap"] else 0), "under every rule wrong: waad"),
+        (lambda x, rule: x + (1e-3 if rule["softcap"] else 0), "with the full rule wrong: waad"),
     ],
 )  # fmt: skip
 def test_a_wrong_tile_is_refused(
@@ -159,7 +159,7 @@ def test_a_wrong_tile_is_refused(
     assert main(tmp_path / "tiles.json", "--kernel", "band_rows")["tiles"] == []
     out = capsys.readouterr().out
     assert reason in out and "the table's stays" in out
-    assert ("1 timed, 1 wrong" in out) == (not reason.startswith("under"))
+    assert ("1 timed, 1 wrong" in out) == (not reason.startswith("with"))
 
 
 def test_a_tile_that_does_not_run_is_refused(
@@ -255,15 +255,18 @@ def edited(**tile: Any) -> dict[str, Any]:
         ({**good(), "triton": "2.0.0"}, "was tuned for triton 2.0.0, this is"),
         ({**good(), "tiles": [3]}, "an entry must have the fields kernel, bits, head_size and tile"),
         ({**good(), "tiles": [{**good()["tiles"][0], "kernel": ["x"]}]}, "kernel must be a name"),
-        ({**good(), "tiles": [{**good()["tiles"][0], "kernel": "rows"}]}, "has tiles of rows: known are band_rows"),
-        ({**good(), "tiles": [{**good()["tiles"][0], "bits": "32"}]}, "bits of band_rows is '32'"),
+        ({**good(), "tiles": [{**good()["tiles"][0], "kernel": "rows"}]}, "kernel must be one of band_rows, "),
+        (
+            {**good(), "tiles": [{**good()["tiles"][0], "bits": "32"}]},
+            "must be an integer of 0 or more, got '32'",
+        ),
         (edited(columns=3), "a tile must have the fields rows, keys, warps"),
-        (edited(rows=True), "rows of band_rows is True: it must be an integer"),
-        (edited(rows=24), "rows of band_rows is 24: it must be a power of two from 16 to 1024"),
-        (edited(keys=8), "keys of band_rows is 8"),
-        (edited(warps=64), "warps of band_rows is 64"),
-        (edited(stages=0), "stages of band_rows is 0: it must be from 1 to 16"),
-        (edited(capped_rows=3), "capped_rows of band_rows is 3"),
+        (edited(rows=True), "rows of band_rows must be an integer of 0 or more, got True"),
+        (edited(rows=24), "rows of band_rows must be a power of two from 16 to 1024, got 24"),
+        (edited(keys=8), "keys of band_rows must be a power of two from 16 to 1024, got 8"),
+        (edited(warps=64), "warps of band_rows must be a power of two from 1 to 32, got 64"),
+        (edited(stages=0), "stages of band_rows must be from 1 to 16, got 0"),
+        (edited(capped_rows=3), "capped_rows of band_rows must be a power of two from 16 to 1024, got 3"),
     ],
 )
 def test_a_file_that_does_not_fit_is_an_error(
@@ -297,12 +300,12 @@ def test_a_missing_file_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--heads", "1"], "--heads is 1"),
-        (["--heads", "3", "--kv-heads", "2"], "--heads is 3"),
-        (["--head-size", "300"], "--head-size is 300"),
-        (["--length", "3"], "--length is 3"),
-        (["--candidates", "0"], "--candidates is 0"),
-        (["--seconds", "nan"], "--seconds is nan"),
+        (["--heads", "1"], "--heads must be a multiple of --kv-heads 8, at least 2, got 1"),
+        (["--heads", "3", "--kv-heads", "2"], "--heads must be a multiple of --kv-heads 2, at least 2, got 3"),
+        (["--head-size", "300"], "--head-size must be from 1 to 256, got 300"),
+        (["--length", "3"], "--length must be at least 16, got 3"),
+        (["--candidates", "0"], "--candidates must be at least 1, got 0"),
+        (["--seconds", "nan"], "--seconds must be above 0, got nan"),
         (["--kernel", "rows"], "invalid choice: 'rows'"),
     ],
 )
@@ -375,7 +378,7 @@ def test_a_candidate_that_fails_is_a_line(
     for change, reason in ((lambda x, rule: x + 1e-3, "wrong: waad"), (lambda x, rule: x / None, "does not run: ")):
         with monkeypatch.context() as patch:
             corrupt(patch, change)
-            rows = shortlist.shortlist(DEVICE, 100.0, ["band_rows"], PROBLEM, tmp_path / "rows.jsonl")
+            rows = shortlist.shortlist(DEVICE, 100.0, ["band_rows"], WORKLOAD, tmp_path / "rows.jsonl")
         assert [row.get("objection", "")[: len(reason)] for row in rows] == ["", reason, ""]
         assert [("ms" in row) for row in rows] == [True, False, True]
     assert len(lines(tmp_path / "rows.jsonl")) == 6  # added to
@@ -388,7 +391,7 @@ def test_a_kernel_whose_own_tile_fails_is_a_line(
         raise ValueError("no such thing\nat all")
 
     monkeypatch.setattr(passes, "band_rows", fails)
-    rows = shortlist.shortlist(DEVICE, 100.0, problem=PROBLEM)
+    rows = shortlist.shortlist(DEVICE, 100.0, workload=WORKLOAD)
     assert rows[0]["objection"] == "no such thing" and [row["kernel"] for row in rows[1:]] == ["row_stats"] * 2
 
 
@@ -405,7 +408,7 @@ def test_the_shortlist_keeps_its_budget(
         return honest(kernel, given)
 
     monkeypatch.setattr(trial, "outputs", outputs)
-    rows = shortlist.shortlist(DEVICE, 9.0, None, PROBLEM, clock=lambda: now)
+    rows = shortlist.shortlist(DEVICE, 9.0, None, WORKLOAD, clock=lambda: now)
     out = capsys.readouterr().out
     # Attention for the arguments and the table's run take eight: one candidate is begun.
     assert [(row["kernel"], row["table"]) for row in rows] == [("band_rows", True), ("band_rows", False)] and now == 12
@@ -428,7 +431,7 @@ def test_compiling_in_advance_runs_each_job(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(shortlist.subprocess, "Popen", Process)
     jobs = [shortlist.Job("band_rows", Tile(16 << i, 16, 1, 1)) for i in range(3)]
-    shortlist.compile_in_advance([*jobs, shortlist.Job("band_rows", Tile(24, 16, 1, 1))], PROBLEM, 2, 1.0)
+    shortlist.compile_in_advance([*jobs, shortlist.Job("band_rows", Tile(24, 16, 1, 1))], WORKLOAD, 2, 1.0)
     assert len(started) == 2 and sum(len(share["jobs"]) for share in started) == 4
     ran: list[Tile] = []
     monkeypatch.setattr(shortlist, "outputs", lambda kernel, given: ran.append(choosing.choose(kernel, ARCH, 32, SIZE)))

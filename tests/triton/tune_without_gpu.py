@@ -1,4 +1,4 @@
-"""Run the tuner in front of a driver that only claims to be there: candidates are compiled, loaded and launched by it.
+"""Run the tuner with a stand-in for the GPU's driver, which loads what was compiled and launches nothing.
 
 A script of its own, because a process that interprets kernels cannot compile them. Nothing is computed, so all tiles
 agree; the driver makes those of `column_stats` with little shared memory spill, and has too little for large ones.

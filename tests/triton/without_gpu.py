@@ -1,4 +1,4 @@
-"""Launch the passes in front of a driver that only claims to be there: what would be compiled, and with which options.
+"""Call the passes with a stand-in for the GPU's driver: what would be compiled, and with which options.
 
 For scripts of their own, because a process that interprets kernels cannot compile them. Every pass is called as users
 call it; its launcher chooses the tile and makes the arguments; Triton computes the key under which it keeps a compiled
@@ -77,9 +77,9 @@ def arguments(
     layout: str = "tokens first", lse_offset: int = 0, size: int = 64, v_size: int = 0,
     dtype: torch.dtype = torch.bfloat16, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """What any pass takes, for one problem, as the ops give it; the values in the tensors are never read.
+    """The arguments of every pass, as the ops give them; the values in the tensors are never read.
 
-    `changes`: of fields of the rule, and of what passes read of the map.
+    `changes`: fields of the rule, and other arguments of passes (window, lo, hi, min_distance, per_head).
     """
 
     def make(n_heads: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-// Credit (eqs. 14 to 19) as the kernels see it: what one call is about, and the arithmetic that CPU and CUDA share, so
+// Credit (eqs. 14 to 19) as the kernels see it: the inputs of one call, and the arithmetic that CPU and CUDA share, so
 // that both give the reference's bits. No LibTorch here.
 #pragma once
 
@@ -17,8 +17,8 @@ namespace rhythm {
 // What tokens are chosen by: delta; FAI above 0; FAI above 0 and handed on to intro tokens; the score that is given.
 enum class CreditMode : int { kLocal, kGlobal, kCoupled, kScore };
 
-// (B, T) contiguous; measures are float32, or float64 where `wide`. A response is the masked tokens of a row.
-struct CreditProblem {
+// (B, T) contiguous; measures are float32, or float64 where `wide`. A response is the masked tokens of a batch row.
+struct CreditInputs {
   bool wide;
   const void* waad;
   const void* fai;
@@ -96,20 +96,20 @@ RHYTHM_ANYWHERE inline int64_t set_size(double top, int64_t n) {
 #endif
 }
 
-// Of the lower median, counted from the largest: 1 .. n.
+// Rank of the lower median, counted from the largest: 1 .. n.
 RHYTHM_ANYWHERE inline int64_t median_rank(int64_t n) { return n - (n - 1) / 2; }
 
 // Bytes of scratch of one response: by place in it, three keys, two indices and a role.
-RHYTHM_ANYWHERE inline int64_t credit_scratch(const CreditProblem& p) {
+RHYTHM_ANYWHERE inline int64_t credit_scratch(const CreditInputs& p) {
   const int64_t key = p.wide ? 8 : 4;
   return (p.tokens * (3 * key + 2 * 4 + 1) + 63) / 64 * 64;
 }
 
 // csrc/cpu: gamma of one response, with scratch aligned to 8 bytes.
-void credit_response(const CreditProblem& p, int64_t row, void* scratch);
+void credit_response(const CreditInputs& p, int64_t batch_row, void* scratch);
 
 } // namespace rhythm
 
 // csrc/cuda: gamma of all responses in one launch, every pointer on the device, `scratch` of batch * credit_scratch
 // bytes, aligned to 8; 0, or the cudaError_t of a launch that failed. Devices and streams as in cuda.h.
-extern "C" int rhythm_cuda_credit(const rhythm::CreditProblem* problem, void* scratch, void* stream);
+extern "C" int rhythm_cuda_credit(const rhythm::CreditInputs* inputs, void* scratch, void* stream);

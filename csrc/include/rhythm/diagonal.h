@@ -1,5 +1,5 @@
-// The register-tiled product of the two band passes. It takes transposed tiles (row d holds dimension d of consecutive
-// tokens), so that a lane is a token and nothing is ever summed across lanes.
+// The register-tiled product of the two band passes. Both operands are transposed, [head_dim, tokens], so that a
+// lane is a token and nothing is ever summed across lanes.
 #pragma once
 
 #include "rhythm/vec.h"
@@ -9,8 +9,8 @@ namespace RHYTHM_CAPABILITY {
 
 // Diagonals of Q K^T: out[f * moved + m][lane] = sum_d fixed[f * step + d * ld_fixed + lane]
 //                                                      * moving[d * ld_moving + m + lane].
-// Exactly the band is computed: one product a pair inside, none outside. fixed: rows of several heads (or several
-// vectors of keys); moving: the other operand, at `moved` consecutive unaligned positions.
+// fixed: kLanes rows of several heads (band_rows) or several vectors of keys (band_columns); moving: the other operand, at
+// `moved` consecutive positions, so that only pairs at the wanted distances are multiplied.
 template <int Fixed, int Moved>
 static void diagonal_block(const float* fixed, int64_t step, int64_t ld_fixed, const float* moving,
                            int64_t ld_moving, int64_t dim, Vec* out) {
@@ -48,8 +48,8 @@ RHYTHM_INLINE void add_shifted(Vec* sum, Vec left, Vec a, Vec b, Lanes<M...>) {
   ((sum[M] = sum[M] + left * shifted<M>(a, b)), ...);
 }
 
-// With one fixed vector every loaded one serves a single multiply-add, and 64 bytes that do not begin at a cache line
-// take two turns to load: so two are loaded, and shifted.
+// With one fixed vector each load of `moving` would serve one multiply-add, and unaligned 64 bytes take two cache lines:
+// so two neighbouring vectors are loaded once, and shifted in registers.
 template <int Moved>
 static void diagonal_of_one(const float* fixed, int64_t, int64_t ld_fixed, const float* moving, int64_t ld_moving,
                             int64_t dim, Vec* out) {

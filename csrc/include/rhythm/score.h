@@ -6,20 +6,20 @@
 // mask what is left.
 #pragma once
 
-#include "rhythm/problem.h"
+#include "rhythm/inputs.h"
 #include "rhythm/vec.h"
 
 namespace rhythm {
 namespace RHYTHM_CAPABILITY {
 
-// What the rule has for one query head in the sequences of a tile, looked up once: loops over pairs load nothing.
+// The rule's numbers of one query head in the sequences of a tile, looked up once, so that loops over pairs load nothing.
 struct HeadRule {
   float sink;  // -inf: none
   float slope; // 0 without slopes
 };
 
 // (Sequences that differ in slopes share no tile.)
-RHYTHM_INLINE HeadRule rule_of(const Problem& p, const Tile& tile, int32_t query_head) {
+RHYTHM_INLINE HeadRule rule_of(const CpuInputs& p, const Tile& tile, int32_t query_head) {
   const ScoreRule& rule = p.score;
   const int64_t sequence = tile.sequences - p.seqs;
   return {rule.sinks == nullptr ? -__builtin_inff() : rule.sinks[query_head],
@@ -34,12 +34,12 @@ RHYTHM_INLINE Vec logit(Vec product, Vec distance, const HeadRule& head, const S
   return x;
 }
 
-// 0; NaN where the sink of this head is +inf or NaN, beside which no key has a share. One of -inf is no sink.
+// 0, or NaN where the sink of this head is +inf or NaN, so that A has no value. A sink of -inf is none.
 RHYTHM_INLINE float nothing(const HeadRule& head) {
   return head.sink == -__builtin_inff() ? 0.0f : 0.0f * head.sink;
 }
 
-// A log-sum-exp as it was given, NaN where it is not finite, or where `zero`, of nothing(), is NaN.
+// lse, or NaN where it is not finite or `zero` (from nothing()) is NaN: results then are NaN, not a plausible number.
 RHYTHM_INLINE float known(float lse, float zero) { return lse + lse * zero; }
 
 // The share of a row's softmax that its keys get: 1, or what a sink leaves.

@@ -1,7 +1,7 @@
-// Bringing a few tokens of one head into scratch as float32: transposed (lanes run over tokens) or as rows.
+// Tokens of one head copied to scratch as float32: transposed, [head_dim, tokens], or as they are, [tokens, head_dim].
 #pragma once
 
-#include "rhythm/problem.h"
+#include "rhythm/inputs.h"
 #include "rhythm/score.h"
 #include "rhythm/vec.h"
 
@@ -11,39 +11,39 @@ namespace RHYTHM_CAPABILITY {
 // Dimensions that transpose_block turns at a time.
 constexpr int kBlockDims = kLanes == 4 ? 4 : kLanes / 2;
 
-// The next token's place. Left alone, GCC works out the distance to each of a block's tokens beforehand and, as there are
-// too few registers for so many, stores and loads them all: that took longer than the transposition itself.
+// Move to the next token. Without the asm GCC computes the addresses of all of a block's tokens beforehand, runs out of
+// registers and spills them: that took longer than the transposition itself.
 template <typename T>
 RHYTHM_INLINE void advance(const T*& token, int64_t stride) {
   token += stride;
   __asm__("" : "+r"(token));
 }
 
-// kBlockDims dimensions of kLanes tokens: rows[i] is token i, and behind it token kBlockDims + i.
+// kBlockDims dimensions of kLanes tokens: block[i] is token i, and behind it token kBlockDims + i.
 template <typename T>
-RHYTHM_INLINE void load_block(const T* source, int64_t stride, Vec (&rows)[kBlockDims]) {
+RHYTHM_INLINE void load_block(const T* source, int64_t stride, Vec (&block)[kBlockDims]) {
   const T* second = source + kBlockDims * stride;
 #pragma GCC unroll 8
   for (int i = 0; i < kBlockDims; ++i, advance(source, stride), advance(second, stride)) {
     if constexpr (kLanes == 4)
-      rows[i] = widen(source);
+      block[i] = widen(source);
     else
-      rows[i] = widen_halves(source, second);
+      block[i] = widen_halves(source, second);
   }
 }
 template <typename T>
-RHYTHM_INLINE void load_block(const T* const* tokens, int64_t d, Vec (&rows)[kBlockDims]) {
+RHYTHM_INLINE void load_block(const T* const* tokens, int64_t d, Vec (&block)[kBlockDims]) {
 #pragma GCC unroll 8
   for (int i = 0; i < kBlockDims; ++i) {
     if constexpr (kLanes == 4)
-      rows[i] = widen(tokens[i] + d);
+      block[i] = widen(tokens[i] + d);
     else
-      rows[i] = widen_halves(tokens[i] + d, tokens[kBlockDims + i] + d);
+      block[i] = widen_halves(tokens[i] + d, tokens[kBlockDims + i] + d);
   }
 }
 
-// Ask for kLanes tokens that are wanted a little later. Into the second cache alone: tokens often lie a multiple of 4 KB
-// apart, so that the first has room for eight of a dimension, and the next block's would push out this one's.
+// Prefetch kLanes tokens that come next, into the L2 cache alone: tokens often lie a multiple of 4 KB apart, where L1
+// holds eight of them at most, and the next block's would evict this one's.
 template <typename T>
 RHYTHM_INLINE void ask_for(const T* source, int64_t stride) {
 #pragma GCC unroll 16
@@ -51,25 +51,25 @@ RHYTHM_INLINE void ask_for(const T* source, int64_t stride) {
 }
 
 // out[d * ld + i] = dimension d of token i, from what load_block made.
-RHYTHM_INLINE void transpose_block(Vec (&rows)[kBlockDims], float* out, int64_t ld) {
+RHYTHM_INLINE void transpose_block(Vec (&block)[kBlockDims], float* out, int64_t ld) {
   typedef typename Count<kLanes>::type All;
   // 4 x 4 blocks inside every quarter.
 #pragma GCC unroll 2
   for (int i = 0; i < kBlockDims; i += 4) {
-    const Vec a = interleave<1, 0>(rows[i], rows[i + 1], All()), b = interleave<1, 1>(rows[i], rows[i + 1], All());
-    const Vec c = interleave<1, 0>(rows[i + 2], rows[i + 3], All());
-    const Vec d = interleave<1, 1>(rows[i + 2], rows[i + 3], All());
-    rows[i] = interleave<2, 0>(a, c, All()), rows[i + 1] = interleave<2, 1>(a, c, All());
-    rows[i + 2] = interleave<2, 0>(b, d, All()), rows[i + 3] = interleave<2, 1>(b, d, All());
+    const Vec a = interleave<1, 0>(block[i], block[i + 1], All()), b = interleave<1, 1>(block[i], block[i + 1], All());
+    const Vec c = interleave<1, 0>(block[i + 2], block[i + 3], All());
+    const Vec d = interleave<1, 1>(block[i + 2], block[i + 3], All());
+    block[i] = interleave<2, 0>(a, c, All()), block[i + 1] = interleave<2, 1>(a, c, All());
+    block[i + 2] = interleave<2, 0>(b, d, All()), block[i + 3] = interleave<2, 1>(b, d, All());
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     if constexpr (kLanes == 16) {
-      // Quarters of rows[j]: dimension j of tokens 0 .. 3, dimension 4 + j of the same, both again for tokens 8 .. 11.
-      store(out + j * ld, paired_quarters<0>(rows[j], rows[4 + j], All()));
-      store(out + (4 + j) * ld, paired_quarters<1>(rows[j], rows[4 + j], All()));
+      // Quarters of block[j]: dimension j of tokens 0 .. 3, dimension 4 + j of the same, both again for tokens 8 .. 11.
+      store(out + j * ld, paired_quarters<0>(block[j], block[4 + j], All()));
+      store(out + (4 + j) * ld, paired_quarters<1>(block[j], block[4 + j], All()));
     } else {
-      store(out + j * ld, rows[j]);
+      store(out + j * ld, block[j]);
     }
   }
 }
@@ -78,22 +78,22 @@ RHYTHM_INLINE void transpose_block(Vec (&rows)[kBlockDims], float* out, int64_t 
 template <typename T>
 __attribute__((noinline)) static void transpose_scattered(const T* const* tokens, int64_t d, int64_t dim, float* out,
                                                           int64_t ld) {
-  Vec rows[kBlockDims];
+  Vec block[kBlockDims];
   for (; d + kBlockDims <= dim; d += kBlockDims) {
-    load_block(tokens, d, rows);
-    transpose_block(rows, out + d * ld, ld);
+    load_block(tokens, d, block);
+    transpose_block(block, out + d * ld, ld);
   }
   for (; d < dim; d += kLanes) {
     const int64_t width = dim - d < kLanes ? dim - d : kLanes;
     for (int i = 0; i < kLanes; ++i) {
-      const Vec row = widen_tail(tokens[i] + d, width);
-      for (int e = 0; e < width; ++e) out[(d + e) * ld + i] = row[e];
+      const Vec token = widen_tail(tokens[i] + d, width);
+      for (int e = 0; e < width; ++e) out[(d + e) * ld + i] = token[e];
     }
   }
 }
 
 // out[d * ld + c] = source[(first + c) * stride + d] for c < columns; where first + c is outside [begin, end), which is
-// not empty, the nearest token inside: lanes that nobody reads, from memory that is there.
+// not empty, the nearest token inside fills a lane that nobody reads.
 // `source` is token 0 of the head; columns is rounded up to whole vectors, which `out` must have room for.
 template <typename T>
 static void load_transposed(const T* source, int64_t stride, int64_t dim, int64_t first, int64_t columns,
@@ -104,11 +104,11 @@ static void load_transposed(const T* source, int64_t stride, int64_t dim, int64_
     if (token >= begin && token + kLanes <= end) {
       const T* const here = source + token * stride;
       const bool more = token + 2 * kLanes <= end; // tiles and strips mostly go on with the next tokens
-      Vec rows[kBlockDims];
+      Vec block[kBlockDims];
       for (; d + kBlockDims <= dim; d += kBlockDims) {
         if (more && d * int64_t(sizeof(T)) % 64 == 0) ask_for(here + kLanes * stride + d, stride);
-        load_block(here + d, stride, rows);
-        transpose_block(rows, out + d * ld + c, ld);
+        load_block(here + d, stride, block);
+        transpose_block(block, out + d * ld + c, ld);
       }
     }
     if (d == dim) continue;
@@ -121,29 +121,29 @@ static void load_transposed(const T* source, int64_t stride, int64_t dim, int64_
   }
 }
 
-// out[r * dim + d] = source[(first + r) * stride + d] for r < rows, 0 for tokens at or past `end`.
+// out[i * dim + d] = source[(first + i) * stride + d] for i < count, 0 for tokens at or past `end`.
 template <typename T>
-static void load_rows(const T* source, int64_t stride, int64_t dim, int64_t first, int64_t rows, int64_t end,
-                      float* out) {
-  for (int64_t r = 0; r < rows; ++r, out += dim) {
-    const T* row = source + (first + r) * stride;
-    if (first + r >= end) {
+static void load_tokens(const T* source, int64_t stride, int64_t dim, int64_t first, int64_t count, int64_t end,
+                        float* out) {
+  for (int64_t i = 0; i < count; ++i, out += dim) {
+    const T* token = source + (first + i) * stride;
+    if (first + i >= end) {
       __builtin_memset(out, 0, dim * sizeof(float));
       continue;
     }
     int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) store(out + d, widen(row + d));
+    for (; d + kLanes <= dim; d += kLanes) store(out + d, widen(token + d));
     if (d < dim) {
-      const Vec tail = widen_tail(row + d, dim - d);
+      const Vec tail = widen_tail(token + d, dim - d);
       __builtin_memcpy(out + d, &tail, (dim - d) * sizeof(float));
     }
   }
 }
 
-// out[c] = lse of token first + c, as known() has it, 0 outside [begin, end): a lane that no one reads.
-RHYTHM_INLINE void load_lse(const Problem& p, int64_t row, Head head, const HeadRule& rule, int64_t first,
+// out[c] = known(lse) of token first + c; 0 outside [begin, end), lanes that nobody reads.
+RHYTHM_INLINE void load_lse(const CpuInputs& p, int64_t batch_row, Head head, const HeadRule& rule, int64_t first,
                             int64_t count, int64_t begin, int64_t end, float* out) {
-  const float* source = p.lse + row * p.lse_row + head.lse_row * p.lse_head;
+  const float* source = p.lse + batch_row * p.lse_batch + head.lse_index * p.lse_head;
   const float zero = nothing(rule);
   for (int64_t c = 0; c < count; ++c) {
     const int64_t token = first + c;
@@ -152,12 +152,12 @@ RHYTHM_INLINE void load_lse(const Problem& p, int64_t row, Head head, const Head
 }
 
 template <typename T>
-RHYTHM_INLINE const T* head_of(const void* base, int64_t row, int64_t row_stride, int64_t head,
+RHYTHM_INLINE const T* head_of(const void* base, int64_t batch_row, int64_t batch_stride, int64_t head,
                                int64_t head_stride) {
-  return (const T*)base + row * row_stride + head * head_stride;
+  return (const T*)base + batch_row * batch_stride + head * head_stride;
 }
 
-// What the sequences of a tile are to its lanes: table[c] = of(sequence) where token first + c is in its response, else
+// Give each lane a number of its sequence: table[c] = of(sequence) where token tile.first + c is in its response, else
 // `none`, for c < count.
 template <typename Of>
 RHYTHM_INLINE void spread(const Tile& tile, int64_t count, int32_t none, int32_t* table, const Of& of) {

@@ -67,8 +67,8 @@ RHYTHM_INLINE Vec select(Int mask, Vec yes, Vec no) { return mask ? yes : no; }
 RHYTHM_INLINE Vec keep(Int mask, Vec v) { return from_bits(mask & bits(v)); } // v, or +0 where masked out
 RHYTHM_INLINE Vec max_or_nan(Vec a, Vec b) { return a > b ? a : b; }          // b's NaN wins
 
-// One more term of a long sum, `lost` carrying what its roundings took too much (Kahan): a sum of thousands of terms, or
-// one that holds a term far above the others, is then as exact as a sum of two. An infinite sum stays infinite.
+// sum += term, `lost` carrying the rounding errors (Kahan): sums of thousands of terms, or of one term far above the
+// others, are then as exact as a sum of two. An infinite sum stays infinite.
 RHYTHM_INLINE void add_to(Vec& sum, Vec& lost, Vec term) {
   const Vec owed = term - lost, next = sum + owed;
   lost = keep(next - next == Vec{}, (next - sum) - owed);

@@ -1,4 +1,4 @@
-"""Tile-wise torch: the backend that is there where neither compiler nor Triton is, on every device."""
+"""Tile-wise torch: the backend for every device, which needs neither a compiler nor Triton."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = [
 
 
 def available(device: torch.device) -> str:
-    """Nothing keeps it from running: it is torch."""
+    """Empty, "no reason": torch itself runs on every device."""
     return ""
 
 

@@ -26,7 +26,7 @@ def credit(waad: Tensor, fai: Tensor, score: Tensor | None, mask: Tensor, choice
     measures = [waad, fai] if score is None else [waad, fai, score]
     finite = torch.stack([(x.isfinite() | ~mask).all(dim=1) for x in measures]).all(dim=0)
     live = response.live & finite[:, None]
-    size = torch.ceil(top * response.length.double() - 1e-9)
+    size = torch.ceil(top * response.length.double() - 1e-9)  # (B, 1)
 
     def compact(x: Tensor) -> Tensor:
         return torch.where(live, x.gather(1, response.order), 0)
@@ -53,10 +53,10 @@ def credit(waad: Tensor, fai: Tensor, score: Tensor | None, mask: Tensor, choice
 
 
 class _Response(NamedTuple):
-    """The masked tokens of each row moved to its front, and the way back."""
+    """The masked tokens of each batch row moved to its front, and the way back."""
 
-    order: Tensor  #  (B, T) int64: which token of the row stands at each place; masked tokens first, in order
-    place: Tensor  #  (B, T) int64: the place of each token of the row
+    order: Tensor  #  (B, T) int64: which token stands at each place; masked tokens first, in order
+    place: Tensor  #  (B, T) int64: the place of each token
     live: Tensor  #   (B, T) bool: places that hold a masked token
     length: Tensor  # (B, 1) int64: n
 
@@ -92,7 +92,7 @@ def _coupled(
     tau_waad: float | None,
     tau_delta: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 18 on compact rows: which tokens are dominated, and which are intro tokens of those, `(B, T)` bool."""
+    """Eq. 18 on tokens in compact order: which are dominated, and which are intro tokens of those, `(B, T)` bool."""
     delta = _delta(waad, live)
     low: Tensor | float
     high: Tensor | float
@@ -107,10 +107,10 @@ def _coupled(
     else:
         high = _rounded(tau_delta, waad.dtype)
 
-    # The largest delta among the k tokens before each, from the nearest to the farthest, so that ties stay later.
+    # The largest delta among the k tokens before each, from the nearest to the farthest: of equal ones the later stays.
     steps = range(1, min(neighbors, waad.shape[1] - 1) + 1)
-    peak = torch.full_like(delta, -math.inf)
-    back = torch.zeros_like(delta, dtype=torch.int64)
+    peak = torch.full_like(delta, -math.inf)  # (B, T), that delta
+    back = torch.zeros_like(delta, dtype=torch.int64)  # (B, T), how many tokens before
     for step in steps:
         before = delta[:, :-step]
         nearer = peak[:, step:]

@@ -1,4 +1,4 @@
-"""The score rule in torch: the one place where an attention variant is taught to the tile-wise passes.
+"""The score rule in torch: an attention variant is added to the tile-wise passes in this file alone.
 
 `x = scale q.k`, softcapped, less `slope (t - s)` with ALiBi; `A = exp(x - lse)`. Which keys a row sees is
 :func:`visible`, what a sink takes from a row :func:`sink_peak`, :func:`sink_mass` and :func:`known`.
@@ -28,7 +28,7 @@ def logit(product: Tensor, distance: Tensor, heads: Tensor, sequence: Tensor, ru
 def logit_and_slope(
     product: Tensor, distance: Tensor, heads: Tensor, sequence: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor | None]:
-    """The same, and `dx / d(scale q.k)`, None for 1."""
+    """:func:`logit`, and its slope `dx / d(scale q.k)`, of the same shape; None where the slope is 1."""
     x = _capped(product, rule)
     slope = 1 - (x / rule.softcap) ** 2 if rule.softcap > 0 else None
     return _biased(x, distance, heads, sequence, rule), slope
@@ -51,12 +51,12 @@ def logits(
     q: Tensor, k: Tensor, rows: tuple[int, int], keys: tuple[int, int], heads: Tensor, tokens: TokenTable,
     distance: Tensor, rule: Rule,
 ) -> Tensor:  # fmt: skip
-    """:func:`logit` of rows and keys of q and k."""
+    """:func:`logit` of a tile of q and k, `(B, Hs, rows, keys)`; `rows` and `keys` are ranges `(first, end)`."""
     return logit(products(q, k, rows, keys, heads), distance, heads, tokens.sequence[:, slice(*rows)], rule)
 
 
 def of_flash(rule: Rule) -> bool:
-    """Whether torch's own flash attention on CPUs has this rule."""
+    """Whether torch's own flash attention on CPUs can compute this rule."""
     return (
         rule.softcap == 0
         and rule.window_left < 0
@@ -67,24 +67,24 @@ def of_flash(rule: Rule) -> bool:
 
 
 def visible(
-    tokens: TokenTable, rows: tuple[int, int], keys: tuple[int, int], rule: Rule, windowed: bool = True
+    tokens: TokenTable, rows: tuple[int, int], keys: tuple[int, int], rule: Rule, sliding: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Of a tile, `(B, 1, rows, keys)` bool: which keys each row sees; and `(rows, keys)` int64: distance t - s.
+    """Which keys each row of a tile sees, `(B, 1, rows, keys)` bool; and the distance t - s, `(rows, keys)` int64.
 
-    Without `windowed`, which ones it would see without a window.
+    Without `sliding`, the sliding window is left out.
     """
     device = tokens.start.device
-    t = torch.arange(*rows, device=device)[:, None]
-    s = torch.arange(*keys, device=device)[None, :]
+    t = torch.arange(*rows, device=device)[:, None]  # (rows, 1)
+    s = torch.arange(*keys, device=device)[None, :]  # (1, keys)
     distance = t - s
-    mask = (distance >= 0) & (s >= tokens.start[:, slice(*rows), None])
-    if windowed and rule.window_left >= 0:
+    mask = (distance >= 0) & (s >= tokens.start[:, slice(*rows), None])  # (B, rows, keys)
+    if sliding and rule.window_left >= 0:
         mask = mask & (distance <= rule.window_left)
     return mask[:, None], distance
 
 
 def sink_peak(sinks: Tensor) -> Tensor:
-    """Where an online softmax with sinks starts: the sinks, NaN for `+inf`, beside which no key has a share."""
+    """The running maximum that an online softmax with sinks starts from: the sinks; NaN for `+inf`: A is undefined."""
     return torch.where(sinks == float("inf"), float("nan"), sinks)
 
 
@@ -95,11 +95,11 @@ def sink_mass(sink: Tensor, peak: Tensor) -> Tensor:
 
 
 def known(lse: Tensor, rule: Rule) -> Tensor:
-    """`(B, H_selected, T)`: the log-sum-exp of the selected heads, NaN where it, or its head's sink, leaves no A."""
-    query_heads, lse_rows = rule.heads.long().unbind(1)
-    row_lse = lse.index_select(1, lse_rows)
-    lost = 0 * row_lse  # NaN where lse is not finite
+    """The log-sum-exp of the selected heads, `(B, Hs, T)`; NaN where it is not finite, or the sink +inf or NaN."""
+    query_heads, lse_index = rule.heads.long().unbind(1)  # (Hs,) each
+    row_lse = lse.index_select(1, lse_index)  # (B, Hs, T)
+    zero = 0 * row_lse  # NaN where lse is not finite
     if rule.sinks is not None:
-        sink = rule.sinks[query_heads, None]
-        lost = lost + torch.where(sink == float("-inf"), 0.0, 0 * sink)
-    return row_lse + lost
+        sink = rule.sinks[query_heads, None]  # (Hs, 1)
+        zero = zero + torch.where(sink == float("-inf"), 0.0, 0 * sink)
+    return row_lse + zero

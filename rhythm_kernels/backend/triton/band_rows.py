@@ -1,6 +1,6 @@
-"""WAAD from a known log-sum-exp: a band of W keys per row, O(T W D).
+"""WAAD from a known log-sum-exp: a band of W keys a row, O(T W D).
 
-``min(t - s, W)`` is W everywhere but on the last W keys, so
+``min(t - s, W)`` is W everywhere but on the last W keys of a row, so
 ``WAAD[t] = W * rowsum[t] - sum_{t-W < s <= t} A[t, s] (W - (t - s))``, ``A[t, s] = exp(x[t, s] - lse[t])``.
 """
 
@@ -11,37 +11,41 @@ import triton.language as tl
 from torch import Tensor
 
 from ...rule import Rule
-from .launch import UNSPECIALIZED, Problem, over_heads
-from .score import known, logit, nothing, rule_of_head, sink_mass, weight
-from .tokens import at_head, load_tokens, locate, products
+from .launch import UNSPECIALIZED, SelectedHeadsLaunch, over_heads
+from .score import keys_seen, known, logit, nothing, rule_of_head, sink_mass, weight
+from .tokens import listed_head, load_tokens, locate, products
 
 
 @triton.jit
-def band_sum(q_low, q_high, k_head, k_stride, t, keys_from, keys_to, lse, own, rule, window_left, window,
+def band_sum(q_low, q_high, k, k_token, t, keys_from, keys_to, lse, head_rule, rule, window_left, window,
              D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, UNIT: tl.constexpr,
              KEYS: tl.constexpr):  # fmt: skip
-    """`sum over s visible, t - W < s <= t, of exp(x - lse) (W - (t - s))`: what WAAD lacks of `W rowsum`."""
-    band = tl.zeros_like(lse)
+    """`sum over s visible, t - W < s <= t, of exp(x - lse) (W - (t - s))`, a number a row, `[ROWS]`.
+
+    WAAD = W rowsum - this: far keys count W, each of the last W keys counts W - (t - s) less. `k`, `k_token`: where the
+    keys of the head begin, and their stride; `t`, `lse`: of the rows, `[ROWS]`, lse in `1 / UNIT` nats.
+    """
+    band = tl.zeros_like(lse)  # [ROWS]
     width = window
     if window_left is not None:
         width = tl.minimum(window, window_left + 1)
     width = tl.cast(width, tl.uint32)
     for s0 in range(keys_from, keys_to, KEYS):
-        k_low, k_high = load_tokens(k_head, s0, keys_to, k_stride, KEYS, D, D0, D1, UPCAST)
-        column = tl.arange(0, KEYS)
-        from_s0 = t - s0
-        distance = from_s0[:, None] - column[None, :]
-        x = logit(products(q_low, q_high, k_low, k_high, D1), distance, own, rule, UNIT)
-        # One unsigned comparison for both ends: a negative distance is a large one.
-        a = tl.where(distance.to(tl.uint32) < width, weight(x, lse[:, None], UNIT), 0.0)
-        # W - (t - s) as a row's part and a column's: exact, as both are below 2^24.
+        k_low, k_high = load_tokens(k, s0, keys_to, k_token, KEYS, D, D0, D1, UPCAST)  # [KEYS, D0], [KEYS, D1]
+        column = tl.arange(0, KEYS)  # [KEYS]
+        from_s0 = t - s0  # [ROWS]
+        distance = from_s0[:, None] - column[None, :]  # [ROWS, KEYS]
+        x = logit(products(q_low, q_high, k_low, k_high, D1), distance, head_rule, rule, UNIT)  # [ROWS, KEYS]
+        # One unsigned comparison checks both ends of the band: as unsigned, a negative distance is above any width.
+        a = tl.where(distance.to(tl.uint32) < width, weight(x, lse[:, None], UNIT), 0.0)  # [ROWS, KEYS]
+        # W - (t - s) is (W - (t - s0)) of the row + (s - s0) of the column: exact, as both are below 2^24.
         band += tl.sum(a * ((window - from_s0).to(tl.float32)[:, None] + column.to(tl.float32)[None, :]), 1)
     return band
 
 
 @triton.jit
 def clamp_waad(value, window):
-    """WAAD into [0, W] against rounding; NaN fails both comparisons and stays."""
+    """WAAD `[ROWS]` clamped to [0, W], which rounding may leave; a NaN fails both comparisons and stays."""
     value = tl.where(value < 0.0, 0.0, value)
     return tl.where(value > window, window, value)
 
@@ -49,36 +53,35 @@ def clamp_waad(value, window):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def band_rows_kernel(
     q, k, lse, seqs, heads, out,
-    q_b: tl.int64, q_t: tl.int64, q_h: tl.int64, k_b: tl.int64, k_t: tl.int64, k_h: tl.int64,
-    lse_b: tl.int64, lse_h: tl.int64, lse_t: tl.int64, out_b: tl.int64, out_h: tl.int64,
-    tiles: tl.int32, n_heads: tl.int32, kv_group: tl.int32,
+    q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64, k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64,
+    lse_batch: tl.int64, lse_head: tl.int64, lse_token: tl.int64, out_batch: tl.int64, out_head: tl.int64,
+    tiles: tl.int32, n_selected: tl.int32, kv_group_size: tl.int32,
     rule, window_left, window: tl.int32,
     ALIGN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    sequence, row, start, end, response, tile, listed = locate(seqs, tiles, n_heads, True)
+    sequence, batch_row, start, end, response, tile, entry = locate(seqs, tiles, n_selected, True)
     first = response + tile * ROWS
     if first >= end:
         return
-    t = first + tl.arange(0, ROWS)
-    live = t < end
-    keys_from = tl.maximum(start, first - window + 1)
-    if window_left is not None:
-        keys_from = tl.maximum(keys_from, first - window_left)
-    keys_to = tl.minimum(end, first + ROWS)
+    t = first + tl.arange(0, ROWS)  # [ROWS]
+    live = t < end  # [ROWS]
+    keys_from, keys_to = keys_seen(tl.maximum(start, first - window + 1), end, first, window_left, ROWS)
     width = tl.cast(window, tl.float32)
 
-    head, q, k, lse_head = at_head(q, q_b, q_h, k, k_b, k_h, row, heads, listed, kv_group, ALIGN)
-    own = rule_of_head(rule, sequence, head)
-    row_lse = tl.load(lse + row * lse_b + lse_head * lse_h + t.to(tl.int64) * lse_t, mask=live, other=0.0)
-    row_lse = known(row_lse, nothing(own, rule))
-    q_low, q_high = load_tokens(q, first, end, q_t * ALIGN, ROWS, D, D0, D1, UPCAST)
-    band = band_sum(
-        q_low, q_high, k, k_t * ALIGN, t, keys_from, keys_to, row_lse, own, rule, window_left, window,
-        D, D0, D1, UPCAST, 1.0, KEYS,
+    head, q, k, lse_index = listed_head(
+        q, q_batch, q_head, k, k_batch, k_head, batch_row, heads, entry, kv_group_size, ALIGN
     )  # fmt: skip
-    waad = clamp_waad(width * (1.0 - sink_mass(own, rule, row_lse)) - band, width)
-    tl.store(out + row * out_b + tl.cast(listed, tl.int64) * out_h + t, waad, mask=live)
+    head_rule = rule_of_head(rule, sequence, head)
+    lse += batch_row * lse_batch + lse_index * lse_head
+    row_lse = known(tl.load(lse + t.to(tl.int64) * lse_token, mask=live, other=0.0), nothing(head_rule, rule))  # [ROWS]
+    q_low, q_high = load_tokens(q, first, end, q_token * ALIGN, ROWS, D, D0, D1, UPCAST)  # [ROWS, D0], [ROWS, D1]
+    band = band_sum(
+        q_low, q_high, k, k_token * ALIGN, t, keys_from, keys_to, row_lse, head_rule, rule, window_left, window,
+        D, D0, D1, UPCAST, 1.0, KEYS,
+    )  # [ROWS]  # fmt: skip
+    waad = clamp_waad(width * (1.0 - sink_mass(head_rule, rule, row_lse)) - band, width)  # [ROWS]
+    tl.store(out + batch_row * out_batch + tl.cast(entry, tl.int64) * out_head + t, waad, mask=live)
 
 
 def band_rows(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_head: bool) -> Tensor:
@@ -92,7 +95,7 @@ def band_rows(q: Tensor, k: Tensor, lse: Tensor, rule: Rule, window: int, per_he
     Returns:
         `(B, T)` float32, the mean over the heads, or `(B, Hs, T)` with `per_head`; 0 outside the responses.
     """
-    problem = Problem("band_rows", q, k, lse, rule)
-    out = problem.output()
-    problem.launch(band_rows_kernel, out, out=out, window=window)
+    launch = SelectedHeadsLaunch("band_rows", q, k, lse, rule)
+    out = launch.output()
+    launch.run(band_rows_kernel, out, out=out, window=window)
     return over_heads(out, per_head)

@@ -33,7 +33,7 @@ _forced: dict[str, Tile] = {}
 
 @contextlib.contextmanager
 def forced(tiles: dict[str, Tile]) -> Iterator[None]:
-    """Within: these kernels run these tiles, in every thread; how the tuner tries one."""
+    """A context in which these kernels run with these tiles, in every thread: the tuner tries tiles by it."""
     before = _forced.copy()
     _forced.update(tiles)
     try:
@@ -55,7 +55,7 @@ def _asked_for(arch: str) -> dict[tuple[str, int, int], Tile]:
 
 
 def choose(kernel: str, arch: str, bits: int, head_size: int) -> Tile:
-    """The tile of a launch: of the file that `RHYTHM_TILES` names where it has this very problem, else the table's."""
+    """The tile of a launch: that of the file `RHYTHM_TILES` names if it has exactly this entry, else the table's."""
     if kernel in _forced:
         return _forced[kernel]
     return _asked_for(arch).get((kernel, bits, head_size)) or listed(kernel, arch, bits, head_size)

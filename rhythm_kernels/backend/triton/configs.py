@@ -1,8 +1,8 @@
 """Launch choices as data: what tile each pass uses on each architecture. Nothing is tuned unasked.
 
 `rows` and `keys` are the tile of queries and keys, `warps` and `stages` Triton's `num_warps` and `num_stages`.
-A list is searched from the top; the first entry whose `width` (the widest head size) and `bits` (16 or 32, the
-inputs) fit is taken. The sm_80 table also serves sm_86, sm_89 and sm_120, whose shared memory ends at 99 KiB, so no
+A list is searched from the top for the first entry whose `bits` (16 or 32) and `width` (a head size) are at least those
+of the inputs. The sm_80 table also serves sm_86, sm_89 and sm_120, whose shared memory ends at 99 KiB, so no
 entry of it may need more. :mod:`.choosing` reads them.
 """
 
@@ -18,23 +18,23 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
-    registers: int = 0  # the most a thread may have; 0: as ptxas likes, which is to spill a little for occupancy
-    # `rows` with a softcap, whose slope the backward pass holds as well, a window, which makes it a third loop, or
-    # ALiBi, for which it holds distances; 0: as without.
+    registers: int = 0  # the most a thread may have; 0: ptxas decides, and may spill a little for occupancy
+    # `rows` where attention's kernels need more registers: with a softcap, whose slope the backward pass also holds, a
+    # sliding window, which adds a third loop, or ALiBi, for which they hold distances. 0: `rows` is used then too.
     capped_rows: int = 0
 
 
 def words(tile: Tile) -> str:
-    """A tile as people read it."""
+    """A tile in words."""
     registers = f", {tile.registers} registers" if tile.registers else ""
     return f"{tile.rows} x {tile.keys}, {tile.warps} warps, {tile.stages} stages{registers}"
 
 
-# (bits, width): Tile. float32 dots run on the plain FMA units, which hold whole heads of both operands in registers:
-# a small tile and many threads.
+# (bits, width): Tile. float32 dots run on the plain FMA units, for which Triton holds whole heads of both operands in
+# registers: a small tile and many threads.
 _FLOAT32 = {(32, 256): Tile(32, 32, 16, 2, 128)}
 _FLOAT32_AMD = {(32, 256): Tile(32, 32, 4, 1)}  # its matrix units do float32
-# Passes that also multiply by what they stream hold an accumulator of a whole head besides, or two.
+# Attention and dq (STREAM) also hold an accumulator of a whole head, dkv two (STREAM_TWO).
 _FLOAT32_STREAM = {(32, 128): Tile(32, 32, 16, 2, 128), (32, 256): Tile(32, 16, 16, 2, 128)}
 _FLOAT32_STREAM_TWO = {(32, 256): Tile(16, 16, 8, 1, 255)}
 _ATTENTION = {
@@ -171,7 +171,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
     },
 }
 
-# Tiles that read as well as the table's in machine code, for 16-bit inputs and heads of 128: what a GPU must decide.
+# Tiles whose machine code promises as much as that of the table's, for 16-bit inputs and heads of 128: a GPU decides.
 # `python -m rhythm_kernels.tuning --shortlist` times them beside the table's.
 CANDIDATES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "sm_90": {

@@ -57,13 +57,13 @@ def _entry(path: Path, entry: Any) -> tuple[tuple[str, int, int], Tile]:
         raise ValueError(f"{path}: a tile must have the fields {', '.join(Tile._fields)}, got {', '.join(tile)}")
     for name, value in {"bits": entry["bits"], "head_size": entry["head_size"], **tile}.items():
         if type(value) is not int or value < 0:
-            raise ValueError(f"{path}: {name} of {entry['kernel']} is {value!r}: it must be an integer, not negative")
+            raise ValueError(f"{path}: {name} of {entry['kernel']} must be an integer of 0 or more, got {value!r}")
     for name, (low, high) in _LIMITS.items():
         value = tile[name]
         power = name == "stages" or value & (value - 1) == 0
         if not (low <= value <= high and power) and (name, value) != ("capped_rows", 0):
             kind = "" if name == "stages" else "a power of two "
-            raise ValueError(f"{path}: {name} of {entry['kernel']} is {value}: it must be {kind}from {low} to {high}")
+            raise ValueError(f"{path}: {name} of {entry['kernel']} must be {kind}from {low} to {high}, got {value}")
     return (entry["kernel"], entry["bits"], entry["head_size"]), Tile(**tile)
 
 
@@ -91,15 +91,17 @@ def load(path: Path, arch: str, kernels: Iterable[str]) -> dict[tuple[str, int, 
     tiles = dict(_entry(path, entry) for entry in found["tiles"])
     unknown = sorted({key[0] for key in tiles} - set(kernels))
     if unknown:
-        raise ValueError(f"{path} has tiles of {', '.join(unknown)}: known are {', '.join(kernels)}")
+        raise ValueError(f"{path}: kernel must be one of {', '.join(kernels)}, got {', '.join(unknown)}")
     return tiles
 
 
 def save(
     path: Path, arch: str, kernels: Iterable[str], tuned: set[tuple[str, int, int]], entries: list[dict[str, Any]]
 ) -> None:  # fmt: skip
-    """Write `entries` in place of whatever the file had for the problems `tuned`; what it has for others stays, if
-    :func:`load` takes it."""
+    """Write `entries` in place of those that the file has for the keys `tuned`, `(kernel, bits, head size)`.
+
+    Its other entries stay; a file that :func:`load` refuses is an error.
+    """
     kept: list[dict[str, Any]] = []
     if path.exists():
         load(path, arch, kernels)
@@ -111,4 +113,4 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)  # whoever reads meanwhile has the old file or the new one
+    partial.replace(path)  # a process that reads meanwhile gets the old file or the new one, whole

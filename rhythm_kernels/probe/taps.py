@@ -51,8 +51,9 @@ _wrappers: dict[tuple[int, str], AttentionFunction] = {}
 class _WhileMeasuring(dict[str, AttentionFunction]):
     """What a registry's local mapping is while wrappers are in it.
 
-    Code that torch compiled then looks a name up without a guard that it is there, and would fail once it no longer is
-    (KeyError); but the type of the mapping it does guard.
+    Code that torch compiled while a name was in the mapping does not guard that the name is there, and would raise a
+    KeyError once it is not. It does guard the type of the mapping: with a type of its own for the time of the wrappers,
+    such code is compiled anew afterwards.
     """
 
 
@@ -87,7 +88,7 @@ def _wrapper(registry: Any, name: str) -> AttentionFunction:
     place = (id(registry), name)
     if place not in _wrappers:
         # The parameters have transformers' names: some models pass them by keyword.
-        def rhythm_attention(
+        def tapped(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
         ) -> Any:
             entry = _installed.get(place)
@@ -99,8 +100,8 @@ def _wrapper(registry: Any, name: str) -> AttentionFunction:
                 return function(module, query, key, value, attention_mask, **kwargs)
             return tap(function, name, module, query, key, value, attention_mask, kwargs)
 
-        # Traced, it would be baked into the graph together with the tap of the moment.
-        _wrappers[place] = torch.compiler.disable(rhythm_attention)
+        # A graph break: a traced wrapper would stay in the graph with the tap that it had when it was traced.
+        _wrappers[place] = torch.compiler.disable(tapped)
     return _wrappers[place]
 
 
@@ -144,7 +145,7 @@ def uninstall(taps: dict[int, Tap], used: list[tuple[Any, str]]) -> None:
         if entry.users:
             continue
         del _installed[key]
-        if registry._local_mapping.get(name) is _wrappers[key]:  # else someone put theirs there meanwhile, to keep
+        if registry._local_mapping.get(name) is _wrappers[key]:  # else someone set theirs meanwhile: it stays
             if entry.local:
                 registry[name] = entry.original
             else:

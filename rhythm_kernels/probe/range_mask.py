@@ -1,9 +1,9 @@
 """The mask that "rhythm" attention is given: which range of keys each token sees, in O(B T) memory.
 
-transformers describes a mask by a function of (row, head, query, key) and lets each attention implementation make of it
-what it needs. Causal attention within padded rows, packed sequences, sliding windows and chunks is one range of keys a
-token, and is told by O(B T) evaluations of that function. Whatever is not of this form, and every call with a KV cache,
-gets the boolean `(B, 1, Tq, Tk)` mask that `sdpa` would get.
+transformers describes a mask by a function of (batch row, head, query, key), of which each attention implementation
+makes what it needs. In causal attention over padded or packed sequences, with sliding windows and chunks, each token
+sees one range of keys, and O(B T) evaluations of that function find it. Masks of other forms, and those of every call
+with a KV cache, become the boolean `(B, 1, Tq, Tk)` mask that `sdpa` would get.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .masks import agrees, ends, rows_to_check
+from .checked_queries import queries_to_check, see_ranges
+from .forward_sequences import true_range
 
 _NO_TENSOR = (
     "this model computes with its attention mask, which attn_implementation='rhythm' does not give as a tensor: use "
@@ -26,12 +27,12 @@ MaskFunction = Callable[[Any, Any, Tensor, Tensor], Any]
 
 @dataclass(frozen=True)
 class RangeMask:
-    """Token t of row b sees the keys `first[b, t] <= s <= t`, of these the last `left + 1` (-1: all).
+    """Token t of batch row b sees the keys `first[b, t] <= s <= t`, of these the last `left + 1` (-1: all).
 
     Attributes:
         first: `(B, T)` int64, the first token of t's sequence; T for tokens that are in none (padding).
         left: keys to the left of its own that a token sees, as in `window_size=(left, 0)`.
-        packed: whether some row holds several sequences; q, k and v are then flattened to `(B * T, H, D)`.
+        packed: whether some batch row holds several sequences; q, k and v are then flattened to `(B * T, H, D)`.
         arguments: what tells the public functions of these sequences (`cu_seqlens` or `seq_start`, `seq_end`).
         no_response: `response_start` at which no token is measured, one entry a sequence.
     """
@@ -42,21 +43,21 @@ class RangeMask:
     arguments: dict[str, Any]
     no_response: Tensor
 
-    def mask_mod(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether `query` of `row` sees `key`; the tensors are broadcast."""
+    def mask_mod(self, batch_row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether `query` of `batch_row` sees `key`; the tensors are broadcast."""
         first = self.first.to(query.device)
-        seen = (key >= first[row, query]) & (key <= query)
+        seen = (key >= first[batch_row, query]) & (key <= query)
         return seen & (query - key <= self.left) if self.left >= 0 else seen
 
     def dense(self, queries: slice = slice(None)) -> Tensor:
-        """The same as a `(B, 1, T, T)` bool mask, or the rows of it for some queries."""
+        """The same as a `(B, 1, T, T)` bool mask, or what of it is for some queries."""
         batch, length = self.first.shape
         token = torch.arange(length, device=self.first.device)
-        row = torch.arange(batch, device=self.first.device)[:, None, None, None]
-        return self.mask_mod(row, row, token[queries, None], token)
+        batch_row = torch.arange(batch, device=self.first.device)[:, None, None, None]
+        return self.mask_mod(batch_row, batch_row, token[queries, None], token)
 
     def __getitem__(self, index: Any) -> RangeMask | Tensor:
-        """`mask[:, :, queries, :]`, a slice of queries: itself where these are all, else their rows of `dense`.
+        """`mask[:, :, queries, :]`, a slice of queries: itself where these are all, else their part of `dense`.
 
         So Gemma 4 reads its mask, which computes layers that share keys and values for `logits_to_keep` tokens alone.
         """
@@ -150,7 +151,7 @@ def _cuts_queries(config: Any) -> bool:
 
 
 def _plain(batch: int, length: int, device: torch.device | str) -> RangeMask:
-    """Causal attention over whole rows."""
+    """Causal attention over whole batch rows."""
     first = torch.zeros(batch, length, dtype=torch.int64, device=device)
     return RangeMask(first, -1, False, {}, torch.full((batch,), length, dtype=torch.int32, device=device))
 
@@ -165,35 +166,35 @@ def ranges_of(
     """Whether there is no padding, and the ranges that a mask function describes; None: it describes something else.
 
     The host must know which of these it is, to choose the attention that is run: on CUDA it waits for the device once a
-    mask (as transformers does to choose sdpa's mask), and twice more where rows hold several sequences.
+    mask (as transformers does to choose sdpa's mask), and twice more where batch rows hold several sequences.
 
     Args:
         mask_function: as transformers composes it, without padding.
         attention_mask: `(B, T)` bool, False for padding; None: no padding.
     """
     token = torch.arange(length, device=device)
-    row = torch.arange(batch, device=device)[:, None]
+    batch_row = torch.arange(batch, device=device)[:, None]
     head = torch.zeros((), dtype=torch.int64, device=device)
 
     def sees(query: Tensor, key: Tensor) -> Tensor:
-        return torch.as_tensor(mask_function(row, head, query, key), device=device).expand(batch, query.numel())
+        return torch.as_tensor(mask_function(batch_row, head, query, key), device=device).expand(batch, query.numel())
 
     def window_of(bounds: Tensor) -> tuple[Tensor, Tensor]:
-        """`left` as the longest sequence shows it, and whether the checked rows are ranges with it."""
+        """`left` as the longest sequence shows it, and whether the checked queries see ranges with it."""
         left = _left_window(mask_function, bounds, length)
-        checked = rows_to_check(bounds, length)
-        rows, _, queries, _ = checked
-        shown = torch.as_tensor(mask_function(rows[:, None], head, queries[:, None], token)).expand(-1, length)
-        return left, agrees(shown & live[rows], checked, length, left)  # padding is not the function's matter
+        queries = queries_to_check(bounds, length)
+        at, query = queries.batch_row, queries.token
+        shown = torch.as_tensor(mask_function(at[:, None], head, query[:, None], token)).expand(-1, length)
+        return left, see_ranges(shown & live[at], queries, left)  # the function knows nothing of padding
 
     live = torch.ones(batch, length, dtype=torch.bool, device=device) if attention_mask is None else attention_mask
     begins = live.clone()
     begins[:, 1:] &= ~sees(token[1:], token[:-1]) | ~live[:, :-1]
     looks_ahead = (sees(token[:-1], token[1:]) & live[:, 1:] & live[:, :-1]).any()
-    start, end = ends(live)
+    start, end = true_range(live)
     holes = (live.sum(1) != end - start).any()  # what follows a hole sees what is before it
     one_each = (begins.sum(1) == live.any(1)).all()
-    left, agreed = window_of(torch.stack([row[:, 0], start, end], dim=1))
+    left, agreed = window_of(torch.stack([batch_row[:, 0], start, end], dim=1))
     known = torch.stack([live.all(), looks_ahead, holes, one_each, agreed, left]).tolist()
     whole, looks_ahead, holes, one_each, agreed, left = known
     if looks_ahead or holes:
@@ -211,9 +212,9 @@ def ranges_of(
 
 
 def _packed_bounds(begins: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """`(S, 3)` (row, start, end) of the live sequences, and `cu_seqlens` over the flattened batch.
+    """`(S, 3)` (batch row, start, end) of the live sequences, and `cu_seqlens` over the flattened batch.
 
-    Runs of padding are entries of `cu_seqlens` too: attending among themselves, they disturb nobody.
+    Runs of padding are entries of `cu_seqlens` too: they attend among themselves, unseen by the live tokens.
     """
     length = begins.shape[1]
     edges = begins.clone()
@@ -221,16 +222,20 @@ def _packed_bounds(begins: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     edges[:, 1:] |= live[:, 1:] != live[:, :-1]
     starts = edges.flatten().nonzero().squeeze(1)
     cu_seqlens = torch.cat([starts, starts.new_full((1,), begins.numel())])
-    row = starts // length
-    bounds = torch.stack([row, starts - row * length, cu_seqlens[1:] - row * length], dim=1)
+    batch_row = starts // length
+    bounds = torch.stack([batch_row, starts - batch_row * length, cu_seqlens[1:] - batch_row * length], dim=1)
     return bounds[live.flatten()[starts]], cu_seqlens.to(torch.int32)
 
 
 def _left_window(mask_function: MaskFunction, bounds: Tensor, length: int) -> Tensor:
     """`left` of the window: how many keys the last token of the longest sequence sees before its own; -1: all. 0-d."""
-    row, start, end = bounds.index_select(0, (bounds[:, 2] - bounds[:, 1]).argmax().view(1))[0].unbind()
+    batch_row, start, end = bounds.index_select(0, (bounds[:, 2] - bounds[:, 1]).argmax().view(1))[0].unbind()
     key = torch.arange(length, device=bounds.device)
     query = (end - 1).clamp(min=0)
-    seen = torch.as_tensor(mask_function(row, torch.zeros_like(row), query, key)) & (key >= start) & (key < end)
+    seen = (
+        torch.as_tensor(mask_function(batch_row, torch.zeros_like(batch_row), query, key))
+        & (key >= start)
+        & (key < end)
+    )
     count = seen.expand(length).sum()
     return torch.where(count >= end - start, -1, count - 1)

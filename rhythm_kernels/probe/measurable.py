@@ -12,7 +12,7 @@ from torch import nn
 from ..canonical import MAX_HEAD_SIZE
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
-# What a forward calls that makes the masks of a decoder. Those of its own encoders are another matter.
+# Names of the functions by which a forward makes the masks of a decoder; those for encoders are left out.
 _MAKES_MASKS = re.compile(r"create_(?!bidirectional|\w*vision)\w*masks?(_\w+)?$|\w*_update_causal_mask$")
 
 
@@ -24,7 +24,7 @@ def find_attentions(decoder: nn.Module) -> tuple[dict[int, nn.Module], dict[int,
     """
     blocks = _blocks(decoder)
     named = [(layers, child) for child in decoder.modules() if (layers := _layers_of(child, blocks))]
-    # Of a model with further stacks inside, its own list of layers is the decoder.
+    # Where a model has further stacks inside, only its own list of layers is the decoder.
     of_stack = [(layers, child) for layers, child in named if id(child) in blocks]
     found: dict[int, nn.Module] = {}
     left_out: dict[int, str] = {}
@@ -72,9 +72,9 @@ def _blocks(decoder: nn.Module) -> dict[int, list[int]]:
 
 
 def _layers_of(module: nn.Module, blocks: dict[int, list[int]]) -> list[int]:
-    """The layers in which this module is causal self-attention: by its own word, else by its place. Empty: it is not.
+    """The layers in which this module is causal self-attention, by its `layer_idx`, else by its place; may be empty.
 
-    Zamba's shared attention names no layer: weights are shared, each layer that has it holds a module of its own.
+    Zamba's shared attention has no `layer_idx`: each layer that uses it holds a module of its own, with shared weights.
     """
     if not hasattr(module, "config") or not hasattr(module, "layer_idx") or not _calls_registry(module):
         return []
@@ -96,7 +96,7 @@ def _is_causal_self_attention(module: nn.Module) -> bool:
 def _calls_registry(module: nn.Module) -> bool:
     """Whether a forward of its class, or of one that this derives from, names transformers' registry of attention.
 
-    A module that calls itself attention may call it in a function of its file.
+    A module whose class is named attention may also reach the registry through a function of its file.
     """
     named_so = "Attention" in type(module).__name__
     for cls in type(module).__mro__:

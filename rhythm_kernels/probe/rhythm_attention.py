@@ -19,8 +19,8 @@ from .. import ops
 from ..canonical import DTYPES, MAX_HEAD_SIZE
 from ..functional import attention_with_rhythm
 from ..reference import AttentionStats
-from .ranges import RangeMask, rhythm_mask
-from .registry import eager_function
+from .range_mask import RangeMask, rhythm_mask
+from .taps import eager_function
 
 NAME = "rhythm"
 
@@ -58,8 +58,8 @@ def asking(request: Request | None) -> Iterator[None]:
 
 
 def is_one_pass(device: torch.device) -> bool:
-    """Whether the statistics cost nothing beside the attention here. On a CPU they are a pass of their own, and a band
-    of keys with the log-sum-exp is cheaper."""
+    """Whether attention on this device takes the statistics in its own pass. On a CPU they would be a pass more, and
+    with the log-sum-exp a band of keys is cheaper."""
     return ops.choose("attention", None, device) not in ("cpu", "torch", "reference")
 
 
@@ -102,17 +102,18 @@ def rhythm_attention(
             f"{type(module).__name__} chooses keys (sparse attention), which attn_implementation={NAME!r} does not "
             "support: use 'sdpa' or 'eager'"
         )
-    made_for = attention_mask.shape[-1] if isinstance(attention_mask, RangeMask) else key.shape[2]
-    if getattr(module, "compressor", None) is not None or made_for != key.shape[2]:
+    mask_keys = attention_mask.shape[-1] if isinstance(attention_mask, RangeMask) else key.shape[2]
+    if getattr(module, "compressor", None) is not None or mask_keys != key.shape[2]:
         raise NotImplementedError(
             f"{type(module).__name__} attends to keys that are no tokens' own (compressed or added keys), which "
             f"attn_implementation={NAME!r} does not support: use 'eager'"
         )
-    ends = kwargs.get("cu_seq_lens_q")
-    if ends is not None and ends.shape[0] > 2 and not (isinstance(attention_mask, RangeMask) and attention_mask.packed):
+    cu_seqlens, packed = kwargs.get("cu_seq_lens_q"), isinstance(attention_mask, RangeMask) and attention_mask.packed
+    if cu_seqlens is not None and cu_seqlens.shape[0] > 2 and not packed:
         raise ValueError(
-            f"cu_seq_lens_q: attn_implementation={NAME!r} does not read it; pass packed position_ids, "
-            "attention_mask=None and use_cache=False"
+            f"cu_seq_lens_q must be None or come with packed position_ids, as attn_implementation={NAME!r} does not "
+            f"read it, got {cu_seqlens.shape[0] - 1} sequences: pass packed position_ids, attention_mask=None and "
+            "use_cache=False"
         )
     query, key, value = _lowered(query, key, value)
     if dropout or not _is_self_attention(module, query, key, value, attention_mask, kwargs):
@@ -121,12 +122,12 @@ def rhythm_attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if attention_mask is None:
         ranges: dict[str, Any] = {}
-        left, packed = -1, False
+        left = -1
         no_response = torch.full((batch,), length, dtype=torch.int32, device=q.device)
     else:
         assert isinstance(attention_mask, RangeMask)
         mask = attention_mask if attention_mask.first.device == q.device else attention_mask.to(q.device)
-        ranges, left, packed, no_response = mask.arguments, mask.left, mask.packed, mask.no_response
+        ranges, left, no_response = mask.arguments, mask.left, mask.no_response
     request = _request
     if request is None:  # without a response no statistics are taken
         asked: dict[str, Any] = {"heads": [0], "response_start": no_response}
@@ -197,7 +198,7 @@ def _by_others(
         return sdpa_attention_forward(module, query, key, value, mask, **arguments)[0]
     length, keys = query.shape[2], key.shape[2]
     if mask is None and length > 1:
-        # Where sdpa's mask function leaves the mask out, the queries are the first of the keys.
+        # sdpa's mask function leaves the mask out only where the queries are the first of the keys.
         mask = torch.ones(1, 1, length, keys, dtype=torch.bool, device=query.device).tril()
     if mask is not None and mask.dtype == torch.bool:
         low = torch.finfo(query.dtype).min
@@ -222,6 +223,6 @@ class _SinkGradient(torch.autograd.Function):
         out, sinks, lse = ctx.saved_tensors
         inner = (grad_out.float() * out.float()).sum(-1).movedim(-1, -2)  # (B, H, T) or (H, total)
         share = torch.exp(sinks.float()[:, None] - lse)
-        dead = torch.isneginf(lse)  # padding: no row, hence no share
-        weighted = torch.where(dead, 0.0, share * inner)
+        padding = torch.isneginf(lse)  # such a query has no keys, and its sink takes nothing
+        weighted = torch.where(padding, 0.0, share * inner)
         return grad_out, -weighted.transpose(0, -2).flatten(1).sum(1).to(sinks.dtype), None
