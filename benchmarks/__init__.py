@@ -1,4 +1,4 @@
-"""Rivals and shapes as data, a correctness gate before every timing, rows with provenance.
+"""Rivals and shapes as data, a correctness gate before every timing, entries with provenance.
 
-`python -m benchmarks` runs suites; `python -m benchmarks report FILES` makes a table and plots from saved rows.
+`python -m benchmarks` runs suites; `python -m benchmarks report FILES` makes a table and plots from saved entries.
 """

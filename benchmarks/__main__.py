@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from . import report
+from .entries import Entry, default_path, load, save
 from .machine import device_name
-from .rows import Row, default_path, load, save
 from .runner import BrokenDeviceError, Choice, broken, run_suite
 from .shapes import DEVICES, PROFILES
 from .suites import SUITES
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="FILE",
-        help="write the rows, by default to benchmarks/results/<device>-<date>.json; a file there is added to",
+        help="write the entries, by default to benchmarks/results/<device>-<date>.json; a file there is added to",
     )
     return parser
 
@@ -67,44 +67,44 @@ def _run(arguments: list[str]) -> int:
     if options.save is not None:
         path = Path(options.save) if options.save else default_path(device_name(device))
     earlier = load([path]) if path is not None and path.exists() else []
-    rows: list[Row] = []
+    entries: list[Entry] = []
     failed = False
     for suite in options.suite or [name for name in SUITES if name != "native_targets" or device.type == "cpu"]:
         try:
             for found in run_suite(suite, options.profile, device, budget, choice, earlier if options.resume else ()):
-                rows += found
+                entries += found
                 print(report.table(found), flush=True)
                 if path is not None:  # after every shape: what is cut short keeps what it has
-                    save([*earlier, *rows], path)
+                    save([*earlier, *entries], path)
         except BrokenDeviceError as error:
             print(error, flush=True)
             if path is not None:
-                save([*earlier, *rows, *error.rows], path)
+                save([*earlier, *entries, *error.entries], path)
             return BROKEN
         except Exception:  # the other suites are still wanted
             traceback.print_exc()
             if broken(device):
                 return BROKEN
             failed = True
-    for line in verdicts(rows):
+    for line in verdicts(entries):
         print(line)
     if path is not None:
-        print(f"{len(rows)} rows added to {path}")
-    return 1 if failed or any(row.status in ("wrong", "failed") for row in rows) else 0
+        print(f"{len(entries)} entries added to {path}")
+    return 1 if failed or any(entry.status in ("wrong", "failed") for entry in entries) else 0
 
 
 def _report(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description="A table and plots from rows.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description="A table and plots from entries.")
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="folder for report.md and the plots; default: the table to the screen")
     options = parser.parse_args(arguments)
-    rows = load(options.files)
+    entries = load(options.files)
     if options.out is None:
-        print(report.table(rows))
+        print(report.table(entries))
         return 0
-    images = report.plots(rows, options.out)
+    images = report.plots(entries, options.out)
     links = "\n".join(f"![{path.stem}]({path.name})" for path in images)
-    (options.out / "report.md").write_text(f"{report.table(rows)}\n{links}\n")
+    (options.out / "report.md").write_text(f"{report.table(entries)}\n{links}\n")
     print(options.out / "report.md")
     return 0
 

@@ -1,4 +1,4 @@
-"""Where and from what a row comes: device, versions, threads, commit."""
+"""What an entry was measured on: device, versions, threads, commit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _triton() -> str | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What every row carries."""
+    """What every entry carries."""
     from rhythm_kernels import build_info
 
     return {

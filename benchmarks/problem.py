@@ -26,7 +26,7 @@ class AttentionProblem:
     lse: Tensor
 
     @classmethod
-    @functools.lru_cache(maxsize=1)  # suites of one shape share it: at a million tokens its lse alone takes 10 s
+    @functools.lru_cache(maxsize=1)  # shared by suites of one shape: at a million tokens lse alone takes 10 s
     def draw(cls, shape: AttentionShape, device: torch.device, seed: int = 0) -> AttentionProblem:
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -42,7 +42,8 @@ class AttentionProblem:
         return self.q.device
 
     @property
-    def group(self) -> int:
+    def kv_group(self) -> int:
+        """How many query heads share a kv head."""
         return self.shape.heads // self.shape.kv_heads
 
     @property
@@ -57,8 +58,9 @@ class AttentionProblem:
 
 def attention_lse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`(B, H, T)` float32 from the attention operator that SDPA would run on this device."""
-    group = q.shape[2] // k.shape[2]
-    query, key, value = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    kv_group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(kv_group, 2) for x in (k, v))
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
     aten = torch.ops.aten
     if q.device.type == "cpu":
         lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True)[1]

@@ -1,4 +1,4 @@
-"""From rows to a markdown table and plots."""
+"""From entries to a markdown table and plots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .rows import Row
+from .entries import Entry
 from .suites import SUITES
 from .targets import verdicts
 
@@ -47,58 +47,59 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _groups(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """(device, suite) -> rows, in the order met."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row.environment["device"], row.suite), []).append(row)
+def _by_device_and_suite(entries: Iterable[Entry]) -> dict[tuple[str, str], list[Entry]]:
+    """(device, suite) -> entries, in the order met."""
+    found: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        found.setdefault((entry.environment["device"], entry.suite), []).append(entry)
     return found
 
 
-def _line(row: Row) -> str:
-    if row.status != "ok":
-        cells = [row.shape, row.rival, f"{row.status}: {row.reason}", *[""] * 7]
+def _line(entry: Entry) -> str:
+    if entry.status != "ok":
+        cells = [entry.shape, entry.rival, f"{entry.status}: {entry.reason}", *[""] * 7]
     else:
-        gives = ", ".join(row.gives)
+        gives = ", ".join(entry.gives)
         cells = [
-            row.shape,
-            row.rival,
+            entry.shape,
+            entry.rival,
             gives,
-            seconds(row.median),
-            f"{seconds(row.p20)} to {seconds(row.p80)}",
-            _ratio(row.ratio),
-            seconds(row.cpu),
-            _share(row.bandwidth_share),
-            _share(row.flops_share),
-            size(row.peak_bytes),
+            seconds(entry.median),
+            f"{seconds(entry.p20)} to {seconds(entry.p80)}",
+            _ratio(entry.ratio),
+            seconds(entry.cpu),
+            _share(entry.bandwidth_share),
+            _share(entry.flops_share),
+            size(entry.peak_bytes),
         ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: targets, then for each device and suite every row, lost or won."""
+def table(entries: list[Entry]) -> str:
+    """Markdown: the targets, then every entry of each device and suite, whether or not ours is the fastest."""
     parts = []
-    lines = verdicts(rows)
+    lines = verdicts(entries)
     if lines:
         parts.append("## Targets\n\n" + "\n".join(f"- {line}" for line in lines))
-    for (device, suite), found in _groups(rows).items():
+    for (device, suite), found in _by_device_and_suite(entries).items():
         about = found[-1].environment
-        yardstick = next((row.yardstick for row in found if row.yardstick), "none")
-        commits = ", ".join(sorted({row.environment["commit"] for row in found}))
+        yardstick = next((entry.yardstick for entry in found if entry.yardstick), "none")
+        commits = ", ".join(sorted({entry.environment["commit"] for entry in found}))
+        peaks = ", ".join(sorted({entry.peak_by for entry in found if entry.peak_by}))
         parts.append(
             f"## {SUITES[suite].title} (`{suite}`), {device}\n\n"
             f"torch {about['torch']}, Triton {about['triton']}, Python {about['python']}, CUDA {about['cuda']}, "
             f"{about['threads']} threads, commit {commits}, {found[-1].time}. Ratio: to {yardstick}. "
-            f"Peak memory by: {', '.join(sorted({row.peak_by for row in found if row.peak_by})) or 'nothing'}.\n\n"
+            f"Peak memory by: {peaks or 'nothing'}.\n\n"
             "| shape | rival | gives | median | p20 to p80 | ratio | CPU | bandwidth | FMA | peak memory |\n"
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n" + "\n".join(map(_line, found))
         )
     return "\n\n".join(parts) + "\n"
 
 
-def _family(row: Row) -> str:
-    """The shape's name but for its tokens: what one line of a plot keeps fixed."""
-    return re.sub(r" ?\bT\d+", "", row.shape)
+def _family(entry: Entry) -> str:
+    """The shape's name without its number of tokens, which is the x axis of a plot."""
+    return re.sub(r" ?\bT\d+", "", entry.shape)
 
 
 def _style(rivals: list[str]) -> dict[str, dict[str, Any]]:
@@ -114,7 +115,7 @@ def _style(rivals: list[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def plots(rows: list[Row], folder: Path) -> list[Path]:
+def plots(entries: list[Entry], folder: Path) -> list[Path]:
     """One PNG for each device and suite: time and peak memory against tokens, a column a family of shapes."""
     import matplotlib
 
@@ -123,17 +124,17 @@ def plots(rows: list[Row], folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for (device, suite), found in _groups(rows).items():
-        timed = [row for row in found if row.median is not None and row.rival not in _CEILINGS]
+    for (device, suite), found in _by_device_and_suite(entries).items():
+        timed = [entry for entry in found if entry.median is not None and entry.rival not in _CEILINGS]
         if not timed:
             continue
         families = list(dict.fromkeys(map(_family, timed)))
         figure, axes = plt.subplots(
             2, len(families), figsize=(1.5 + 4.6 * len(families), 7.6), squeeze=False, layout="constrained"
         )
-        styles = _style(list(dict.fromkeys(row.rival for row in timed)))
+        styles = _style(list(dict.fromkeys(entry.rival for entry in timed)))
         for column, family in enumerate(families):
-            members = [row for row in timed if _family(row) == family]
+            members = [entry for entry in timed if _family(entry) == family]
             _panel(axes[0][column], members, styles, "median")
             _panel(axes[1][column], members, styles, "peak_bytes")
             axes[0][column].set_title(family, fontsize=10)
@@ -149,19 +150,20 @@ def plots(rows: list[Row], folder: Path) -> list[Path]:
     return written
 
 
-def _panel(axis: Any, rows: list[Row], styles: dict[str, dict[str, Any]], quantity: str) -> None:
+def _panel(axis: Any, entries: list[Entry], styles: dict[str, dict[str, Any]], quantity: str) -> None:
     from matplotlib.ticker import LogLocator
 
-    lengths = sorted({row.dimensions["length"] for row in rows})
+    lengths = sorted({entry.dimensions["length"] for entry in entries})
     for name, style in styles.items():
-        line = sorted((row for row in rows if row.rival == name), key=lambda row: row.dimensions["length"])
-        points = [(row.dimensions["length"], getattr(row, quantity), row) for row in line if getattr(row, quantity)]
+        own = [entry for entry in entries if entry.rival == name and getattr(entry, quantity)]
+        points = [(x.dimensions["length"], getattr(x, quantity), x) for x in own]
+        points.sort(key=lambda point: point[0])
         if not points:
             continue
         xs = [x for x, _, _ in points]
         axis.plot(xs, [y for _, y, _ in points], markersize=5, **style)
         if quantity == "median":
-            early, late = [row.p20 for _, _, row in points], [row.p80 for _, _, row in points]
+            early, late = [entry.p20 for _, _, entry in points], [entry.p80 for _, _, entry in points]
             axis.fill_between(xs, early, late, color=style["color"], alpha=0.15, linewidth=0)
     axis.set_xscale("log", base=2)
     if quantity == "median":

@@ -1,6 +1,6 @@
-"""The registry: who competes in each suite, on which devices, and what is known of each beforehand.
+"""The registry: who competes in each suite, on which devices, with what needs and limits.
 
-A rival that cannot run on a machine keeps its row there, with the reason.
+A rival that cannot run on a machine has an entry there all the same, which says why.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Rival:
     """One contender of a suite.
 
     Attributes:
-        name: as rows and plots have it; ours begin with "rhythm".
+        name: as entries and plots have it; ours begin with "rhythm".
         make: from a problem to the call that is timed, which returns named results for the gate.
         devices: device types it competes on.
         unavailable: from a device to "" or the reason it cannot run there.
@@ -40,7 +40,7 @@ class Rival:
             held to 1 everywhere.
         ceiling: "bytes" or "flops" where it measures what the machine can do at most; the highest of a kind counts.
         graph: on CUDA, time a captured graph of it (launches cost the same whatever the host does).
-        told_by: the rival whose call tells the seconds of this row by its `own_seconds()`: one above it in the suite,
+        told_by: the rival whose call tells the seconds of this entry by its `own_seconds()`: one above it in the suite,
             of which this is a part (`make` is then not called), or itself, where the clock would count too much.
     """
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from . import memory
+from .entries import Entry
 from .gate import Results
 from .machine import environment
 from .rivals import RIVALS, Rival
-from .rows import Row
 from .shapes import Shape, shapes
 from .suites import SUITES, Gate
 from .timing import Budget, Samples, captured, contest, quantile
@@ -28,7 +28,7 @@ _SHARE_OF_FREE = 0.8
 @dataclass
 class _Contender:
     rival: Rival
-    row: Row
+    entry: Entry
     call: Callable[[], object]
 
 
@@ -56,12 +56,12 @@ class BrokenDeviceError(RuntimeError):
     """A rival left the CUDA context unusable: nothing else can be measured in this process.
 
     Attributes:
-        rows: the rows of this shape that say so, to be saved before the process ends.
+        entries: the entries of this shape that say so, to be saved before the process ends.
     """
 
-    def __init__(self, rows: list[Row]) -> None:
-        super().__init__(f"the CUDA context is broken: {rows[-1].rival}: {rows[-1].reason}")
-        self.rows = rows
+    def __init__(self, entries: list[Entry]) -> None:
+        super().__init__(f"the CUDA context is broken: {entries[-1].rival}: {entries[-1].reason}")
+        self.entries = entries
 
 
 def run_suite(
@@ -70,14 +70,14 @@ def run_suite(
     device: torch.device,
     budget: Budget,
     choice: Choice = EVERYTHING,
-    earlier: Collection[Row] = (),
-) -> Iterator[list[Row]]:
-    """The rows of each shape of a suite, in the registry's order, one list a shape.
+    earlier: Collection[Entry] = (),
+) -> Iterator[list[Entry]]:
+    """The entries of each shape of a suite, in the registry's order, one list a shape.
 
     Args:
         budget: of each shape; none is begun after its deadline.
-        earlier: rows of a process that ended before its time. A shape is not run again where all that are wanted have a
-            row, and rivals that failed at a shape are left out there.
+        earlier: entries of a process that ended early. A shape is left out where all wanted rivals have an entry of it,
+            and a rival where its entry says that it failed.
 
     Raises:
         BrokenDeviceError: the process must end; another may go on with `earlier`.
@@ -86,14 +86,14 @@ def run_suite(
     if SUITES[suite].memory_curve:
         memory.keep_nothing()
     for shape in shapes(suite, device.type, profile):
-        met = {row.rival: row for row in earlier if row.suite == suite and row.shape == shape.name}
+        met = {entry.rival: entry for entry in earlier if entry.suite == suite and entry.shape == shape.name}
         competing = {rival.name for rival in RIVALS[suite] if device.type in rival.devices and choice.takes(rival.name)}
         if (choice.lengths and shape.length not in choice.lengths) or competing <= met.keys():
             continue
         if time.monotonic() > budget.deadline:
             print(f"{suite}, {shape.name}: not begun, the time is over", flush=True)
             continue
-        failed = [name for name, row in met.items() if row.status == "failed"]
+        failed = [name for name, entry in met.items() if entry.status == "failed"]
         wanted = replace(choice, without=[*choice.without, *failed])
         yield compete(suite, shape, device, budget, about, wanted)[0]
         gc.collect()  # the timed calls hold the tensors of the shape, some in cycles
@@ -108,28 +108,28 @@ def compete(
     budget: Budget,
     about: dict[str, Any] | None = None,
     choice: Choice = EVERYTHING,
-) -> tuple[list[Row], dict[str, Samples]]:
-    """One row a rival that competes on this device, and the samples of those that were timed, by name."""
+) -> tuple[list[Entry], dict[str, Samples]]:
+    """An entry for each rival that competes on this device, and by name the samples of those that were timed."""
     about = environment(device) if about is None else about
     definition = SUITES[suite]
     problem = definition.problem(shape, device)
     gate = definition.gate(problem)
-    rows, contenders = [], []
+    entries, contenders = [], []
     for rival in RIVALS[suite]:
         if device.type not in rival.devices or not choice.takes(rival.name):
             continue
         work = rival.work(shape, device.type) if rival.work else definition.work(shape)
-        row = Row(suite, rival.name, shape.name, shape.dtype, shape.as_dict(), environment=about)
-        row.bytes, row.flops, row.slack = work.bytes, work.flops, rival.slack.get(shape.dtype, 1.0)
-        rows.append(row)
+        entry = Entry(suite, rival.name, shape.name, shape.dtype, shape.as_dict(), environment=about)
+        entry.bytes, entry.flops, entry.slack = work.bytes, work.flops, rival.slack.get(shape.dtype, 1.0)
+        entries.append(entry)
         if rival.is_part:
-            contender = _part(rival, row, rows, contenders)
+            contender = _part(rival, entry, entries, contenders)
         else:
-            contender = _admit(rival, row, shape, problem, gate, device)
+            contender = _admit(rival, entry, shape, problem, gate, device)
         if contender is not None:
             contenders.append(contender)
-        elif row.status == "failed" and broken(device):
-            raise BrokenDeviceError([row])
+        elif entry.status == "failed" and broken(device):
+            raise BrokenDeviceError([entry])
     if definition.memory_curve:
         budget = Budget(0.0, 1, 1)
     elif device.type in definition.seconds:
@@ -138,63 +138,67 @@ def compete(
     told = {c.rival.name: c.rival.told_by for c in contenders if c.rival.told_by}
     timed = contest({c.rival.name: c.call for c in contenders if not c.rival.is_part}, device, budget, told)
     for contender in contenders:
-        _fill(contender.row, timed[contender.rival.name])
+        _fill(contender.entry, timed[contender.rival.name])
     _compare(contenders, timed, definition.yardstick[device.type])
-    return rows, timed
+    return entries, timed
 
 
-def _part(rival: Rival, row: Row, rows: list[Row], contenders: list[_Contender]) -> _Contender | None:
-    """A row told by another rival's call, which stands above it in the registry and is as right as that is."""
-    row.bytes = row.flops = 0
+def _part(rival: Rival, entry: Entry, entries: list[Entry], contenders: list[_Contender]) -> _Contender | None:
+    """An entry whose time another rival's call tells; that rival is earlier in the registry, and its gate counts."""
+    entry.bytes = entry.flops = 0
     whole = next((contender for contender in contenders if contender.rival.name == rival.told_by), None)
     if whole is None:
-        found = next((other for other in rows if other.rival == rival.told_by), None)
-        row.status = found.status if found else "unavailable"
-        row.reason = f"told by {rival.told_by!r}: {found.reason if found else 'left out'}"
+        found = next((other for other in entries if other.rival == rival.told_by), None)
+        entry.status = found.status if found else "unavailable"
+        entry.reason = f"told by {rival.told_by!r}: {found.reason if found else 'left out'}"
         return None
-    row.error, row.gives, row.slack, row.mode = whole.row.error, whole.row.gives, whole.row.slack, "own time"
-    return _Contender(rival, row, whole.call)
+    entry.error, entry.gives, entry.slack = whole.entry.error, whole.entry.gives, whole.entry.slack
+    entry.mode = "own time"
+    return _Contender(rival, entry, whole.call)
 
 
-def _admit(rival: Rival, row: Row, shape: Shape, problem: Any, gate: Gate, device: torch.device) -> _Contender | None:
-    """The call to be timed, or None where the row says why there is none."""
+def _admit(
+    rival: Rival, entry: Entry, shape: Shape, problem: Any, gate: Gate, device: torch.device
+) -> _Contender | None:
+    """The call to be timed, or None where the entry says why there is none."""
     interpreted = "triton" in rival.name and os.environ.get("TRITON_INTERPRET") == "1"
-    row.reason = rival.unavailable(device)
-    if not row.reason and interpreted and shape.length > _INTERPRETED_TOKENS:
-        row.reason = f"interpreted Triton is not run beyond {_INTERPRETED_TOKENS} tokens"
-    if row.reason:
-        row.status = "unavailable"
+    entry.reason = rival.unavailable(device)
+    if not entry.reason and interpreted and shape.length > _INTERPRETED_TOKENS:
+        entry.reason = f"interpreted Triton is not run beyond {_INTERPRETED_TOKENS} tokens"
+    if entry.reason:
+        entry.status = "unavailable"
         return None
     longest = rival.longest.get(device.type, shape.length)
     if shape.length > longest:
-        row.status, row.reason = "too slow", f"not run beyond {longest:,} tokens"
+        entry.status, entry.reason = "too slow", f"not run beyond {longest:,} tokens"
         return None
     needs = rival.memory(shape, device.type) if rival.memory else 0
     free = memory.free(device)
     if needs > _SHARE_OF_FREE * free:
-        row.status, row.reason = "does not fit", f"needs {needs / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        entry.status, entry.reason = "does not fit", f"needs {needs / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
         return None
     try:
         call = rival.make(problem)
         results = call()
         error, where = gate.error(results)
-        row.error, row.gives = error / row.slack, sorted(results)
+        entry.error, entry.gives = error / entry.slack, sorted(results)
         del results
-        if not row.error <= 1:
-            row.status, row.reason = "wrong", f"{where}: {row.error:.3g} times the tolerance"
-            row.error = row.error if math.isfinite(row.error) else None  # JSON knows no infinity
+        if not entry.error <= 1:
+            entry.status, entry.reason = "wrong", f"{where}: {entry.error:.3g} times the tolerance"
+            entry.error = entry.error if math.isfinite(entry.error) else None  # JSON knows no infinity
             return None
-        row.peak_bytes, row.peak_by = memory.peak(call, device)
+        entry.peak_bytes, entry.peak_by = memory.peak(call, device)
         resident = getattr(call, "resident_bytes", 0)
-        if resident and row.peak_bytes is not None:
-            row.peak_bytes, row.peak_by = row.peak_bytes + resident, f"{row.peak_by} and what is held between calls"
+        if resident and entry.peak_bytes is not None:
+            entry.peak_bytes += resident
+            entry.peak_by += " and what is held between calls"
         if rival.told_by:
-            row.mode = "own time"
+            entry.mode = "own time"
         if rival.graph and device.type == "cuda":
-            return _Contender(rival, row, _captured_or_plain(call, row))
-        return _Contender(rival, row, call)
-    except Exception as error:  # a rival that breaks must not take the others' rows along
-        row.status, row.reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            return _Contender(rival, entry, _captured_or_plain(call, entry))
+        return _Contender(rival, entry, call)
+    except Exception as error:  # a rival that breaks must not take the others' entries along
+        entry.status, entry.reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0][:300]
         return None
 
 
@@ -210,39 +214,39 @@ def broken(device: torch.device) -> bool:
     return False
 
 
-def _captured_or_plain(call: Callable[[], Results], row: Row) -> Callable[[], object]:
+def _captured_or_plain(call: Callable[[], Results], entry: Entry) -> Callable[[], object]:
     try:
         replay = captured(call)
     except RuntimeError as error:
-        row.reason = f"not captured in a graph: {str(error).splitlines()[0][:200]}"
+        entry.reason = f"not captured in a graph: {str(error).splitlines()[0][:200]}"
         torch.cuda.synchronize()
         return call
-    row.mode = "graph"
+    entry.mode = "graph"
     return replay
 
 
-def _fill(row: Row, samples: Samples) -> None:
-    row.median, row.p20, row.p80 = (samples.quantile(share) for share in (0.5, 0.2, 0.8))
-    row.cpu = quantile(samples.cpu, 0.5)
-    row.samples = len(samples.wall)
+def _fill(entry: Entry, samples: Samples) -> None:
+    entry.median, entry.p20, entry.p80 = (samples.quantile(share) for share in (0.5, 0.2, 0.8))
+    entry.cpu = quantile(samples.cpu, 0.5)
+    entry.samples = len(samples.wall)
 
 
 def _compare(contenders: list[_Contender], timed: dict[str, Samples], yardstick: str) -> None:
-    """Ratios to the yardstick, and shares of the ceilings at their fastest, all of the same rounds."""
-    medians = {c.rival.name: c.row.median for c in contenders}
+    """Fill in the ratios to the yardstick and the shares of the fastest ceiling, all of the same rounds."""
+    medians = {c.rival.name: c.entry.median for c in contenders}
     rates: dict[str, float] = {}
     for contender in contenders:
         kind = contender.rival.ceiling
         if kind:
-            rate = getattr(contender.row, kind) / min(timed[contender.rival.name].wall)
+            rate = getattr(contender.entry, kind) / min(timed[contender.rival.name].wall)
             rates[kind] = max(rate, rates.get(kind, 0.0))
     for contender in contenders:
-        row = contender.row
-        assert row.median is not None
-        row.yardstick = yardstick
+        entry = contender.entry
+        assert entry.median is not None
+        entry.yardstick = yardstick
         reference = medians.get(yardstick)
-        row.ratio = row.median / reference if reference else None
-        if "bytes" in rates and row.bytes:
-            row.bandwidth_share = row.bytes / row.median / rates["bytes"]
-        if "flops" in rates and row.flops:
-            row.flops_share = row.flops / row.median / rates["flops"]
+        entry.ratio = entry.median / reference if reference else None
+        if "bytes" in rates and entry.bytes:
+            entry.bandwidth_share = entry.bytes / entry.median / rates["bytes"]
+        if "flops" in rates and entry.flops:
+            entry.flops_share = entry.flops / entry.median / rates["flops"]

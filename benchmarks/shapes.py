@@ -12,8 +12,21 @@ DEVICES = ("cpu", "cuda")
 PROFILES = ("tiny", "quick", "full")
 
 
+class _Shape:
+    """What all shapes, frozen dataclasses with a `dtype`, have in common."""
+
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload]
+
+
 @dataclass(frozen=True)
-class AttentionShape:
+class AttentionShape(_Shape):
     """One attention call: `q (batch, length, heads, dim)`, `k` with `kv_heads`; W, and the horizon of FAI."""
 
     length: int
@@ -31,21 +44,14 @@ class AttentionShape:
         return f"B{self.batch} T{self.length} H{self.heads}/{self.kv_heads} D{self.dim} {self.dtype}"
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    @property
     def itemsize(self) -> int:
         return self.torch_dtype.itemsize
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
 class PartShape(AttentionShape):
-    """A call that may need a part of its tensors: what a window of `left` tokens shows, the heads `selected` alone, or
-    sequences of `short` tokens, packed in one row, in place of one of `length`."""
+    """A call that needs a part of its tensors: the keys in a sliding window of `left` tokens, the heads `selected`, or
+    sequences of `short` tokens, packed in one batch row, in place of one of `length`."""
 
     left: int = -1
     selected: tuple[int, ...] = ()
@@ -59,11 +65,11 @@ class PartShape(AttentionShape):
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """One forward pass of a Qwen3-shaped decoder with random weights, without a language head.
+class ModelShape(_Shape):
+    """One forward of a Qwen3-shaped decoder with random weights, without a language head.
 
-    `padded`: rows of different lengths, the padding on the left, told by an attention mask. `gradients`: the forward of
-    a training step, which keeps what the backward pass needs.
+    `padded`: batch rows of different lengths, padded on the left, with an attention mask. `gradients`: the forward of a
+    training step, which keeps what the backward pass needs.
     """
 
     length: int
@@ -87,13 +93,6 @@ class ModelShape:
         marks = " padded" * self.padded + " gradients" * self.gradients
         return f"B{self.batch} T{self.length} L{self.layers} E{self.hidden} {self.dtype}{marks}"
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class StepShape(ModelShape):
@@ -109,7 +108,7 @@ class StepShape(ModelShape):
 
 
 @dataclass(frozen=True)
-class TrainerShape:
+class TrainerShape(_Shape):
     """`steps` steps of the trainer of training/recipes/countdown_tiny.yaml: `batch` responses of up to `length`."""
 
     batch: int = 128
@@ -121,12 +120,9 @@ class TrainerShape:
     def name(self) -> str:
         return f"B{self.batch} T{self.length} countdown_tiny"
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class CreditShape:
+class CreditShape(_Shape):
     """WAAD, FAI and mask of a batch of responses."""
 
     batch: int
@@ -136,9 +132,6 @@ class CreditShape:
     @property
     def name(self) -> str:
         return f"B{self.batch} T{self.length}"
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 Shape = AttentionShape | ModelShape | CreditShape | TrainerShape

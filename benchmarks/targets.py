@@ -1,4 +1,4 @@
-"""What the project set itself to reach, as data, and what rows say of it."""
+"""The project's performance targets as data, and whether saved entries meet them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .rows import Row
+from .entries import Entry
 
 
 @dataclass(frozen=True)
@@ -101,73 +101,73 @@ TARGETS: list[Target] = [
 ]
 
 
-def _quantity(row: Row, target: Target) -> float | None:
-    return row.peak_bytes if target.memory else row.median
+def _quantity(entry: Entry, target: Target) -> float | None:
+    return entry.peak_bytes if target.memory else entry.median
 
 
-def _contests(rows: Iterable[Row]) -> list[dict[str, Row]]:
-    """Rows by rival of each shape that was run, in their order: they were timed together, and stand together."""
-    found: list[dict[str, Row]] = []
+def _contests(entries: Iterable[Entry]) -> list[dict[str, Entry]]:
+    """The entries by rival of each shape that was run, in order; those of one shape were timed together."""
+    found: list[dict[str, Entry]] = []
     last = None
-    for row in rows:
-        if (row.suite, row.shape) != last or row.rival in found[-1]:
+    for entry in entries:
+        if (entry.suite, entry.shape) != last or entry.rival in found[-1]:
             found.append({})
-            last = row.suite, row.shape
-        found[-1][row.rival] = row
+            last = entry.suite, entry.shape
+        found[-1][entry.rival] = entry
     return found
 
 
-def _is_of(row: Row, target: Target) -> bool:
-    """Whether a row is of the shape that a target is about, and was measured."""
+def _is_of(entry: Entry, target: Target) -> bool:
+    """Whether an entry is of the shape that a target is about, and was measured."""
     return (
-        row.suite == target.suite
-        and row.environment.get("device_type") == target.device
-        and row.dimensions.get("length") == target.length
-        and all(row.dimensions.get(name) == value for name, value in target.layout)
-        and bool(_quantity(row, target))
+        entry.suite == target.suite
+        and entry.environment.get("device_type") == target.device
+        and entry.dimensions.get("length") == target.length
+        and all(entry.dimensions.get(name) == value for name, value in target.layout)
+        and bool(_quantity(entry, target))
     )
 
 
-def _latest(rows: Iterable[Row], target: Target) -> tuple[Row, Row | None] | None:
-    """The rival's row, the best of several names, and `against`'s beside it, of the latest run that has them."""
+def _latest(entries: Iterable[Entry], target: Target) -> tuple[Entry, Entry | None] | None:
+    """The rival's entry, the best of several names, and `against`'s beside it, of the latest run that has them."""
     names = (target.rival,) if isinstance(target.rival, str) else target.rival
-    for contest in reversed(_contests(rows)):
+    for contest in reversed(_contests(entries)):
         found = [contest[name] for name in names if name in contest and _is_of(contest[name], target)]
         other = contest.get(target.against)
         if found and (not target.against or (other is not None and _is_of(other, target))):
-            return min(found, key=lambda row: _quantity(row, target) or 0.0), other
+            return min(found, key=lambda entry: _quantity(entry, target) or 0.0), other
     return None
 
 
-def verdict(target: Target, rows: list[Row]) -> str | None:
-    """One line, or None where the rows do not hold what the target is about."""
-    found = _latest(rows, target)
+def verdict(target: Target, entries: list[Entry]) -> str | None:
+    """One line, or None where the entries do not hold what the target is about."""
+    found = _latest(entries, target)
     if found is None:
         return None
-    row, other = found
-    where = f"{target.suite} T={target.length}: {row.rival}"
+    entry, other = found
+    where = f"{target.suite} T={target.length}: {entry.rival}"
     if other is None:
-        if row.bandwidth_share is None:
+        if entry.bandwidth_share is None:
             return None
-        met = row.bandwidth_share >= target.bound
-        share = f"{row.bandwidth_share:.1%} of the machine's bandwidth (at least {target.bound:.0%})"
+        met = entry.bandwidth_share >= target.bound
+        share = f"{entry.bandwidth_share:.1%} of the machine's bandwidth (at least {target.bound:.0%})"
         return f"{where}: {share}: {_word(met)}"
-    ratio = (_quantity(row, target) or 0.0) / (_quantity(other, target) or math.inf)
+    ratio = (_quantity(entry, target) or 0.0) / (_quantity(other, target) or math.inf)
     met = ratio <= target.bound
     if target.as_speedup:
         kind = "less memory" if target.memory else "faster"
         factor = f"{1 / ratio:.0f} times {kind} than {target.against} (at least {1 / target.bound:.0f})"
         return f"{where}: {factor}: {_word(met)}"
-    if target.by_cpu_time and row.cpu and other.cpu:
-        met = met or row.cpu / other.cpu <= target.bound
+    if target.by_cpu_time and entry.cpu and other.cpu:
+        met = met or entry.cpu / other.cpu <= target.bound
     percent = f"{ratio:.2%} of {target.against} (at most {target.bound:.1%})"
-    by_cpu = f"; by CPU time {row.cpu / other.cpu:.2%}" if row.cpu and other.cpu and target.device == "cpu" else ""
+    by_cpu = f"; by CPU time {entry.cpu / other.cpu:.2%}" if entry.cpu and other.cpu and target.device == "cpu" else ""
     return f"{where}: {percent}{by_cpu}: {_word(met)}"
 
 
-def verdicts(rows: list[Row]) -> list[str]:
-    """A line for each target that these rows can judge."""
-    return [line for target in TARGETS if (line := verdict(target, rows)) is not None]
+def verdicts(entries: list[Entry]) -> list[str]:
+    """A line for each target that these entries can judge."""
+    return [line for target in TARGETS if (line := verdict(target, entries)) is not None]
 
 
 def _word(met: bool) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from .entries import Entry
 from .rivals import RIVALS
-from .rows import Row
 from .runner import compete
 from .shapes import Shape, shapes
 from .timing import BUDGETS, Samples
@@ -35,13 +35,13 @@ class Replay:
 
 
 REPLAY = Replay()
-_contests: dict[tuple[str, Shape], tuple[dict[str, Row], dict[str, Samples]]] = {}
+_contests: dict[tuple[str, Shape], tuple[dict[str, Entry], dict[str, Samples]]] = {}
 
 
-def _contest(suite: str, shape: Shape, profile: str) -> tuple[dict[str, Row], dict[str, Samples]]:
+def _contest(suite: str, shape: Shape, profile: str) -> tuple[dict[str, Entry], dict[str, Samples]]:
     if (suite, shape) not in _contests:
-        rows, samples = compete(suite, shape, DEVICE, BUDGETS[profile])
-        _contests[suite, shape] = {row.rival: row for row in rows}, samples
+        entries, samples = compete(suite, shape, DEVICE, BUDGETS[profile])
+        _contests[suite, shape] = {entry.rival: entry for entry in entries}, samples
     return _contests[suite, shape]
 
 
@@ -60,14 +60,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.benchmark(timer=REPLAY)
 def test_rival(benchmark: Any, request: pytest.FixtureRequest, suite: str, shape: Shape, rival: str) -> None:
     """A red gate and a failure fail; what this machine cannot run is skipped with its reason."""
-    rows, samples = _contest(suite, shape, request.config.getoption("--bench-profile"))
-    row = rows[rival]
-    if row.status in ("unavailable", "does not fit", "too slow"):
-        pytest.skip(row.reason)
-    assert row.status == "ok", row.reason
+    entries, samples = _contest(suite, shape, request.config.getoption("--bench-profile"))
+    entry = entries[rival]
+    if entry.status in ("unavailable", "does not fit", "too slow"):
+        pytest.skip(entry.reason)
+    assert entry.status == "ok", entry.reason
     benchmark.group = f"{suite} {shape.name}"
     fields = ("gives", "error", "mode", "peak_bytes", "peak_by", "yardstick", "ratio", "bytes", "flops")
     shares = ("bandwidth_share", "flops_share", "dtype", "dimensions", "environment")
-    benchmark.extra_info.update({name: getattr(row, name) for name in (*fields, *shares)})
+    benchmark.extra_info.update({name: getattr(entry, name) for name in (*fields, *shares)})
     REPLAY.load(samples[rival].wall)
-    benchmark.pedantic(lambda: None, rounds=row.samples)
+    benchmark.pedantic(lambda: None, rounds=entry.samples)

@@ -1,7 +1,8 @@
-"""The canonical form: whatever callers bring is checked here once and becomes one value that kernels never question.
+"""The canonical form: the arguments of a call, checked once and brought to one shape that every backend takes.
 
-Padded and packed batches become a sequence table, head subsets a head table, attention variants a score rule.
-No backend has a branch for "packed", and no backend checks an argument.
+Padded and packed batches become a sequence table, a choice of heads becomes a head table, and what makes a logit of
+q.k (scale, softcap, sliding window, sinks, slopes) becomes a score rule. So no backend has a branch for "packed", and
+no backend checks an argument.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # comes with torch; of typing since Python 3.11
 
 from .arguments import (
     MAX_LENGTH,
@@ -19,23 +21,29 @@ from .arguments import (
     check_number,
     check_tensor,
     holds,
+    last_contiguous,
     readable,
     same_shape,
 )
-from .kept import Kept, tracing
+from .options import DEFAULTS, Options
 from .rule import Rule
 from .sequences import SequenceTable, sequence_table
+from .tensor_cache import TensorCache, tracing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
-# Of a softcap and of a scale's size: float32 holds them and their reciprocals.
+# The largest softcap and the largest size of a scale; float32 holds these and their reciprocals.
 MAX_SCORE = 1e30
 
 
 class Canonical(NamedTuple):
-    """Checked input of a pass.
+    """The canonical form: what the passes read.
 
-    `q (B, T, H, D)`, `k (B, T, H_kv, D)`, `lse (B, X, T)` or None; packed input is one row of `T = total` tokens.
+    q: `(B, T, H, D)`; packed input is one batch row of `T = total` tokens.
+    k: `(B, T, H_kv, D)`.
+    lse: `(B, X, T)` float32, or None where the caller has none; `rule.heads` says which of the X belongs to a head.
+    rule: the score rule, the sequence table and the head table.
+    packed: whether the caller's input had no batch dimension.
     """
 
     q: Tensor
@@ -45,7 +53,7 @@ class Canonical(NamedTuple):
     packed: bool
 
     def leave(self, result: Tensor) -> Tensor:
-        """Lay a result `(B, ...)` out as the caller's input was: packed results lose the row dimension."""
+        """A result `(B, ...)` in the caller's layout: without the batch dimension where the input was packed."""
         return result[0] if self.packed else result
 
 
@@ -54,43 +62,37 @@ def canonical(
     k: Tensor,
     lse: Tensor | None,
     *,
-    heads: Tensor | Sequence[int] | None = None,
-    softmax_scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | Tensor | None = None,
-    seq_start: Tensor | None = None,
-    seq_end: Tensor | None = None,
-    response_start: Tensor | None = None,
     double: bool = False,
     table: SequenceTable | None = None,
+    **options: Unpack[Options],
 ) -> Canonical:
-    """Check every argument shared by the measures and build their canonical form.
+    """Check every argument that the measures share and build their canonical form.
 
-    `double` admits float64 inputs (the dense backend alone takes them). Values of CPU tensors are checked; values of
-    CUDA tensors are never read by the host, so they are clamped into range instead. A `table` made before stands for
-    the five arguments that tell of sequences.
+    Values of CPU tensors are checked. Values of CUDA tensors are never read by the host, but clamped into range.
+
+    Args:
+        double: whether float64 inputs are admitted, which the dense backend alone takes.
+        table: made earlier, it stands for `cu_seqlens`, `max_seqlen`, `seq_start`, `seq_end` and `response_start`.
     """
-    packed = cu_seqlens is not None if table is None else table.packed
+    given = {**DEFAULTS, **options}
+    packed = given["cu_seqlens"] is not None if table is None else table.packed
     q, k = _check_qk(q, k, packed, double)
     n_heads, dim = q.shape[2:]
     _check_lse(lse, q, packed)
     if table is None:
-        table = sequence_table(q, cu_seqlens, max_seqlen, seq_start, seq_end, response_start)
+        where = ("cu_seqlens", "max_seqlen", "seq_start", "seq_end", "response_start")
+        table = sequence_table(q, *(given[name] for name in where))
     if lse is not None:
         lse = lse[None].detach() if packed else lse.detach()
     rule = Rule(
         seqs=table.seqs,
-        heads=_head_table(heads, n_heads, q),
+        heads=_head_table(given["heads"], n_heads, q),
         max_seqlen=table.max_seqlen,
-        scale=_check_scale(softmax_scale, dim),
-        softcap=_check_softcap(softcap),
-        window_left=_check_window_size(window_size),
-        sinks=_check_sinks(sinks, n_heads, q.device),
-        alibi_slopes=_check_slopes(alibi_slopes, n_heads, table, q.device),
+        scale=_check_scale(given["softmax_scale"], dim),
+        softcap=_check_softcap(given["softcap"]),
+        window_left=_check_window_size(given["window_size"]),
+        sinks=_check_sinks(given["sinks"], n_heads, q.device),
+        alibi_slopes=_check_slopes(given["alibi_slopes"], n_heads, table, q.device),
     )
     return Canonical(q, k, lse, rule, packed)
 
@@ -100,47 +102,42 @@ def _check_qk(q: Tensor, k: Tensor, packed: bool, double: bool) -> tuple[Tensor,
     for name, x in (("q", q), ("k", k)):
         check_tensor(name, x)
         if x.dim() != rank:
-            hint = " with cu_seqlens" if packed else ""
-            raise ValueError(f"{name} must be {layout}{hint}, got shape {tuple(x.shape)}")
+            where = " with cu_seqlens" if packed else ""
+            raise ValueError(f"{name} must be {layout}{where}, got shape {tuple(x.shape)}")
         if x.dtype not in DTYPES and not (double and x.dtype == torch.float64):
-            hint = " (float64: backend='reference')" if x.dtype == torch.float64 else ""
-            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}{hint}")
+            advice = "; backend='reference' takes it" if x.dtype == torch.float64 else ""
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}{advice}")
     if k.dtype != q.dtype:
-        raise TypeError(f"k must have the dtype of q, {q.dtype}, got {k.dtype}")
+        raise TypeError(f"k must be of the dtype of q, {q.dtype}, got {k.dtype}")
     if k.device != q.device:
         raise ValueError(f"k must be on the device of q, {q.device}, got {k.device}")
     if packed:
         q, k = q[None], k[None]
     if not same_shape(k.shape[:2], q.shape[:2]):
         raise ValueError(
-            f"k must have the batch and length of q, {tuple(q.shape[:2])}, got {tuple(k.shape[:2])}"
-            " (a key for every query: causal self-attention without a cache)"
+            f"k must be of the batch and length of q, {tuple(q.shape[:2])}, got {tuple(k.shape[:2])}"
+            ": causal self-attention without a cache has a key for every query"
         )
     if not holds(k.shape[3] == q.shape[3]):
-        raise ValueError(f"k must have the head size of q, {q.shape[3]}, got {k.shape[3]}")
+        raise ValueError(f"k must be of the head size of q, {q.shape[3]}, got {k.shape[3]}")
     for name, size, what in (
-        ("q", q.shape[0], "batch"),
+        ("q", q.shape[0], "batch rows"),
         ("q", q.shape[1], "tokens"),
         ("q", q.shape[2], "heads"),
         ("k", k.shape[2], "heads"),
     ):
         if not holds(size > 0):
-            raise ValueError(f"{name} must not be empty, got 0 {what}")
+            raise ValueError(f"{name} must be non-empty, got 0 {what}")
     if not (holds(q.shape[3] >= 1) and holds(q.shape[3] <= MAX_HEAD_SIZE)):
-        raise ValueError(f"q must have a head size of 1 to {MAX_HEAD_SIZE}, got {q.shape[3]}")
+        raise ValueError(f"q must be of a head size from 1 to {MAX_HEAD_SIZE}, got {q.shape[3]}")
     if not holds(q.shape[2] % k.shape[2] == 0):
         raise ValueError(
-            f"q must have a multiple of k's heads (grouped-query attention), got {q.shape[2]} and {k.shape[2]}"
+            f"q must be of a multiple of k's {k.shape[2]} heads (grouped-query attention), got {q.shape[2]} heads"
         )
-    # No tracer is told: as a guard it would bound every length that an exported program takes.
+    # Not asked while tracing: it would become a guard that bounds the lengths of every exported program.
     if not tracing() and q.shape[1] >= MAX_LENGTH:
-        raise ValueError(f"q must have fewer than 2^31 - 2^16 tokens a row, got {q.shape[1]}")
+        raise ValueError(f"q must be of fewer than 2^31 - 2^16 tokens a batch row, got {q.shape[1]}")
     return last_contiguous(q.detach()), last_contiguous(k.detach())
-
-
-def last_contiguous(x: Tensor) -> Tensor:
-    """Kernels read the head dimension in vectors; every other stride is free."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _check_lse(lse: Tensor | None, q: Tensor, packed: bool) -> None:
@@ -160,16 +157,16 @@ def _check_lse(lse: Tensor | None, q: Tensor, packed: bool) -> None:
 
 
 def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, q: Tensor) -> Tensor:
-    """`(H_selected, 2)` int32: query head and its row of `lse` (the same, as `lse` has all heads)."""
+    """`(H_selected, 2)` int32: the query head and its lse index, which are the same where `lse` has all heads."""
     device = q.device
     if heads is None:
-        return _head_rows(tuple(range(n_heads)), q)
+        return _head_tables.like(q, tuple(range(n_heads)))
     if hasattr(heads, "__array__") and not isinstance(heads, Tensor):
-        heads = torch.as_tensor(heads, device="cpu")  # NumPy's, which a compiler knows as tensors
+        heads = torch.as_tensor(heads, device="cpu")  # a NumPy array: torch.compile shows it as a tensor
     if isinstance(heads, Tensor):
         check_tensor("heads", heads)
         if heads.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"heads must hold integers (int32 or int64), got {heads.dtype}")
+            raise TypeError(f"heads must be integers (int32 or int64), got {heads.dtype}")
         if heads.dim() != 1 or not holds(heads.shape[0] > 0):
             raise ValueError(f"heads must be a non-empty vector of query-head indices, got shape {tuple(heads.shape)}")
         if not readable(heads):
@@ -181,33 +178,29 @@ def _head_table(heads: Tensor | Sequence[int] | None, n_heads: int, q: Tensor) -
         raise TypeError(f"heads must be a list or an int tensor of query-head indices, got {type(heads).__name__}")
     index = tuple(_head(h, n_heads) for h in heads)
     if not index:
-        raise ValueError("heads must name at least one query head, got none")
+        raise ValueError("heads must be at least one query head, got none")
     if len(set(index)) != len(index):
-        raise ValueError(f"heads must not repeat a head, got {list(index)}")
-    return _head_rows(index, q)
+        raise ValueError(f"heads must be different query heads, got {list(index)}")
+    return _head_tables.like(q, index)
 
 
 def _head(head: Any, n_heads: int) -> int:
-    """One query-head index of a list."""
+    """One entry of a list of query heads, checked."""
     try:
         index = as_int("heads", head)
     except TypeError as error:
-        raise TypeError(f"heads must hold integers, got {head!r}") from error
+        raise TypeError(f"heads must be integers, got {head!r}") from error
     if not 0 <= index < n_heads:
         raise ValueError(f"heads must be query-head indices in 0..{n_heads - 1}, got {index}")
     return index
 
 
-def _head_rows(index: tuple[int, ...], q: Tensor) -> Tensor:
-    return _cached_head_rows.like(q, index)
-
-
-def _new_head_rows(index: tuple[int, ...], device: torch.device) -> Tensor:
+def _new_head_table(index: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([[h, h] for h in index], dtype=torch.int32, device=device)
 
 
-# A host list becomes a device tensor once: the copy is a synchronisation, which a CUDA graph cannot capture.
-_cached_head_rows = Kept(_new_head_rows, 1024, launches=False)
+# Cached, since copying a list from the host to a device waits for that device, which a CUDA graph cannot capture.
+_head_tables = TensorCache(_new_head_table, 1024, launches=False)
 
 
 def _check_scale(softmax_scale: float | None, dim: int) -> float:
@@ -231,7 +224,7 @@ def _check_window_size(window_size: tuple[int, int]) -> int:
         raise ValueError(f"window_size must be a pair (left, right), got {window_size!r}")
     left, right = (check_int(f"window_size[{i}]", w, -1) for i, w in enumerate(window_size))
     if not holds(right <= 0):
-        raise ValueError(f"window_size[1] must be -1 or 0: the measures are of causal attention, got {right}")
+        raise ValueError(f"window_size[1] must be -1 or 0, got {right}: the measures are of causal attention")
     return left
 
 
@@ -244,7 +237,7 @@ def _check_sinks(sinks: Tensor | None, n_heads: int, device: torch.device) -> Te
 
 
 def _check_slopes(slopes: Tensor | None, n_heads: int, table: SequenceTable, device: torch.device) -> Tensor | None:
-    """`(1, H)` or `(S, H)`."""
+    """`(1, H)`, the same slopes for all sequences, or `(S, H)`, a table entry for each sequence."""
     if slopes is None:
         return None
     shape = _check_numbers("alibi_slopes", slopes, device).shape

@@ -1,7 +1,7 @@
-"""The measures as compositions of passes over a canonical form: what is left to do once the arguments are checked.
+"""The measures as passes over a canonical form: which pass gives which measure.
 
-The public functions of :mod:`rhythm_kernels.functional` end here; the probe, which meets many layers of one batch,
-comes here with the sequence table that it made once. Results leave in the caller's layout, float32 and detached.
+The public functions of :mod:`rhythm_kernels.functional` check their arguments and then call these. The probe calls
+them itself, with one sequence table for all layers of a batch. Results are float32, detached, in the caller's layout.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["attention_lse", "column_moments", "fai", "span", "waad"]
 
 
 def waad(form: Canonical, window: int, per_head: bool = False, backend: str | None = None) -> Tensor:
-    """Eq. 9, `(B, T)` or `(B, H_selected, T)`: a band of keys where `form` has the log-sum-exp, else all keys."""
+    """Eq. 9, `(B, T)` or `(B, H_selected, T)`. Reads the last W keys of a row where `form` has lse, else all keys."""
     if form.lse is None:
         return form.leave(_row_stats(form, window, per_head, backend).waad)
     return form.leave(ops.band_rows(form.q, form.k, form.lse, *form.rule, window, per_head, backend))
 
 
 def fai(form: Canonical, horizon: tuple[int, int | None], per_head: bool = False, backend: str | None = None) -> Tensor:
-    """Eq. 10, `(B, T)` or `(B, H_selected, T)`: a band of rows, or all later rows where the horizon is open."""
+    """Eq. 10, `(B, T)` or `(B, H_selected, T)`. Reads the rows in the horizon, or all later ones where it is open."""
     form = _with_lse(form, backend)
     lo, hi = horizon
     if hi is None:
@@ -48,7 +48,7 @@ def column_moments(
 
 
 def attention_lse(form: Canonical, backend: str | None = None) -> Tensor:
-    """Natural log-sum-exp of each row, `(B, H_selected, T)`."""
+    """The natural log-sum-exp of each row, `(B, H_selected, T)`."""
     return form.leave(_row_stats(form, 1, False, backend).lse)
 
 
@@ -57,7 +57,7 @@ def _row_stats(form: Canonical, window: int, per_head: bool, backend: str | None
 
 
 def _with_lse(form: Canonical, backend: str | None) -> Canonical:
-    """The same form with a log-sum-exp of the selected heads, from the streaming pass where the caller had none."""
+    """The same form with an lse. Where the caller gave none it is computed for the selected heads, in their order."""
     if form.lse is not None:
         return form
     heads = form.rule.heads

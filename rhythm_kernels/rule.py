@@ -1,7 +1,8 @@
-"""What every pass takes beside its tensors, as one value, and what the passes with several results give.
+"""The score rule as one value, which every pass takes; and the named results of passes that return several tensors.
 
-The schemas of the operators stay flat, since an operator takes no such values: :mod:`rhythm_kernels.ops.library` folds
-them once. Whoever adds an attention variant adds its field here, and teaches it to the score file of each backend.
+Schemas of torch operators cannot hold such values, so they list the fields one by one, and
+:mod:`rhythm_kernels.ops.library` joins these into a `Rule` again. To add an attention variant, add its field here and
+apply it in the score file of each backend.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from torch import Tensor
 
 
 class Rule(NamedTuple):
-    """Which sequences and heads a pass measures, and by which score rule, checked and in canonical form.
+    """How q.k becomes a logit, and in which sequences and heads; checked and in canonical form.
 
-    seqs: `(S, 4)` int32: row, start, end, response_start, with `start <= response_start <= end`; ordered, disjoint.
-    heads: `(Hs, 2)` int32: query head, row of the log-sum-exp.
+    seqs: `(S, 4)` int32, the sequence table: batch row, start, end, response start, in order and disjoint, with
+        `start <= response start <= end`.
+    heads: `(Hs, 2)` int32, the head table: query head, and its lse index (where its row of lse lies in the given lse).
     max_seqlen: no sequence is longer, in tokens.
     scale, softcap: the logit is `scale q.k`, or `softcap tanh(scale q.k / softcap)` where softcap is not 0.
-    window_left: how many keys before itself a row sees; -1: all.
-    sinks: `(H,)` float32 logits that join each row's denominator, or None.
-    alibi_slopes: `(S, H)` float32, or `(1, H)` for all sequences: `slope (t - s)` is taken from the logit; or None.
+    window_left: the sliding window: how many keys before itself a query sees; -1: all.
+    sinks: `(H,)` float32 logits that join each row's denominator alone, or None.
+    alibi_slopes: `(S, H)` float32, or `(1, H)` for all sequences: the logit is less `slope (t - s)`. Or None.
     """
 
     seqs: Tensor
@@ -34,18 +36,18 @@ class Rule(NamedTuple):
     alibi_slopes: Tensor | None = None
 
     def split(self) -> tuple[list[Tensor], list[Any]]:
-        """Its tensors, which autograd must save, and the rest, with an ellipsis where a tensor was."""
+        """The tensors, which autograd saves in its own way, and all fields with `...` in place of each tensor."""
         tensors = [x for x in self if isinstance(x, Tensor)]
         return tensors, [... if isinstance(x, Tensor) else x for x in self]
 
     @classmethod
     def joined(cls, tensors: list[Tensor], rest: list[Any]) -> Rule:
-        """The rule that was :meth:`split`."""
+        """The rule that :meth:`split` took apart."""
         left = iter(tensors)
         return cls._make(next(left) if x is ... else x for x in rest)
 
 
-# How operators take a rule.
+# The same fields in an operator's schema.
 SCHEMA = (
     "Tensor seqs, Tensor heads, SymInt max_seqlen, float scale, float softcap, SymInt window_left, Tensor? sinks, "
     "Tensor? alibi_slopes"
@@ -53,7 +55,7 @@ SCHEMA = (
 
 
 class RowStats(NamedTuple):
-    """`lse (B, Hs, T)`; `waad` and `span` `(B, T)`, or `(B, Hs, T)` per head; all float32."""
+    """The results of `row_stats`: `lse (B, Hs, T)`; `waad` and `span` `(B, T)`, or `(B, Hs, T)` per head; float32."""
 
     lse: Tensor
     waad: Tensor
@@ -61,7 +63,7 @@ class RowStats(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """`out (B, T, H, D_v)` in v's dtype; `lse (B, H, T)`, all heads; `waad`, `span` as :class:`RowStats` has them."""
+    """The results of `attention`: `out (B, T, H, D_v)` in v's dtype, `lse (B, H, T)`; `waad`, `span` as in RowStats."""
 
     out: Tensor
     lse: Tensor
@@ -77,11 +79,11 @@ def per_token(q: Tensor, rule: Rule, per_head: bool, *leading: int) -> Tensor:
 
 
 class Choice(NamedTuple):
-    """Which tokens credit chooses (eqs. 14 to 18), and what gamma each kind of token has.
+    """Which tokens credit chooses (eqs. 14 to 18), and the gamma of each kind of token.
 
     mode: local, global, coupled, or random and entropy, which choose by a given score. top: the share that is chosen.
     neighbors: how many tokens before an anchor may be its intro token. bottom: choose the lowest instead.
-    tau_waad, tau_delta: thresholds of eq. 18, None for those of the response. levels: :func:`gamma_levels`.
+    tau_waad, tau_delta: thresholds of eq. 18; None: computed from each response. levels: see :func:`gamma_levels`.
     """
 
     mode: str

@@ -45,5 +45,5 @@ def credit(backend: str, *measures: torch.Tensor, **options: object) -> torch.Te
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "choose", lambda *_: "cuda")
-        patch.setattr(dispatch, "_room", lambda _: SimpleNamespace(credit=emulated_credit, available=lambda _: ""))
+        patch.setattr(dispatch, "_module", lambda _: SimpleNamespace(credit=emulated_credit, available=lambda _: ""))
         return rk.rhythm_credit(*measures, **options)

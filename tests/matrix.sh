@@ -65,7 +65,7 @@ row() {
       python=${PYTHON_GPU:-python3.12} torch="torch==2.11.0" extras="" environment "$1" "triton==3.6.0" \
         "numpy==2.5.2" "transformers==5.17.0" "trl==1.16.0" "datasets<5" "flash-colreduce==0.2.2" accelerate pyyaml \
         pytest pytest-xdist pytest-benchmark hypothesis matplotlib &&
-        ".venv-$1/bin/python" -m pytest -q -n auto tests/probe/test_probe_waiting.py tests/test_kept.py tests/gpu &&
+        ".venv-$1/bin/python" -m pytest -q -n auto tests/probe/test_probe_waiting.py tests/test_tensor_cache.py tests/gpu &&
         ".venv-$1/bin/python" -m benchmarks.gpu right --rehearse --out ".venv-$1/results" &&
         ".venv-$1/bin/python" -m benchmarks.gpu fast --rehearse --out ".venv-$1/results"
       ;;

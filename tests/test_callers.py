@@ -77,7 +77,7 @@ def test_what_is_no_integer_is_refused_by_name(value: Any) -> None:
         rk.waad(q[None], k[None], window=value)
     with pytest.raises(TypeError, match=r"horizon\[0\] must be an int, got"):
         rk.fai(q[None], k[None], horizon=(value, 9))
-    with pytest.raises(TypeError, match="heads must hold integers, got"):
+    with pytest.raises(TypeError, match="heads must be integers, got"):
         rk.waad(q[None], k[None], heads=[value])
     if value is not None and getattr(value, "device", q.device) == q.device:
         with pytest.raises(TypeError, match="max_seqlen must be an int, got"):

@@ -1,10 +1,11 @@
-"""Bad input: an error before any kernel runs that names the argument, what it was and what it must be."""
+"""Bad input: an error before any kernel runs, in one grammar: `NAME must be WHAT, got VALUE`, then advice if any."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -21,6 +22,12 @@ def q(*shape: int, **kw) -> torch.Tensor:
     return torch.randn(*(shape or (2, 9, 4, 8)), **kw)
 
 
+def check_grammar(error: BaseException, *names: str) -> None:
+    """One of `names` comes first, as the caller typed it (an entry of a pair with its index)."""
+    name = "|".join(names)
+    assert re.match(rf"({name})(\[\d\])? must be \S.*, got \S", str(error)), str(error)
+
+
 CU = torch.tensor([0, 4, 9], dtype=torch.int32)
 INT = torch.int32
 
@@ -28,29 +35,29 @@ WRONG = [
     ({"q": "text"}, TypeError, "q must be a torch.Tensor, got str"),
     ({"q": q(9, 4, 8)}, ValueError, r"q must be \(batch, tokens, heads, head_dim\), got shape \(9, 4, 8\)"),
     ({"q": q().double()}, TypeError, "q must be float32, bfloat16 or float16, got torch.float64"),
-    ({"k": q(2, 9, 2, 8).half()}, TypeError, "k must have the dtype of q, torch.float32, got torch.float16"),
-    ({"k": q(2, 8, 2, 8)}, ValueError, r"k must have the batch and length of q, \(2, 9\), got \(2, 8\)"),
-    ({"k": q(2, 9, 2, 7)}, ValueError, "k must have the head size of q, 8, got 7"),
-    ({"k": q(2, 9, 3, 8)}, ValueError, "q must have a multiple of k's heads .*, got 4 and 3"),
-    ({"q": q(0, 9, 4, 8), "k": q(0, 9, 2, 8)}, ValueError, "q must not be empty, got 0 batch"),
-    ({"q": q(2, 0, 4, 8), "k": q(2, 0, 2, 8)}, ValueError, "q must not be empty, got 0 tokens"),
-    ({"q": q(2, 9, 4, 300), "k": q(2, 9, 2, 300)}, ValueError, "head size of 1 to 256, got 300"),
+    ({"k": q(2, 9, 2, 8).half()}, TypeError, "k must be of the dtype of q, torch.float32, got torch.float16"),
+    ({"k": q(2, 8, 2, 8)}, ValueError, r"k must be of the batch and length of q, \(2, 9\), got \(2, 8\)"),
+    ({"k": q(2, 9, 2, 7)}, ValueError, "k must be of the head size of q, 8, got 7"),
+    ({"k": q(2, 9, 3, 8)}, ValueError, "q must be of a multiple of k's 3 heads .*, got 4 heads"),
+    ({"q": q(0, 9, 4, 8), "k": q(0, 9, 2, 8)}, ValueError, "q must be non-empty, got 0 batch rows"),
+    ({"q": q(2, 0, 4, 8), "k": q(2, 0, 2, 8)}, ValueError, "q must be non-empty, got 0 tokens"),
+    ({"q": q(2, 9, 4, 300), "k": q(2, 9, 2, 300)}, ValueError, "q must be of a head size from 1 to 256, got 300"),
     ({"q": q().to_sparse()}, TypeError, "q must be a dense tensor, got one of layout torch.sparse_coo"),
     ({"k": torch.empty(2, 9, 2, 8, device="meta")}, ValueError, "k must be on the device of q, cpu, got meta"),
     ({"lse": q(2, 9, 4)}, ValueError, r"lse must be .* = \(2, 4, 9\), all query heads, got shape \(2, 9, 4\)"),
     ({"lse": q(2, 4, 9).double()}, TypeError, "lse must be float32"),
-    ({"heads": []}, ValueError, "heads must name at least one query head"),
+    ({"heads": []}, ValueError, "heads must be at least one query head, got none"),
     ({"heads": [0, 4]}, ValueError, r"heads must be query-head indices in 0\.\.3, got 4"),
-    ({"heads": [-1]}, ValueError, "got -1"),
-    ({"heads": [1, 1]}, ValueError, "heads must not repeat a head"),
+    ({"heads": [-1]}, ValueError, r"heads must be query-head indices in 0\.\.3, got -1"),
+    ({"heads": [1, 1]}, ValueError, r"heads must be different query heads, got \[1, 1\]"),
     ({"heads": 2}, TypeError, "heads must be a list or an int tensor of query-head indices, got int"),
-    ({"heads": [0.5]}, TypeError, "heads must hold integers, got 0.5"),
-    ({"heads": torch.tensor([5])}, ValueError, "got 5"),
+    ({"heads": [0.5]}, TypeError, "heads must be integers, got 0.5"),
+    ({"heads": torch.tensor([5])}, ValueError, r"heads must be query-head indices in 0\.\.3, got 5"),
     ({"heads": torch.tensor(1).numpy()}, ValueError, r"heads must be a non-empty vector .*, got shape \(\)"),
     ({"softmax_scale": 10**400}, ValueError, "softmax_scale must be a float, got a number beyond all of them"),
-    ({"heads": torch.tensor([1.0])}, TypeError, "heads must hold integers"),
-    ({"heads": [torch.tensor(1.5)]}, TypeError, r"heads must hold integers, got tensor\(1.5000\)"),
-    ({"heads": [torch.tensor(True)]}, TypeError, r"heads must hold integers, got tensor\(True\)"),
+    ({"heads": torch.tensor([1.0])}, TypeError, r"heads must be integers .*, got torch\.float32"),
+    ({"heads": [torch.tensor(1.5)]}, TypeError, r"heads must be integers, got tensor\(1.5000\)"),
+    ({"heads": [torch.tensor(True)]}, TypeError, r"heads must be integers, got tensor\(True\)"),
     ({"softmax_scale": 1e300}, ValueError, r"softmax_scale must be finite, at most 1e\+30, got 1e\+300"),
     ({"softmax_scale": True}, TypeError, "softmax_scale must be a float, got bool True"),
     ({"softcap": True}, TypeError, "softcap must be a float, got bool True"),
@@ -60,7 +67,7 @@ WRONG = [
     ({"softcap": -1.0}, ValueError, "softcap must be 0 .* got -1.0"),
     ({"window_size": 5}, ValueError, "window_size must be a pair"),
     ({"window_size": (-2, 0)}, ValueError, r"window_size\[0\] must be at least -1, got -2"),
-    ({"window_size": (4, 4)}, ValueError, r"window_size\[1\] must be -1 or 0: .* causal"),
+    ({"window_size": (4, 4)}, ValueError, r"window_size\[1\] must be -1 or 0, got 4: .* causal"),
     ({"sinks": q(3)}, ValueError, r"sinks must be \(heads,\) = \(4,\), got shape \(3,\)"),
     ({"sinks": torch.zeros(4, dtype=INT)}, TypeError, "sinks must be floating point"),
     ({"alibi_slopes": q(3)}, ValueError,
@@ -74,25 +81,27 @@ WRONG = [
      r"or \(sequences, heads\) = \(2, 4\), got shape \(1, 4\)"),
     ({"seq_start": torch.tensor([0.0, 1.0])}, TypeError, "seq_start must be int32"),
     ({"seq_start": torch.tensor([0, 1, 2], dtype=INT)}, ValueError, r"seq_start must be \(batch,\) = \(2,\)"),
-    ({"seq_end": torch.tensor([9, 10], dtype=INT)}, ValueError, r"seq_end must be in 0\.\.9, got 10 in row 1"),
+    ({"seq_end": torch.tensor([9, 10], dtype=INT)}, ValueError, r"seq_end must be in 0\.\.9, got 10 in batch row 1"),
     ({"seq_start": torch.tensor([3, 0], dtype=INT), "seq_end": torch.tensor([2, 9], dtype=INT)}, ValueError,
-     "seq_end must not lie before seq_start, got 2 < 3 in row 0"),
+     "seq_end must be at least seq_start, 3, got 2 in batch row 0"),
     ({"response_start": [1, 2]}, TypeError, "response_start must be a torch.Tensor, got list"),
-    ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU[:1]}, ValueError, "at least one sequence"),
+    ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU[:1]}, ValueError,
+     r"cu_seqlens must be .* at least one sequence, got shape \(1,\)"),
     ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU.float()}, TypeError, "cu_seqlens must be int32"),
     ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU + 1}, ValueError,
-     "must run from 0 to at most the total of 9 tokens, got 1..10"),
-    ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": torch.tensor([0, 5, 4, 9])}, ValueError, "must not decrease"),
+     "cu_seqlens must be from 0 to at most the total of 9 tokens, got 1..10"),
+    ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": torch.tensor([0, 5, 4, 9])}, ValueError, 
+     "cu_seqlens must be ascending, got 5 before 4"),
     ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU, "max_seqlen": 4}, ValueError,
      "max_seqlen must be at least the longest sequence's 5 tokens, got 4"),
     ({"max_seqlen": 5, "seq_start": torch.tensor([2, 4], dtype=INT)}, ValueError,
      "max_seqlen must be at least the longest sequence's 7 tokens, got 5"),
     ({"q": q(9, 4, 8), "k": q(9, 2, 8), "cu_seqlens": CU, "seq_end": CU[1:]}, ValueError,
-     "seq_end is for padded input"),
+     "seq_end must be None beside cu_seqlens, got a Tensor: it is for padded input"),
     ({"cu_seqlens": CU}, ValueError, r"q must be \(total, heads, head_dim\) with cu_seqlens, got shape"),
-    ({"per_head": 1}, TypeError, "per_head must be a bool, got int"),
+    ({"per_head": 1}, TypeError, "per_head must be a bool, got int 1"),
     ({"backend": "cublas"}, ValueError, "backend must be one of .*'torch'.* got 'cublas'"),
-    ({"backend": "cuda"}, ValueError, "backend='cuda' cannot run .* on cpu tensors"),
+    ({"backend": "cuda"}, ValueError, "backend must be one that runs .* on cpu tensors, got 'cuda'"),
 ]  # fmt: skip
 
 
@@ -102,8 +111,9 @@ WRONG = [
 )
 def test_shared_arguments(measure, change: dict, error: type[Exception], message: str) -> None:
     arguments = {"q": q(), "k": q(2, 9, 2, 8), **change}
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         measure(arguments.pop("q"), arguments.pop("k"), arguments.pop("lse", None), **arguments)
+    check_grammar(caught.value, *change, "q")  # q: which must suit the k that changed
 
 
 @pytest.mark.parametrize(
@@ -116,14 +126,15 @@ def test_shared_arguments(measure, change: dict, error: type[Exception], message
         (lambda q, k: rk.fai(q, k, horizon=(-1, 3)), ValueError, r"horizon\[0\] must be at least 0, got -1"),
         (lambda q, k: rk.fai(q, k, horizon=(5, 4)), ValueError, r"horizon\[1\] must be at least 5, got 4"),
         (lambda q, k: rk.column_moments(q, k, min_distance=-1), ValueError, "min_distance must be at least 0"),
-        (lambda q, k: rk.attention_with_rhythm(q, k, k.half()), TypeError, "v must have the dtype of q"),
-        (lambda q, k: rk.attention_with_rhythm(q, k, k[:, 1:]), ValueError, "v must have the layout of k"),
-        (lambda q, k: rk.attention_with_rhythm(q, k, q), ValueError, "v must have the layout of k"),
+        (lambda q, k: rk.attention_with_rhythm(q, k, k.half()), TypeError, "v must be of the dtype of q"),
+        (lambda q, k: rk.attention_with_rhythm(q, k, k[:, 1:]), ValueError, "v must be of the layout of k"),
+        (lambda q, k: rk.attention_with_rhythm(q, k, q), ValueError, "v must be of the layout of k"),
     ],
 )
 def test_arguments_of_one_measure(call, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         call(q(), q(2, 9, 2, 8))
+    check_grammar(caught.value, "window", "horizon", "min_distance", "v")
 
 
 def test_a_head_dimension_that_is_not_contiguous_is_welcome() -> None:
@@ -167,7 +178,7 @@ def test_triton_on_cpu_tensors_needs_the_interpreter() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 1
-    assert "ValueError: backend='triton' cannot run row_stats on cpu tensors" in run.stderr
+    assert "ValueError: backend must be one that runs row_stats on cpu tensors, got 'triton'" in run.stderr
     assert "TRITON_INTERPRET=1" in run.stderr
 
 
@@ -263,8 +274,8 @@ def test_a_strange_tensor_is_named_wherever_it_is(name: str, kind: str, backend:
             with pytest.raises((TypeError, ValueError)) as caught:
                 measure(**fine | {argument: STRANGE[kind](x)}, **options)
             # Of two that are on different devices, either may be called the one that is wrong.
-            named = argument in str(caught.value) if kind == "elsewhere" else str(caught.value).startswith(argument)
-            assert named, str(caught.value)
+            check_grammar(caught.value, *(fine if kind == "elsewhere" else [argument]))
+            assert argument in str(caught.value)
             if kind == "DTensor":
                 assert f"{argument}.to_local()" in str(caught.value)
 

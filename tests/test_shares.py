@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rhythm_kernels as rk
-from rhythm_kernels.backend.tiled_torch import passes as fallback
+from rhythm_kernels.backend.tiled_torch import passes
 from rhythm_kernels.ops import dispatch
 
 BACKENDS = [name for name in ("cpu", "torch") if not rk.backends()[name]]
@@ -18,7 +18,7 @@ CPU = pytest.mark.skipif(bool(rk.backends()["cpu"]), reason="the compiled passes
 @pytest.mark.parametrize("function", ["moments", "fai"])
 def test_torch_reads_the_rows_within_the_window_alone(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = 0
-    logits = fallback.logits
+    logits = passes.logits
 
     def counted(*args: object) -> torch.Tensor:
         nonlocal pairs
@@ -29,15 +29,17 @@ def test_torch_reads_the_rows_within_the_window_alone(function: str, monkeypatch
     length, left = 4096, 100
     q, k = torch.randn(1, length, 1, 8), torch.randn(1, length, 1, 8)
     lse = rk.attention_lse(q, k, window_size=(left, 0), backend="torch")
-    monkeypatch.setattr(fallback, "logits", counted)
-    rule = {"window_size": (left, 0), "backend": "torch"}
-    rk.column_moments(q, k, lse, **rule) if function == "moments" else rk.fai(q, k, lse, horizon=(4, None), **rule)
+    monkeypatch.setattr(passes, "logits", counted)
+    options = {"window_size": (left, 0), "backend": "torch"}
+    rk.column_moments(q, k, lse, **options) if function == "moments" else rk.fai(
+        q, k, lse, horizon=(4, None), **options
+    )
     assert pairs <= length * (left + 256)  # 256 keys a tile; all later rows are 4.6 times that
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_mean_behind_a_narrow_window_is_its_share_of_the_rows(backend: str) -> None:
-    """Five rows of a fifth each among many that are hidden: 1e-6 of it, where merging a group of zeros lost 2e-3."""
+    """Five rows of a fifth each among many hidden ones, right to 2e-6: merging a tile of hidden rows once lost 2e-3."""
     length, seen = 8192, 5
     q = torch.zeros(1, length, 1, 1)
     lse = torch.full((1, 1, length), math.log(seen))
@@ -78,12 +80,12 @@ def test_empty_sequences_behind_others_change_nothing() -> None:
 @CPU
 def test_attention_on_a_cpu_takes_the_compiled_row_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default and by name; `torch` stays torch alone, and its own pass is not a free one for the probe."""
-    from rhythm_kernels.backend import cpu as native
+    from rhythm_kernels.backend import cpu
     from rhythm_kernels.probe.rhythm_attention import is_one_pass
 
     calls = []
-    row_stats = native.row_stats
-    monkeypatch.setattr(native, "row_stats", lambda *args: calls.append("compiled") or row_stats(*args))
+    row_stats = cpu.row_stats
+    monkeypatch.setattr(cpu, "row_stats", lambda *args: calls.append("compiled") or row_stats(*args))
     tensors = torch.randn(3, 1, 20, 2, 8).unbind(0)
     found = [rk.attention_with_rhythm(*tensors, backend=backend) for backend in (None, "cpu")]
     assert calls == ["compiled"] * 2

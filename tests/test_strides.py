@@ -177,7 +177,7 @@ def test_attention_and_its_gradient(rule: str, tensor: str, backend: str) -> Non
 def test_nothing_is_copied_that_lies_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head dimension that is contiguous is read where it is, whatever the other strides."""
     seen = []
-    module = ops.dispatch._room("torch")
+    module = ops.dispatch._module("torch")
     attention = module.attention
     monkeypatch.setattr(module, "attention", lambda *args: seen.extend(args[:3]) or attention(*args))
     q, k, v = (permuted(torch.randn(B, T, heads, D), (0, 2, 1, 3)) for heads in (H, H_KV, H_KV))

@@ -325,7 +325,7 @@ def test_selective_checkpointing_recomputes_what_it_saved() -> None:
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     (want,) = torch.autograd.grad(f(x := q.clone().requires_grad_()), x)
     sequences.unpadded_table.cache_clear()
-    canonical._cached_head_rows.cache_clear()
+    canonical._head_tables.cache_clear()
     for _ in range(2):
         loss = checkpoint(f, x := q.clone().requires_grad_(), use_reentrant=False, context_fn=contexts)
         torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want)

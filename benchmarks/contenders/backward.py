@@ -80,7 +80,7 @@ class BackwardGate:
     def _definition(self, rows: slice) -> Results:
         """dq of `rows`, and dk and dv of the keys in `rows` from these rows; all `(B, rows, heads, D)` float64."""
         p, kv_heads = self.problem, self.problem.shape.kv_heads
-        q, grad = (x[:, rows].double().unflatten(2, (kv_heads, p.group)) for x in (p.q, upstream(p)))
+        q, grad = (x[:, rows].double().unflatten(2, (kv_heads, p.kv_group)) for x in (p.q, upstream(p)))
         k, v = (x[:, : rows.stop].double() for x in (p.k, p.v))
         x = torch.einsum("btkgd,bskd->bkgts", q, k) * p.scale
         position = torch.arange(rows.stop, device=p.device)

@@ -1,7 +1,7 @@
 """Tile-wise maps in plain torch: a block of rows at a time, softmax over all their keys, reduced at once.
 
-What a careful user writes today. A block that does not fit is halved until it does, so that no row of a table says
-"out of memory".
+What a careful user writes today. A block that does not fit in memory is halved until it does, so that the table has a
+time for every length.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def _blocks(p: AttentionProblem, block: int) -> Iterator[tuple[slice, Tensor, Te
     position = torch.arange(p.shape.length, device=p.device)
     for start in range(0, p.shape.length, block):
         rows = slice(start, min(start + block, p.shape.length))
-        grouped = q[:, :, rows].unflatten(1, (p.shape.kv_heads, p.group)).flatten(2, 3)
+        grouped = q[:, :, rows].unflatten(1, (p.shape.kv_heads, p.kv_group)).flatten(2, 3)
         x = torch.matmul(grouped, k[:, :, : rows.stop].transpose(2, 3)).float() * p.scale
-        x = x.unflatten(2, (p.group, rows.stop - rows.start)).flatten(1, 2)
+        x = x.unflatten(2, (p.kv_group, rows.stop - rows.start)).flatten(1, 2)
         distance = position[rows, None] - position[: rows.stop]
         yield rows, torch.softmax(x.masked_fill_(distance < 0, float("-inf")), dim=-1), distance.clamp(min=0)
 

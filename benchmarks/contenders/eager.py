@@ -28,7 +28,7 @@ def moments_memory(shape: Shape) -> int:
 def maps(p: AttentionProblem, mask: Tensor) -> tuple[Tensor, Tensor]:
     """`A` in the inputs' dtype, and the values of each query head; the softmax is taken in float32."""
     q, k, v = p.heads_first
-    k, v = (x.repeat_interleave(p.group, dim=1) for x in (k, v))
+    k, v = (x.repeat_interleave(p.kv_group, dim=1) for x in (k, v))
     x = torch.matmul(q, k.transpose(2, 3)) * p.scale + mask
     return torch.softmax(x, dim=-1, dtype=torch.float32).to(q.dtype), v
 
@@ -41,12 +41,12 @@ def _tables(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     return mask, distance
 
 
-def _of_mean_map(rule: Callable[[AttentionProblem, Tensor, Tensor], Results]) -> Callable[[AttentionProblem], Call]:
-    """Contender that reduces the group map (eq. 8) `(B, T, T)` by `rule(problem, map, distance)`."""
+def _of_mean_map(reduce: Callable[[AttentionProblem, Tensor, Tensor], Results]) -> Callable[[AttentionProblem], Call]:
+    """A contender that reduces the mean map of its heads (eq. 8), `(B, T, T)`, by `reduce(problem, map, distance)`."""
 
     def make(p: AttentionProblem) -> Call:
         mask, distance = _tables(p)
-        return lambda: rule(p, maps(p, mask)[0].mean(dim=1, dtype=torch.float32), distance)
+        return lambda: reduce(p, maps(p, mask)[0].mean(dim=1, dtype=torch.float32), distance)
 
     return make
 

@@ -15,7 +15,7 @@ from ..shapes import ModelShape
 
 
 class _Sums:
-    """Group maps (eq. 8) of the layers met so far, and the measures of them."""
+    """The sums of the head groups' maps (eq. 8) over the layers met so far, and the measures of them."""
 
     def __init__(self, shape: ModelShape, groups: HeadGroups) -> None:
         self.shape, self.groups = shape, groups

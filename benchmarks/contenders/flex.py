@@ -63,7 +63,7 @@ def _narrow(p: AttentionProblem, heads: int) -> Tensor:
 def _swapped(p: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     """k as queries (one a query head) and q as keys."""
     q, k, _ = p.heads_first
-    return k.repeat_interleave(p.group, dim=1), q, _narrow(p, p.shape.heads)
+    return k.repeat_interleave(p.kv_group, dim=1), q, _narrow(p, p.shape.heads)
 
 
 def _column_sums(p: AttentionProblem, mask: BlockMask) -> Callable[[], Tensor]:

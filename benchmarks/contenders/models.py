@@ -86,7 +86,7 @@ def random_groups(shape: ModelShape, seed: int) -> HeadGroups:
 class ModelProblem:
     """One decoder, its eager twin on the same weights, tokens, and head groups.
 
-    `starts`: the first live token of each row; `live (B, T)` bool is the attention mask, None without padding.
+    `starts`: the first live token of each batch row; `live (B, T)` bool is the attention mask, None without padding.
     """
 
     shape: ModelShape
@@ -99,7 +99,7 @@ class ModelProblem:
     def draw(cls, shape: ModelShape, device: torch.device, seed: int = 0) -> ModelProblem:
         generator = torch.Generator(device).manual_seed(seed)
         ids = torch.randint(shape.vocabulary, (shape.batch, shape.length), generator=generator, device=device)
-        # The first row is full, the last has half of its tokens.
+        # The first batch row is full, the last has half of its tokens.
         step = shape.length // (2 * max(shape.batch - 1, 1)) if shape.padded else 0
         starts = [row * step for row in range(shape.batch)]
         return cls(shape, build(shape, "sdpa", device, seed=seed), ids, starts, random_groups(shape, seed))

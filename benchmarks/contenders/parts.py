@@ -1,7 +1,7 @@
 """Calls that need little of what their tensors hold, beside calls that need it all: each must cost its share.
 
 A column pass behind a sliding window beside the row pass behind it; a few heads beside all; many short sequences,
-packed in one row, beside one long one.
+packed in one batch row, beside one long one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MIN_DISTANCE = 4
 
 @dataclass(frozen=True)
 class PartProblem:
-    """q `(B, T, H, D)`, k, and the log-sum-exp `(B, H, T)` of one sequence a row; `lse_short`: of short ones."""
+    """q `(B, T, H, D)`, k, and the log-sum-exp `(B, H, T)` of one sequence a batch row; `lse_short`: of short ones."""
 
     shape: PartShape
     q: Tensor
@@ -64,8 +64,8 @@ def moments(backend: str) -> Callable[[PartProblem], Call]:
 
 def fai_to_the_end(backend: str) -> Callable[[PartProblem], Call]:
     def make(p: PartProblem) -> Call:
-        rule: dict[str, Any] = {"horizon": (p.shape.lo, None), "window_size": (p.shape.left, 0)}
-        return lambda: {"fai_full": rk.fai(p.q, p.k, p.lse, **rule, backend=backend)}
+        horizon, window_size = (p.shape.lo, None), (p.shape.left, 0)
+        return lambda: {"fai_full": rk.fai(p.q, p.k, p.lse, horizon=horizon, window_size=window_size, backend=backend)}
 
     return make
 
@@ -75,7 +75,7 @@ def span(backend: str) -> Callable[[PartProblem], Call]:
 
 
 def waad(backend: str, part: bool) -> Callable[[PartProblem], Call]:
-    """WAAD of all heads of one sequence a row; `part`: of the selected heads, or of the short sequences."""
+    """WAAD of all heads of one sequence a batch row; `part`: of the selected heads, or of the short sequences."""
     return lambda p: _band(p, part, "waad", rk.waad, window=p.shape.window, backend=backend)
 
 
@@ -96,7 +96,7 @@ def _band(p: PartProblem, part: bool, name: str, function: Callable[..., Tensor]
 class PartGate:
     """The float64 definitions at one end of the sequence, where they need no more than that end.
 
-    Behind a window that is the last tokens, whose columns end there; else the first, whose rows begin there.
+    With a sliding window these are the last tokens, whose columns end there; else the first, whose rows begin there.
     """
 
     def __init__(self, problem: PartProblem) -> None:
@@ -105,11 +105,11 @@ class PartGate:
         n = min(WHOLE, shape.length)
         if shape.left >= 0:
             q, k = (x[:, -(n + shape.left) :].double() for x in (problem.q, problem.k))
-            rule = {"window_size": (shape.left, 0)}
+            window = {"window_size": (shape.left, 0)}
             last = slice(shape.length - n, None)
-            found = reference.column_moments(q, k, min_distance=MIN_DISTANCE, **rule)._asdict()
-            found["fai_full"] = reference.fai(q, k, horizon=(shape.lo, None), **rule)
-            found["span"] = reference.span(q, k, **rule)
+            found = reference.column_moments(q, k, min_distance=MIN_DISTANCE, **window)._asdict()
+            found["fai_full"] = reference.fai(q, k, horizon=(shape.lo, None), **window)
+            found["span"] = reference.span(q, k, **window)
             self.want = {name: (last, x[:, -n:]) for name, x in found.items()}
             return
         if shape.short:

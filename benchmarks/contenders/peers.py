@@ -49,7 +49,7 @@ def _held_to(backend: SDPBackend, p: AttentionProblem) -> Call:
         if "kernel" not in str(error):  # as in "No available kernel"
             raise
         q, k, v = inputs
-        inputs = q, k.repeat_interleave(p.group, dim=1), v.repeat_interleave(p.group, dim=1)
+        inputs = q, k.repeat_interleave(p.kv_group, dim=1), v.repeat_interleave(p.kv_group, dim=1)
     return lambda: {"out": attend(*inputs, backend)}
 
 
@@ -79,5 +79,5 @@ def flash_colreduce(p: AttentionProblem) -> Call:
     from flash_colreduce import flash_colreduce as reduce  # type: ignore[import-not-found]
 
     q, k, _ = p.heads_first
-    k = k.repeat_interleave(p.group, dim=1)
+    k = k.repeat_interleave(p.kv_group, dim=1)
     return lambda: {"fai_full": reduce(q, k, reduction="mean", is_causal=True).mean(dim=1, dtype=torch.float32)}

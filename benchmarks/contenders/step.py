@@ -48,7 +48,7 @@ class StepProblem:
         generator = torch.Generator(device).manual_seed(seed)
         size = (shape.batch, shape.length)
         ids = torch.randint(shape.vocabulary, size, generator=generator, device=device)
-        # The first row is full; the last has half of a prompt and half of a response.
+        # The first batch row is full; the last has half of a prompt and half of a response.
         share = torch.arange(shape.batch, device=device)[:, None] / (2 * max(shape.batch - 1, 1))
         position = torch.arange(shape.length, device=device)
         live = (position >= share * shape.prompt) & (
@@ -81,13 +81,13 @@ class StepProblem:
 
 
 def _alone(p: StepProblem) -> Results:
-    return {"loss": p.learn(token_log_probs(p.model, p.batch), p.advantages[:, None])}
+    return {"loss": p.learn(token_log_probs(p.model, p.batch)[0], p.advantages[:, None])}
 
 
 def _credit(p: StepProblem, own: OwnTime, amplitude: float = 1.5) -> Results:
     probe = RhythmProbe(p.model, p.groups, p.shape.window, p.horizon, p.batch.response_mask)
     with own.around(*PROBE), probe:
-        log_probs = token_log_probs(p.model, p.batch)
+        log_probs, _ = token_log_probs(p.model, p.batch)
     with own.bracket():
         gamma = p.credit(probe.waad, probe.fai, amplitude)
         shaped = shape_advantages(p.advantages, gamma)
@@ -103,7 +103,7 @@ def _maps(p: StepProblem, second: Any) -> Results:
         second, p.shape, p.groups, batch.input_ids, batch.attention_mask, batch.response_mask
     )
     gamma = p.credit(found["waad"], found["fai"], 1.5)
-    log_probs = token_log_probs(p.model, batch)
+    log_probs, _ = token_log_probs(p.model, batch)
     return {"loss": p.learn(log_probs, shape_advantages(p.advantages, gamma)), "gamma": gamma}
 
 
@@ -127,7 +127,7 @@ class WithMaps:
     """The paper's way: a second model with eager attention is brought up to date and read, then the same credit.
 
     Attributes:
-        resident_bytes: the second model's weights, which are held between calls: the row's memory counts them.
+        resident_bytes: the second model's weights, which are held between calls: the entry's memory counts them.
     """
 
     def __init__(self, p: StepProblem) -> None:

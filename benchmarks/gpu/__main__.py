@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from .. import report
+from ..entries import RESULTS, load
 from ..machine import commit, environment
-from ..rows import RESULTS, load
 from ..targets import verdicts
 from . import carry
 from .plan import SECONDS, Plan
@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> int:
     steps = plan.steps()
     unknown = set(options.only or ()) - {step.name for step in steps}
     if unknown:
-        parser.error(f"--only: {', '.join(sorted(unknown))}: must be among {', '.join(step.name for step in steps)}")
+        names = ", ".join(step.name for step in steps)
+        parser.error(f"--only must be among {names}, got {', '.join(sorted(unknown))}")
     begin = time.monotonic()
     if not options.only:
         for path in plan.results():  # of an earlier call, perhaps of another commit
@@ -73,10 +74,10 @@ def main(arguments: list[str]) -> int:
     for step in steps:
         if not options.only or step.name in options.only:
             call.run(step)
-    if plan.rows.exists():
-        for line in verdicts(load([plan.rows])):
+    if plan.entries.exists():
+        for line in verdicts(load([plan.entries])):
             print(line)
-        (out / "report.md").write_text(report.table(load([plan.rows])), encoding="utf-8")
+        (out / "report.md").write_text(report.table(load([plan.entries])), encoding="utf-8")
     if carried:
         print(f"{carried} kernels were carried, {carry.compiled() - carried} compiled besides")
     print(f"{time.monotonic() - begin:.0f} s in all; see {out}")

@@ -50,7 +50,8 @@ def collect(compile_kernels: bool) -> int:
         here = platform.python_version().rpartition(".")[0], triton.__version__
         if here != (PYTHON, TRITON):
             print(
-                f"--compile: Python {here[0]}, Triton {here[1]}: must be {PYTHON} and {TRITON}, or none is found there"
+                f"the Python and Triton of --compile must be {PYTHON} and {TRITON}, got {here[0]} and {here[1]}: "
+                "the other machine would not find the kernels"
             )
             return 1
     cuda = rk.build_info().get("cuda", {})

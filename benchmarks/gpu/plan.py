@@ -35,12 +35,12 @@ class Plan:
     rehearse: bool = False
 
     @property
-    def rows(self) -> Path:
+    def entries(self) -> Path:
         return self.out / f"{self.call}-rows.json"
 
     def results(self) -> list[Path]:
         """Files that the steps add to."""
-        return [self.rows, *([self.out / "first.json", self.out / "tiles.jsonl"] if self.call == "right" else [])]
+        return [self.entries, *([self.out / "first.json", self.out / "tiles.jsonl"] if self.call == "right" else [])]
 
     def steps(self) -> list[Step]:
         return list({"right": self._right, "fast": self._fast}[self.call]())
@@ -50,7 +50,7 @@ class Plan:
         seconds: float = 3.0,
     ) -> Step:  # fmt: skip
         """Suites in a process of their own, at some of their full shapes."""
-        command = [sys.executable, "-m", "benchmarks", "--save", str(self.rows), "--resume", "--deadline", "{left}"]
+        command = [sys.executable, "-m", "benchmarks", "--save", str(self.entries), "--resume", "--deadline", "{left}"]
         for suite in suites:
             command += ["--suite", suite]
         for rival in rivals:
@@ -69,13 +69,13 @@ class Plan:
         return Step(name, [*command, "-m", "gpu", "-k", which, *options], limit, shown=40)
 
     def _right(self) -> Iterator[Step]:
-        """Call A: is it right? Also what decides the launch choices and the backend of the bands."""
+        """Is it right? Its first step also measures what decides the launch choices and the backend of the bands."""
         command = [sys.executable, "-m", "tests.gpu.first", "--out", str(self.out), "--seconds", "{left}"]
         yield Step("first", [*command, "--rehearse"] if self.rehearse else command, 150, shown=80)
         yield self._tests("tests", 110, f"not {_LARGE} and not {_COMPILED}", "-n", "10")
 
     def _fast(self) -> Iterator[Step]:
-        """Call B: is it fast?"""
+        """Is it fast?"""
         streams = ("attention", "row_stats", "column_stats")
         yield self._bench(
             "streams", 100, streams, (8192, 32_768), "rhythm triton", *_SDPA, "flash-colreduce", *_CEILINGS

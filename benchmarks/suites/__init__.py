@@ -16,6 +16,7 @@ from ..contenders.step import StepGate, StepProblem
 from ..contenders.trainer import TrainerGate, TrainerProblem
 from ..gate import AttentionGate, Results
 from ..problem import AttentionProblem, CreditProblem
+from ..shapes import DEVICES
 from ..work import Work
 from . import (
     attention,
@@ -48,9 +49,9 @@ class Suite:
         gate: makes the gate of a problem.
         work: counts what the pass must do.
         yardstick: device type -> the rival whose median every ratio is taken to.
-        memory_curve: the peak memory is what counts: the allocator keeps nothing, and time is taken in one round.
-        seconds: device type -> for the rounds of one shape, at most, two of which are then enough: a GPU is paid by the
-            minute, and some calls take seconds.
+        memory_curve: whether peak memory is asked for: the allocator then keeps nothing, and one round is timed.
+        seconds: device type -> the most seconds for the rounds of one shape, of which two are then enough: a call may
+            take seconds.
     """
 
     title: str
@@ -62,11 +63,15 @@ class Suite:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+_ON_A_GPU = {"cuda": 8.0}
 _FLASH = {"cpu": "SDPA forward", "cuda": "SDPA FlashAttention"}
 
 
-def _part(title: str, work: Callable[[Any], Work], yardstick: str) -> Suite:
-    return Suite(title, PartProblem.draw, PartGate, work, dict.fromkeys(("cpu", "cuda"), yardstick))
+def _beside(
+    yardstick: str, title: str, problem: Any, gate: Callable[[Any], Gate], work: Callable[[Any], Work], **more: Any
+) -> Suite:
+    """A suite with one yardstick on every device."""
+    return Suite(title, problem.draw, gate, work, dict.fromkeys(DEVICES, yardstick), **more)
 
 
 def _attention(title: str, work: Callable[[Any], Work]) -> Suite:
@@ -87,48 +92,28 @@ SUITES: dict[str, Suite] = {
         attention_backward.work,
         _FLASH | {"cpu": "SDPA backward"},
     ),
-    "window": _part("Column passes behind a window", parts.window_work, "rhythm torch: span"),
-    "few_heads": _part("A few heads beside all", band_rows.work, "rhythm torch: waad"),
-    "short_sequences": _part("Short sequences beside a long one", band_rows.work, "rhythm torch: waad"),
-    "probe": Suite(
-        "Model forward with measures",
-        ModelProblem.draw,
-        ModelGate,
-        probe.work,
-        {"cpu": "forward alone", "cuda": "forward alone"},
-        seconds={"cuda": 8.0},
+    "window": _beside(
+        "rhythm torch: span", "Column passes behind a sliding window", PartProblem, PartGate, parts.window_work
     ),
-    "grpo_step": Suite(
-        "Forward and backward of a GRPO step",
-        StepProblem.draw,
-        StepGate,
-        step.work,
-        {"cpu": "step alone", "cuda": "step alone"},
-        seconds={"cuda": 8.0},
+    "few_heads": _beside("rhythm torch: waad", "A few heads beside all", PartProblem, PartGate, band_rows.work),
+    "short_sequences": _beside(
+        "rhythm torch: waad", "Short sequences beside a long one", PartProblem, PartGate, band_rows.work
     ),
-    "countdown_step": Suite(
-        "A trainer's step on Countdown",
-        TrainerProblem.draw,
-        TrainerGate,
-        step.trainer_work,
-        {"cpu": "trainer, no credit", "cuda": "trainer, no credit"},
-        seconds={"cuda": 8.0},
+    "probe": _beside(
+        "forward alone", "Model forward with measures", ModelProblem, ModelGate, probe.work, seconds=_ON_A_GPU
     ),
-    "credit": Suite(
-        "Credit of a batch",
-        CreditProblem.draw,
-        CreditGate,
-        credit.work,
-        {"cpu": "rhythm torch", "cuda": "rhythm torch"},
+    "grpo_step": _beside(
+        "step alone", "Forward and backward of a GRPO step", StepProblem, StepGate, step.work, seconds=_ON_A_GPU
     ),
+    "countdown_step": _beside(
+        "trainer, no credit", "A trainer's step on Countdown", TrainerProblem, TrainerGate, step.trainer_work,
+        seconds=_ON_A_GPU,
+    ),
+    "credit": _beside("rhythm torch", "Credit of a batch", CreditProblem, CreditGate, credit.work),
     "native_targets": _attention("WAAD and FAI beside SDPA and eager maps", band_rows.work),
-    # The last: what it asks of the allocator lasts.
-    "probe_memory": Suite(
-        "Peak memory of a forward with measures",
-        ModelProblem.draw,
-        ModelGate,
-        probe.work,
-        {"cpu": "forward alone", "cuda": "forward alone"},
+    # Last, since it changes torch's allocator for good.
+    "probe_memory": _beside(
+        "forward alone", "Peak memory of a forward with measures", ModelProblem, ModelGate, probe.work,
         memory_curve=True,
     ),
-}
+}  # fmt: skip

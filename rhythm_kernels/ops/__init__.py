@@ -1,4 +1,4 @@
-"""Passes and credit as `torch.ops.rhythm_kernels.*`: schema, fake kernel and dispatch. Nothing is computed here."""
+"""Passes and credit as `torch.ops.rhythm_kernels.*`: schema, fake kernel and dispatch; the backends compute."""
 
 from .attention import attention
 from .band_columns import band_columns

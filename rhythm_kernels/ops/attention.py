@@ -30,7 +30,7 @@ attention = define_pass(
     _fake,
 )
 
-# Of the head list, which concerns the statistics alone, it reads nothing.
+# It does not read the head table: gradients are of all heads, the table selects those whose statistics are returned.
 attention_backward = define_pass(
     "attention_backward",
     "Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse",
@@ -50,7 +50,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(lse, waad, span)
 
 
-@torch.autograd.function.once_differentiable  # the recomputing backward has no derivative of its own
+@torch.autograd.function.once_differentiable  # the backward pass is an operator without a derivative
 def _backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     rule = Rule.joined(tensors, ctx.numbers)

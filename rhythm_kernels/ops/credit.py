@@ -1,4 +1,4 @@
-"""`credit`: the factor gamma of each token (eqs. 14 to 19), a batch of jagged responses at a time."""
+"""`credit`: the factor gamma of each token (eqs. 14 to 19), for a batch of responses of different lengths."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from .library import define
 
 
 def gamma_levels(gamma_amp: float, alpha: float) -> list[float]:
-    """Eq. 19: the float32 value of gamma by what a token is.
+    """Eq. 19: the float32 value of gamma for each kind of token.
 
-    Index 0: in no set; 1: in `T_glob` (of the other modes: chosen) and not dominated; 2: dominated; 3 to 5: the same,
-    and an intro token too.
+    Index 0: not chosen. 1: in `T_glob` and not dominated (in the other modes: chosen). 2: in `T_glob` and dominated.
+    3 to 5: the same three, where the token is also an intro token.
     """
     levels = []
     for intro in (False, True):

@@ -1,4 +1,4 @@
-"""Definition of an op: a flat schema, folded into what backends take; one real kernel, one fake kernel for tracing."""
+"""How an op is defined: a flat schema, a kernel that calls a backend, and a fake kernel that gives tracers shapes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def define(
 ) -> Any:
     """Register `rhythm_kernels::name`, whose last argument is the backend (None: the best), and return its overload.
 
-    `fold` makes of the arguments what the pass of a backend takes. The passes give no gradients (results are
-    detached), so one kernel serves all devices, below autograd.
+    `fold` makes the arguments of a backend's pass from those of the op. Passes have no gradients (their results are
+    detached), so one kernel below autograd serves all devices.
     """
     LIBRARY.define(f"{name}({arguments}, str? backend) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -33,11 +33,10 @@ def define(
 
 
 def define_pass(name: str, tensors: str, distances: str, returns: str, fake: Callable[..., Any]) -> Any:
-    """The op of a pass: its tensors, the rule, and what it reads of the map, integers of which are distances.
+    """The op of a pass, whose schema is its tensors, the fields of the rule, and its `distances` and flags.
 
-    `fake` and the backends take `(*tensors, rule, ...)`. No distance is longer than the rows: what kernels count with
-    fits 32 bits, and `W - (W - distance)` of a large W does not cancel. So every integer of what backends get, those of
-    the rule too, is the length at most.
+    `fake` and the backends take `(*tensors, rule, ...)`. Every integer that backends get, those of the rule too, is at
+    most T: longer distances mean the same, fit 32 bits no more, and make `W - (W - distance)` cancel.
     """
     arguments = ", ".join(filter(None, (tensors, rule.SCHEMA, distances)))
     first = tensors.count("Tensor ")

@@ -1,4 +1,4 @@
-"""`row_stats`: log-sum-exp, WAAD and span of each row in one online softmax over `q k^T` alone."""
+"""`row_stats`: log-sum-exp, WAAD and span of each row, in one online softmax over all its keys; v is not read."""
 
 from torch import Tensor
 

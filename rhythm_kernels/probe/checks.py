@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kept import ordinary
+from ..tensor_cache import ordinary
 
 _LATE = (
     "found on the device after an earlier measured forward, whose results are NaN; with CUDA_LAUNCH_BLOCKING=1, or on "

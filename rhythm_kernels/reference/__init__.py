@@ -1,11 +1,12 @@
-"""The dense definitions: every measure written beside the paper, at O(T^2) memory.
+"""The dense definitions: every measure as the paper writes it, with complete attention maps in O(T^2) memory.
 
-This is what all backends are tested against. It imports nothing of ours, favours reading over speed, and keeps the
-precision of its inputs (float64 in, float64 out; anything narrower is raised to float32). `formulas` has what the paper
-writes, of one sequence; `measures` lays it out over padded and packed batches; `credit` is gamma, token by token.
-What an `lse` or a sink that is not finite does, :func:`attention_maps` says.
-Equation numbers are those of arXiv 2510.13554v2. Shapes follow :mod:`rhythm_kernels.functional`:
-``q (B, T, H, D)``, ``k (B, T, H_kv, D)``, ``lse (B, H, T)``, or packed with ``cu_seqlens``.
+All backends are tested against these. They use nothing of the other modules but the declarations of arguments and their
+defaults (:mod:`rhythm_kernels.options`, :mod:`rhythm_kernels.settings`), are written to be read rather than fast, and
+compute in float64 where the inputs are float64, else in float32. `formulas` has the paper's formulas for one sequence;
+`measures` applies them to padded and packed batches; `credit` is gamma, token by token. :func:`attention_maps` says
+what an `lse` or a sink that is not finite does. Equation numbers are those of arXiv 2510.13554v2. Shapes are those of
+:mod:`rhythm_kernels.functional`: ``q (B, T, H, D)``, ``k (B, T, H_kv, D)``, ``lse (B, H, T)``, or packed with
+``cu_seqlens``.
 """
 
 from .credit import rhythm_credit

@@ -1,88 +1,54 @@
-"""The formulas over batches: the live sequences of a padded or packed batch, their heads and their responses."""
+"""The formulas for a padded or packed batch: applied to each sequence, its selected heads and its response."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack  # comes with torch; of typing since Python 3.11
 
+from ..options import DEFAULTS, Options, check_names, spelled_out
 from ..settings import RhythmSettings
 from . import formulas
 from .formulas import ColumnMoments, widen
 
 
 class AttentionStats(NamedTuple):
-    """WAAD (eq. 9) and span (the summand of eq. 7) per token, beside an attention output."""
+    """WAAD (eq. 9) and span (the summand of eq. 7) per token, as :func:`attention_with_rhythm` returns them."""
 
     waad: Tensor
     span: Tensor
 
 
-class Layout(TypedDict, total=False):
-    """What every function here takes by keyword, the score rule and where the sequences are."""
+class MeasureLayout(Options, total=False):
+    """What a measure takes by keyword: the shared arguments, and whether results are per head or their mean."""
 
-    heads: Tensor | Sequence[int] | None
-    softmax_scale: float | None
-    window_size: tuple[int, int]
-    softcap: float
-    sinks: Tensor | None
-    alibi_slopes: Tensor | None
-    cu_seqlens: Tensor | None
-    max_seqlen: int | None
-    seq_start: Tensor | None
-    seq_end: Tensor | None
-    response_start: Tensor | None
-
-
-class MeasureLayout(Layout, total=False):
     per_head: bool
 
 
-_DEFAULTS = dict.fromkeys(MeasureLayout.__annotations__) | {"window_size": (-1, -1), "softcap": 0.0, "per_head": False}
 _RULE = ("softmax_scale", "window_size", "softcap", "sinks", "alibi_slopes")
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _spelled_out(layout: type) -> Callable[[_Function], _Function]:
-    """Has `help`, completion and `inspect.signature` show each argument of `**layout`; the function stays as it is."""
-
-    def show(function: _Function) -> _Function:
-        signature = inspect.signature(function)
-        parameters = list(signature.parameters.values())[:-1]
-        for name, annotation in layout.__annotations__.items():
-            kind, text = inspect.Parameter.KEYWORD_ONLY, getattr(annotation, "__forward_arg__", annotation)
-            parameters.append(inspect.Parameter(name, kind, default=_DEFAULTS[name], annotation=text))
-        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        function.__annotations__ = {x.name: x.annotation for x in parameters} | {"return": signature.return_annotation}
-        return function
-
-    return show
 
 
 def _complete(name: str, layout: Any, takes: type = MeasureLayout) -> dict[str, Any]:
-    """`layout` with its defaults; what `takes` does not have is an error of the function called `name`."""
-    for argument in layout:
-        if argument not in takes.__annotations__:
-            raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
-    return _DEFAULTS | layout
+    """`layout` with the defaults filled in; an argument that `takes` lacks is a TypeError of the function `name`."""
+    check_names(name, layout, takes)
+    return DEFAULTS | layout
 
 
-class _Live(NamedTuple):
-    """One live sequence, as the formulas take it."""
+class _Sequence(NamedTuple):
+    """One sequence, as the formulas take it."""
 
     q: Tensor  # (n, H, D)
     k: Tensor  # (n, H_kv, D)
     lse: Tensor | None  # (H, n)
-    at: tuple[int | slice, ...]  # where the sequence lies in q, k and v
+    at: tuple[int | slice, ...]  # the index of its tokens in q, k and v
     rule: dict[str, Any]
-    heads: Tensor | slice  # those that are measured, (Hs,)
-    response: Tensor  # (n,) bool: rows of the response R
+    heads: Tensor | slice  # (Hs,), those that are measured
+    response: Tensor  # (n,) bool, whether a token is in the response R
 
     @property
     def maps(self) -> Tensor:
@@ -105,8 +71,8 @@ class _Live(NamedTuple):
         return formulas.future(self.distance, self.response, lo, hi)
 
 
-def _spans(batch: int, length: int, layout: dict[str, Any]) -> list[tuple[int, int, int, int]]:
-    """Each sequence's row, live range and first response token, `start <= response <= end`, all counted in the row."""
+def _table(batch: int, length: int, layout: dict[str, Any]) -> list[tuple[int, int, int, int]]:
+    """The sequence table: batch row, start, end and response start, which is clamped to `start <= ... <= end`."""
     cu_seqlens, response = layout["cu_seqlens"], layout["response_start"]
     if cu_seqlens is not None:
         bounds = [min(max(int(x), 0), length) for x in cu_seqlens]
@@ -118,11 +84,11 @@ def _spans(batch: int, length: int, layout: dict[str, Any]) -> list[tuple[int, i
     first = [0] * len(ranges) if response is None else [int(x) for x in response]
     if cu_seqlens is not None:
         first = [f + start for f, (_, start, _) in zip(first, ranges, strict=True)]
-    return [(row, start, end, min(max(f, start), end)) for (row, start, end), f in zip(ranges, first, strict=True)]
+    return [(b, start, end, min(max(f, start), end)) for (b, start, end), f in zip(ranges, first, strict=True)]
 
 
-def _rows(
-    formula: Callable[[_Live], Tensor],
+def _batch_rows(
+    formula: Callable[[_Sequence], Tensor],
     blank: Callable[[int], Tensor],
     layout: dict[str, Any],
     q: Tensor,
@@ -131,10 +97,8 @@ def _rows(
     *,
     dim: int = -1,
 ) -> list[Tensor]:
-    """Of every row of the batch (one, where it is packed): `formula` of each sequence, and `blank(n)` between them.
-
-    `dim` is the axis of tokens of what the two return.
-    """
+    """For each batch row (one, where the batch is packed): `formula(sequence)` of its sequences, joined along `dim`,
+    their dimension of tokens, with `blank(n)` for n tokens before, between and after the sequences."""
     packed = layout["cu_seqlens"] is not None
     batch, length = (1, len(q)) if packed else q.shape[:2]
     heads: Tensor | slice = slice(None)
@@ -142,22 +106,22 @@ def _rows(
         heads = torch.as_tensor(layout["heads"], device=q.device, dtype=torch.int64).reshape(-1)
     rule = {name: layout[name] for name in _RULE}
     pieces: list[list[Tensor]] = [[] for _ in range(batch)]
-    done = [0] * batch  # tokens of each row that its pieces cover
+    done = [0] * batch  # how many tokens of each batch row its pieces cover
     slopes = rule["alibi_slopes"]
-    for i, (row, start, end, first) in enumerate(_spans(batch, length, layout)):
+    for i, (b, start, end, first) in enumerate(_table(batch, length, layout)):
         if end > start:
-            at = (slice(start, end),) if packed else (row, slice(start, end))
+            at = (slice(start, end),) if packed else (b, slice(start, end))
             response = torch.arange(start, end, device=q.device) >= first
-            row_lse = None if lse is None else lse[(*at[:-1], slice(None), at[-1])]
+            own_lse = None if lse is None else lse[(*at[:-1], slice(None), at[-1])]
             own = rule if slopes is None or slopes.dim() == 1 else rule | {"alibi_slopes": slopes[i]}
-            values = formula(_Live(q[at], k[at], row_lse, at, own, heads, response))
-            pieces[row] += [blank(start - done[row]), values]
-            done[row] = end
-    return [torch.cat([*row, blank(length - n)], dim) for row, n in zip(pieces, done, strict=True)]
+            values = formula(_Sequence(q[at], k[at], own_lse, at, own, heads, response))
+            pieces[b] += [blank(start - done[b]), values]
+            done[b] = end
+    return [torch.cat([*piece, blank(length - n)], dim) for piece, n in zip(pieces, done, strict=True)]
 
 
 def _measured(
-    formula: Callable[[_Live], Tensor],
+    formula: Callable[[_Sequence], Tensor],
     layout: dict[str, Any],
     q: Tensor,
     k: Tensor,
@@ -166,22 +130,22 @@ def _measured(
     planes: tuple[int, ...] = (),
     fill: float = 0.0,
 ) -> Tensor:
-    """`formula(sequence) -> (*planes, Hs, n)` of the response rows, and `fill` elsewhere, laid out as the inputs are.
+    """`formula(sequence)`, `(*planes, Hs, n)`, at the response's tokens and `fill` at all others.
 
-    `(*planes, B, [Hs,] T)`, without `B` where the batch is packed.
+    Returns `(*planes, B, [Hs,] T)`, without `B` where the batch is packed, and without `Hs` where the mean is asked.
     """
     heads = q.shape[-2] if layout["heads"] is None else torch.as_tensor(layout["heads"]).numel()
 
     def blank(n: int) -> Tensor:
         return widen(q).new_full((*planes, heads, n), fill)
 
-    rows = _rows(lambda x: torch.where(x.response, formula(x), fill), blank, layout, q, k, lse)
-    out = torch.stack(rows, len(planes))
+    batch_rows = _batch_rows(lambda x: torch.where(x.response, formula(x), fill), blank, layout, q, k, lse)
+    out = torch.stack(batch_rows, len(planes))
     out = out if layout["per_head"] else out.mean(dim=-2)
     return out.select(len(planes), 0) if layout["cu_seqlens"] is not None else out
 
 
-@_spelled_out(MeasureLayout)
+@spelled_out(MeasureLayout)
 def waad(
     q: Tensor,
     k: Tensor,
@@ -194,7 +158,7 @@ def waad(
     return _measured(lambda x: formulas.waad(x.maps, x.distance, window), _complete("waad", layout), q, k, lse)
 
 
-@_spelled_out(MeasureLayout)
+@spelled_out(MeasureLayout)
 def fai(
     q: Tensor,
     k: Tensor,
@@ -210,39 +174,39 @@ def fai(
     return _measured(lambda x: formulas.fai(x.maps, x.future(*horizon)), _complete("fai", layout), q, k, lse)
 
 
-@_spelled_out(MeasureLayout)
+@spelled_out(MeasureLayout)
 def span(q: Tensor, k: Tensor, lse: Tensor | None = None, **layout: Unpack[MeasureLayout]) -> Tensor:
     """Average attention distance of each token, `sum_s A[t, s] (t - s)`; its mean over R is eq. 7."""
     return _measured(lambda x: formulas.span(x.maps, x.distance), _complete("span", layout), q, k, lse)
 
 
-@_spelled_out(MeasureLayout)
+@spelled_out(MeasureLayout)
 def column_moments(
     q: Tensor, k: Tensor, lse: Tensor | None = None, *, min_distance: int = 4, **layout: Unpack[MeasureLayout]
 ) -> ColumnMoments:
-    """Moments of `A[t, s]` over the response rows `t >= s + min_distance` (what receiver heads are found by)."""
+    """Moments of `A[t, s]` over the response rows `t >= s + min_distance`, which find receiver heads."""
 
-    def formula(x: _Live) -> Tensor:
+    def formula(x: _Sequence) -> Tensor:
         return torch.stack(formulas.moments(x.maps, x.future(min_distance)))
 
     planes = (len(ColumnMoments._fields),)
     return ColumnMoments(*_measured(formula, _complete("column_moments", layout), q, k, lse, planes=planes))
 
 
-@_spelled_out(Layout)
-def attention_lse(q: Tensor, k: Tensor, **layout: Unpack[Layout]) -> Tensor:
-    """Natural log of each row's softmax denominator, `(B, H_selected, T)`; `-inf` on rows without keys."""
-    arguments = _complete("attention_lse", layout, Layout) | {"per_head": True}
+@spelled_out(Options)
+def attention_lse(q: Tensor, k: Tensor, **layout: Unpack[Options]) -> Tensor:
+    """The natural log of each row's softmax denominator, `(B, H_selected, T)`; `-inf` outside of the response."""
+    arguments = _complete("attention_lse", layout, Options) | {"per_head": True}
     return _measured(lambda x: x.own_lse, arguments, q, k, fill=-math.inf)
 
 
-@_spelled_out(MeasureLayout)
+@spelled_out(MeasureLayout)
 def attention_with_rhythm(
     q: Tensor, k: Tensor, v: Tensor, *, window: int = RhythmSettings.window, **layout: Unpack[MeasureLayout]
 ) -> tuple[Tensor, Tensor, AttentionStats]:
-    """Causal attention `out (B, T, H, D_v)` (differentiable), `lse (B, H, T)` and the statistics of `heads`.
+    """Causal attention `out (B, T, H, D_v)`, differentiable; `lse (B, H, T)`; WAAD and span of `heads`.
 
-    `out` and `lse` cover every live row; the statistics the response rows alone.
+    `out` and `lse` are of every live token and all heads, WAAD and span of the response alone.
     """
     arguments = _complete("attention_with_rhythm", layout)
     whole = arguments | {"heads": None, "response_start": None, "per_head": True}
@@ -250,9 +214,9 @@ def attention_with_rhythm(
     def blank(n: int) -> Tensor:
         return widen(q).new_zeros(n, q.shape[-2], v.shape[-1])
 
-    out = torch.stack(_rows(lambda x: formulas.attention(x.maps, v[x.at]), blank, whole, q, k, dim=0))
+    out = torch.stack(_batch_rows(lambda x: formulas.attention(x.maps, v[x.at]), blank, whole, q, k, dim=0))
     out = out[0] if whole["cu_seqlens"] is not None else out
-    # A sum of nothing: where no row is live, out has gradients all the same, which are 0.
+    # Adds 0, an empty sum: where no token is live, out still has gradients, which are 0.
     out = out + sum(widen(x[:0]).sum() for x in (q, k, v))
     measured = q.detach(), k.detach()
     lse = _measured(lambda x: x.own_lse, whole, *measured, fill=-math.inf)

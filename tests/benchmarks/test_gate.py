@@ -11,7 +11,7 @@ from benchmarks.problem import AttentionProblem, attention_lse
 from benchmarks.shapes import AttentionShape
 from rhythm_kernels import reference
 
-LONG = AttentionShape(WHOLE + 60, batch=2, heads=2, kv_heads=1, dim=8)
+LONG = AttentionShape(WHOLE + 60, batch=2, heads=4, kv_heads=2, dim=8)
 CPU = torch.device("cpu")
 
 
@@ -26,7 +26,7 @@ def test_the_log_sum_exp_is_that_of_the_definition(problem: AttentionProblem) ->
 
 
 def test_the_tail_is_that_of_the_dense_definition(problem: AttentionProblem) -> None:
-    """Two ways to the same numbers: complete rows of attention, and `rhythm_kernels.reference`."""
+    """The last rows, one kv head at a time, give what whole maps of all heads give."""
     first = LONG.length - 100
     whole = head_definition(problem, LONG.length)
     for name, found in tail_definition(problem, first, with_out=True).items():

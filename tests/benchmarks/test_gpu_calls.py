@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import BROKEN
+from benchmarks.entries import load
 from benchmarks.gpu import carry
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.plan import GPU_TESTS, SECONDS, Plan
 from benchmarks.gpu.steps import NOT_FOUND, OUT_OF_TIME, ROOT, Call, Step
 from benchmarks.rivals import RIVALS
-from benchmarks.rows import load
 from benchmarks.shapes import SHAPES
 
 
@@ -169,6 +169,6 @@ def test_rehearsal(name: str, tmp_path: Path) -> None:
     assert [(step["step"], step["status"]) for step in found["steps"]] == [
         (step.name, 0) for step in Plan(name, tmp_path).steps()
     ]
-    suites = {row.suite for row in load([tmp_path / f"{name}-rows.json"])}
+    suites = {entry.suite for entry in load([tmp_path / f"{name}-rows.json"])}
     wanted = {"right": {"band_rows", "band_columns"}, "fast": {"attention", "row_stats", "column_stats", "probe"}}
     assert wanted[name] <= suites

@@ -12,9 +12,9 @@ from torch import Tensor
 from benchmarks.contenders import eager_model, models
 from benchmarks.contenders.models import ModelGate, ModelProblem
 from benchmarks.contenders.own_time import OwnTime, Told
+from benchmarks.entries import Entry
 from benchmarks.gate import WHOLE
 from benchmarks.rivals import RIVALS
-from benchmarks.rows import Row
 from benchmarks.runner import Choice, compete
 from benchmarks.shapes import ModelShape, shapes
 from benchmarks.suites import SUITES
@@ -74,10 +74,10 @@ def test_hidden_states_are_held_to_the_bit(problem: ModelProblem) -> None:
 
 def test_both_eager_ways_agree_with_the_probe_on_padded_rows_with_gradients() -> None:
     shape = replace(SHAPE, length=150, dtype="float32", padded=True, gradients=True)
-    rows, _ = compete("probe", shape, CPU, Budget(0.0, 1, 1))
-    assert [row.status for row in rows] == ["ok"] * len(rows), [row.reason for row in rows]
-    assert {"eager with maps", "eager with hooks", "forward + probe"} <= {row.rival for row in rows}
-    assert "padded gradients" in rows[0].shape
+    entries, _ = compete("probe", shape, CPU, Budget(0.0, 1, 1))
+    assert [entry.status for entry in entries] == ["ok"] * len(entries), [entry.reason for entry in entries]
+    assert {"eager with maps", "eager with hooks", "forward + probe"} <= {entry.rival for entry in entries}
+    assert "padded gradients" in entries[0].shape
 
 
 def test_a_training_forward_keeps_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,9 +217,9 @@ def test_a_part_shares_the_fate_of_its_whole(monkeypatch: pytest.MonkeyPatch) ->
     tiny = shapes("probe", "cpu", "tiny")[0]
     budget = Budget(0.0, 1, 1)
 
-    def row_of(name: str, **options: object) -> Row:
-        rows, _ = compete("probe", tiny, CPU, budget, **options)  # type: ignore[arg-type]
-        return next(row for row in rows if row.rival == name)
+    def row_of(name: str, **options: object) -> Entry:
+        entries, _ = compete("probe", tiny, CPU, budget, **options)  # type: ignore[arg-type]
+        return next(entry for entry in entries if entry.rival == name)
 
     part = row_of("probe's own kernels")
     assert part.status == "ok" and part.mode == "own time" and part.ratio is not None and part.ratio > 0
@@ -245,8 +245,8 @@ def test_what_does_not_fit_keeps_its_row(monkeypatch: pytest.MonkeyPatch) -> Non
     tiny = shapes("probe", "cpu", "tiny")[0]
     assert isinstance(tiny, ModelShape)
     monkeypatch.setattr("benchmarks.memory.free", lambda device: eager_model.layer_memory(tiny) - 1)
-    rows, _ = compete("probe", tiny, CPU, Budget(0.0, 1, 1))
-    assert [row.status for row in rows] == ["ok", "ok", "ok", "does not fit", "does not fit"]
+    entries, _ = compete("probe", tiny, CPU, Budget(0.0, 1, 1))
+    assert [entry.status for entry in entries] == ["ok", "ok", "ok", "does not fit", "does not fit"]
 
 
 def test_the_targets_of_the_4b_shape_are_read_from_its_rows() -> None:
@@ -255,8 +255,8 @@ def test_the_targets_of_the_4b_shape_are_read_from_its_rows() -> None:
     for hidden, share in ((1024, 0.5), (2560, 0.012)):
         for rival, median in (("forward alone", 2.0), ("probe's own kernels", 2.0 * share)):
             dimensions = {"length": 8192, "hidden": hidden, "batch": 1}
-            row = Row("probe", rival, "", "bfloat16", dimensions, median=median, environment=about)
-            found.insert(0 if hidden == 2560 else len(found), row)
+            entry = Entry("probe", rival, "", "bfloat16", dimensions, median=median, environment=about)
+            found.insert(0 if hidden == 2560 else len(found), entry)
     of_probe = [target for target in TARGETS if target.suite == "probe" and target.device == "cuda"]
     assert [(target.length, target.bound) for target in of_probe] == [(8192, 0.015), (32_768, 0.005), (131_072, 0.001)]
     assert str(verdict(of_probe[0], found)).endswith("1.20% of forward alone (at most 1.5%): met")

@@ -18,28 +18,28 @@ NEED_A_COMPILER = ("read loop", "multiply-add loop")
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_rival_passes_its_gate(suite: str) -> None:
-    rows, samples = compete(suite, shapes(suite, "cpu", "tiny")[0], CPU, BUDGETS["tiny"])
-    assert [row.rival for row in rows] == [rival.name for rival in RIVALS[suite] if "cpu" in rival.devices]
-    for row in rows:
-        assert row.status in ("ok", "unavailable"), f"{row.rival}: {row.reason}"
-        if row.status == "unavailable":
-            assert "rhythm" in row.rival or row.rival in NEED_A_COMPILER or suite == "countdown_step"
-            assert row.reason
+    entries, samples = compete(suite, shapes(suite, "cpu", "tiny")[0], CPU, BUDGETS["tiny"])
+    assert [entry.rival for entry in entries] == [rival.name for rival in RIVALS[suite] if "cpu" in rival.devices]
+    for entry in entries:
+        assert entry.status in ("ok", "unavailable"), f"{entry.rival}: {entry.reason}"
+        if entry.status == "unavailable":
+            assert "rhythm" in entry.rival or entry.rival in NEED_A_COMPILER or suite == "countdown_step"
+            assert entry.reason
             continue
-        assert row.samples == len(samples[row.rival].wall) > 0
-        assert row.error is not None and row.error <= 1
-        assert row.median is not None and row.p20 is not None and row.p80 is not None
-        assert row.p20 <= row.median <= row.p80
-        assert row.ratio is not None and row.yardstick == SUITES[suite].yardstick["cpu"]
-    yardstick = next(row for row in rows if row.rival == SUITES[suite].yardstick["cpu"])
+        assert entry.samples == len(samples[entry.rival].wall) > 0
+        assert entry.error is not None and entry.error <= 1
+        assert entry.median is not None and entry.p20 is not None and entry.p80 is not None
+        assert entry.p20 <= entry.median <= entry.p80
+        assert entry.ratio is not None and entry.yardstick == SUITES[suite].yardstick["cpu"]
+    yardstick = next(entry for entry in entries if entry.rival == SUITES[suite].yardstick["cpu"])
     if yardstick.status == "ok":
         assert yardstick.ratio == 1
     else:
-        assert {row.status for row in rows} == {"unavailable"}, "a yardstick is missing without need"
+        assert {entry.status for entry in entries} == {"unavailable"}, "a yardstick is missing without need"
     for kind in {rival.ceiling for rival in RIVALS[suite] if "cpu" in rival.devices} - {""}:
-        shares = [getattr(row, {"bytes": "bandwidth_share", "flops": "flops_share"}[kind]) for row in rows]
+        shares = [getattr(entry, {"bytes": "bandwidth_share", "flops": "flops_share"}[kind]) for entry in entries]
         tops = {rival.name for rival in RIVALS[suite] if rival.ceiling == kind}
-        assert max(share for row, share in zip(rows, shares) if row.rival in tops and share) == pytest.approx(1)
+        assert max(share for entry, share in zip(entries, shares) if entry.rival in tops and share) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("suite", SUITES)

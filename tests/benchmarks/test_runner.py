@@ -11,8 +11,8 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import runner
+from benchmarks.entries import Entry, load
 from benchmarks.rivals import RIVALS
-from benchmarks.rows import Row, load
 from benchmarks.runner import BrokenDeviceError, Choice, run_suite
 from benchmarks.timing import BUDGETS, Budget, contest
 
@@ -21,14 +21,14 @@ TINY = BUDGETS["tiny"]
 EVERYTHING = Choice()
 
 
-def credit(choice: Choice = EVERYTHING, budget: Budget = TINY, earlier: tuple[Row, ...] = ()) -> list[list[Row]]:
+def credit(choice: Choice = EVERYTHING, budget: Budget = TINY, earlier: tuple[Entry, ...] = ()) -> list[list[Entry]]:
     return list(run_suite("credit", "tiny", CPU, budget, choice, earlier))
 
 
 def test_a_choice_of_rivals() -> None:
     among, without = Choice(among=("token loop", "rhythm torch")), Choice(without=("token loop",))
-    assert [row.rival for row in credit(among)[0]] == ["rhythm torch", "token loop"]
-    assert "token loop" not in {row.rival for row in credit(without)[0]}
+    assert [entry.rival for entry in credit(among)[0]] == ["rhythm torch", "token loop"]
+    assert "token loop" not in {entry.rival for entry in credit(without)[0]}
     assert credit(Choice(lengths=(1,))) == []
 
 
@@ -65,25 +65,25 @@ def test_a_broken_context_ends_the_process_and_the_next_leaves_its_rival_out(
     path = tmp_path / "rows.json"
     given = ["--suite", "credit", "--profile", "tiny", "--device", "cpu", "--save", str(path), "--resume"]
     assert command.main(given) == command.BROKEN
-    assert [(row.rival, row.status) for row in load([path])] == [("rhythm torch", "failed")]
+    assert [(entry.rival, entry.status) for entry in load([path])] == [("rhythm torch", "failed")]
     assert command.main(given) == 0
-    rows = {row.rival: row for row in load([path])}
-    assert rows["rhythm torch"].status == "failed" and rows["token loop"].status == "ok"
+    entries = {entry.rival: entry for entry in load([path])}
+    assert entries["rhythm torch"].status == "failed" and entries["token loop"].status == "ok"
     before = len(load([path]))
     assert command.main(given) == 0 and len(load([path])) == before, "what was measured is not measured again"
 
 
 def test_what_others_measured_does_not_stand_for_a_rival(tmp_path: Path) -> None:
-    """A later choice of rivals at the same shape is run, and whole: its rows are compared with each other."""
+    """A later choice of rivals at the same shape is run, and whole: its entries are compared with each other."""
     path = tmp_path / "rows.json"
     given = ["--suite", "credit", "--profile", "tiny", "--device", "cpu", "--save", str(path), "--resume", "--among"]
     for among in (["rhythm torch"], ["rhythm torch", "--among", "token loop"]):
         assert command.main([*given, *among]) == 0
-    assert [row.rival for row in load([path])] == ["rhythm torch", "rhythm torch", "token loop"]
+    assert [entry.rival for entry in load([path])] == ["rhythm torch", "rhythm torch", "token loop"]
 
 
 def test_a_failure_that_breaks_nothing_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     breaking(monkeypatch)
     monkeypatch.setattr(runner, "broken", lambda device: False)
-    rows = {row.rival: row.status for row in credit()[0]}
-    assert rows["rhythm torch"] == "failed" and rows["token loop"] == "ok"
+    entries = {entry.rival: entry.status for entry in credit()[0]}
+    assert entries["rhythm torch"] == "failed" and entries["token loop"] == "ok"

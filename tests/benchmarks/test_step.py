@@ -134,11 +134,11 @@ def test_memory_counts_the_second_model_and_leaves_no_gradients(
     problem: StepProblem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.memory.peak", lambda call, device: (1000, "a stand-in"))
-    rows, _ = compete("grpo_step", tiny(), CPU, ONCE)
-    assert [row.status for row in rows] == ["ok"] * 4, [row.reason for row in rows]
+    entries, _ = compete("grpo_step", tiny(), CPU, ONCE)
+    assert [entry.status for entry in entries] == ["ok"] * 4, [entry.reason for entry in entries]
     second = WithMaps(problem)
     decoder = sum(weight.nbytes for weight in problem.model.model.parameters())
-    peaks = {row.rival: (row.peak_bytes, row.peak_by) for row in rows}
+    peaks = {entry.rival: (entry.peak_bytes, entry.peak_by) for entry in entries}
     assert peaks["step + credit"] == (1000, "a stand-in")
     assert peaks["step + eager maps"] == (1000 + decoder, "a stand-in and what is held between calls")
     for call in (step.alone(problem), step.with_credit(problem), second):
@@ -231,5 +231,5 @@ def test_the_trainers_gate_refuses_what_is_no_step() -> None:
 def test_without_trl_the_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: None if name == "trl" else found(name))
-    rows, _ = compete("countdown_step", shapes("countdown_step", "cpu", "tiny")[0], CPU, ONCE)
-    assert [(row.status, row.reason) for row in rows] == [("unavailable", "trl is not installed")] * 2
+    entries, _ = compete("countdown_step", shapes("countdown_step", "cpu", "tiny")[0], CPU, ONCE)
+    assert [(entry.status, entry.reason) for entry in entries] == [("unavailable", "trl is not installed")] * 2

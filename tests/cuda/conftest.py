@@ -38,8 +38,8 @@ def cuda_serves_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def cuda_on_cpu(bands: Emulated, cuda_serves_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Emulated:
     """Backend "cuda" serves CPU tensors: the bands by the emulated kernels, the other passes by tile-wise torch."""
     emulated = Passes(bands)
-    room = SimpleNamespace(**vars(tiled_torch) | {x: getattr(emulated, x) for x in ("band_rows", "band_columns")})
-    room_of = dispatch._room
-    monkeypatch.setattr(dispatch, "_room", lambda backend: room if backend == "cuda" else room_of(backend))
+    module = SimpleNamespace(**vars(tiled_torch) | {x: getattr(emulated, x) for x in ("band_rows", "band_columns")})
+    module_of = dispatch._module
+    monkeypatch.setattr(dispatch, "_module", lambda backend: module if backend == "cuda" else module_of(backend))
     bands.set_order("forward")
     return bands

@@ -73,7 +73,7 @@ def cuda_credit(*measures: Tensor, **options: Any) -> Tensor:
     """`rhythm_credit`, from the CUDA kernel."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "choose", lambda *_: "cuda")
-        patch.setattr(dispatch, "_room", lambda _: SimpleNamespace(credit=emulated_credit, available=lambda _: ""))
+        patch.setattr(dispatch, "_module", lambda _: SimpleNamespace(credit=emulated_credit, available=lambda _: ""))
         return rhythm_credit(*measures, **options)
 
 

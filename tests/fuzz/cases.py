@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.fuzz.memory import AXES, LAYOUTS, laid_out
-from tests.fuzz.oracle import Problem, Stretch
+from tests.fuzz.oracle import Inputs, Stretch
 
 KINDS = ("plain", "padded", "packed")
 # What the numbers are like: those after the second have logits that are hard on float32.
@@ -134,7 +134,7 @@ class Made:
 
     given: dict[str, Tensor]
     options: dict[str, Any]
-    problem: Problem
+    numbers: Inputs
 
 
 def make(case: Case, device: str = "cpu") -> Made:
@@ -145,7 +145,7 @@ def make(case: Case, device: str = "cpu") -> Made:
     sizes = {"q": case.size, "k": case.size, "v": case.value_size, "upstream": case.value_size}
     dead = torch.ones(case.batch, case.length, dtype=torch.bool)
     for at in case.stretches:
-        dead[at.row, at.live] = False
+        dead[at.batch_row, at.live] = False
 
     def place(name: str, x: Tensor) -> Tensor:
         layout, _ = layouts.get(name, ("contiguous", ""))
@@ -173,7 +173,7 @@ def make(case: Case, device: str = "cpu") -> Made:
         layout, _ = layouts.get("alibi_slopes", ("contiguous", ""))
         slopes = torch.tensor(case.slopes if len(case.slopes) > 1 else case.slopes[0], device=device)
         slopes = laid_out(slopes, layout)
-    problem = Problem(
+    numbers = Inputs(
         **{name: x.numpy() for name, x in numbers.items()},
         stretches=case.stretches,
         scale=case.size**-0.5 if case.scale is None else case.scale,
@@ -199,7 +199,7 @@ def make(case: Case, device: str = "cpu") -> Made:
             # Every second entry of a vector whose others would be out of any range.
             wide = torch.tensor([[x, -7] for x in vector], dtype=torch.int64).to(device)[:, 0]
             options[name] = wide if case.wide_indices else wide.int()
-    return Made(given, options, problem)
+    return Made(given, options, numbers)
 
 
 def _shaped(name: str, x: Tensor, case: Case) -> Tensor:
@@ -231,7 +231,7 @@ def lse_of(case: Case, own: Tensor, device: str = "cpu") -> Tensor:
     x = torch.full_like(own, float("nan"), dtype=torch.float32)
     for at in case.stretches:
         live = slice(at.first if case.poisoned else at.start, at.end)
-        x[at.row, :, live] = own[at.row, :, live].float()
+        x[at.batch_row, :, live] = own[at.batch_row, :, live].float()
     return laid_out((x[0] if case.packed else x).to(device), layouts.get("lse", "contiguous"))
 
 

@@ -45,8 +45,8 @@ class Held:
         self.scored = np.zeros((case.batch, 1, case.length), dtype=bool)
         self.lengths = np.zeros((case.batch, 1, case.length))
         for at in case.stretches:
-            self.scored[at.row, :, at.first : at.end] = True
-            self.lengths[at.row, :, at.live] = at.end - at.start
+            self.scored[at.batch_row, :, at.first : at.end] = True
+            self.lengths[at.batch_row, :, at.live] = at.end - at.start
 
     def call(self, function: str, **options: Any) -> Any:
         """Of q, k and the log-sum-exp, where that is handed over."""
@@ -66,8 +66,8 @@ class Held:
     def rows(self) -> None:
         """waad and span."""
         case = self.case
-        want = oracle.rows(self.made.problem, case.selected, case.window, self.known)
-        own = want if self.known is None else oracle.rows(self.made.problem, case.selected, case.window, None)
+        want = oracle.rows(self.made.numbers, case.selected, case.window, self.known)
+        own = want if self.known is None else oracle.rows(self.made.numbers, case.selected, case.window, None)
         near = bounds.waad(min(case.window, case.length))
         waad = self.call("waad", window=case.integer(case.window), per_head=case.per_head)
         self.measured("waad", waad, want["waad"], near if case.lse_given else near * want["share"].value + 1e-30)
@@ -80,7 +80,7 @@ class Held:
     def log_sum_exp(self) -> None:
         q, k = (self.made.given[name] for name in "qk")
         got = rk.attention_lse(q, k, **self.made.options, backend=self.backend)
-        want = oracle.rows(self.made.problem, self.case.selected, 1, None)["lse"]
+        want = oracle.rows(self.made.numbers, self.case.selected, 1, None)["lse"]
         self.of_lse("attention_lse", got, want, self.scored)
 
     def of_lse(self, name: str, got: Tensor, want: Answer, live: np.ndarray) -> None:
@@ -91,9 +91,9 @@ class Held:
 
     def columns(self) -> None:
         """fai, with both kinds of horizon, and column_moments."""
-        case, problem = self.case, self.made.problem
+        case, numbers = self.case, self.made.numbers
         for horizon in (case.horizon, (case.horizon[0], None)):
-            want = oracle.fai(problem, case.selected, horizon, self.known)
+            want = oracle.fai(numbers, case.selected, horizon, self.known)
             # The bound is a share of a weight of 1: here it is one of the mean itself, which is small.
             limit = bounds.fai() * want.value + 1e-12
             self.measured(f"fai {horizon}", self.call("fai", horizon=horizon, per_head=case.per_head), want, limit)
@@ -101,7 +101,7 @@ class Held:
     def moments(self) -> None:
         case = self.case
         got = self.call("column_moments", min_distance=case.integer(case.nearest), per_head=case.per_head)
-        want = oracle.moments(self.made.problem, case.selected, case.nearest, self.known)
+        want = oracle.moments(self.made.numbers, case.selected, case.nearest, self.known)
         target = ColumnMoments(**{name: torch.tensor(answer.value) for name, answer in want.items()})
         seen = bounds.seen(target).numpy()
         for name, bound in bounds.moments(target)._asdict().items():
@@ -120,7 +120,7 @@ class Held:
         )
         assert not (lse.requires_grad or stats.waad.requires_grad or stats.span.requires_grad)
         gradients = torch.autograd.grad(out, leaves, upstream)
-        want = oracle.attention(self.made.problem)
+        want = oracle.attention(self.made.numbers)
         relative, least = bounds.rounding(dtype)
 
         def held(name: str, got: Tensor, answer: Answer, size: np.ndarray, share: float, floor: np.ndarray) -> None:
@@ -129,7 +129,7 @@ class Held:
             compare(name, got[None] if case.packed else got, answer.value, limit, dtype)
 
         # 16-bit weights, and products with them, are rounded once more each.
-        largest = float(abs(self.made.problem.v).max())
+        largest = float(abs(self.made.numbers.v).max())
         floor = np.where(want.out_size > 0, largest * self.lengths.max(), 0.0)
         size = np.where(want.out_size > 0, largest * bounds.OUT / (bounds.OUT + 2 * relative), 0.0)
         size = size + want.out_size * 2 * relative / (bounds.OUT + 2 * relative)
@@ -138,16 +138,16 @@ class Held:
         for name, got in zip("qkv", gradients, strict=True):
             scale = want.floors[name] * (1 + largest)
             held(f"d{name}", got, want.gradients[name], want.sizes[name], share, scale)
-        rows = oracle.rows(self.made.problem, case.selected, case.window, None)
+        rows = oracle.rows(self.made.numbers, case.selected, case.window, None)
         live = self.lengths > 0
         self.of_lse("lse of attention", lse, self.lse, live)
         near = bounds.waad(min(case.window, case.length)) * rows["share"].value + 1e-30
         self.measured("waad of attention", stats.waad, rows["waad"], near)
         self.measured("span of attention", stats.span, rows["span"], self.of_span())
 
-    def everywhere(self) -> oracle.Problem:
+    def everywhere(self) -> oracle.Inputs:
         """The same with whole sequences as responses."""
-        p = self.made.problem
+        p = self.made.numbers
         stretches = [at._replace(first=at.start) for at in p.stretches]
         return replace(p, stretches=stretches)
 

@@ -2,8 +2,8 @@
 
 Whole maps, one sequence at a time. Beside each value stands its `slack`: how far the value moves when every logit errs
 by what float32 may err in it (`bounds.logit`). Nearly nothing for ordinary logits, it is what is left to ask of float32
-where they are in the thousands. Arrays that end in `T` are those of the whole batch, 0 (`lse`: -inf) at tokens without
-an answer.
+where they are in the thousands. Arrays that end in `T` are those of the whole batch, 0 (`lse`: -inf) at tokens outside
+of the responses.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from tests import bounds
 
 
 class Stretch(NamedTuple):
-    """One sequence: tokens `start .. end - 1` of a row; its response begins at `first`."""
+    """One sequence: tokens `start .. end - 1` of a batch row; its response begins at `first`."""
 
-    row: int
+    batch_row: int
     start: int
     end: int
     first: int
@@ -30,8 +30,8 @@ class Stretch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Numbers alone, float64: `q (B, T, H, D)`, `k (B, T, H_kv, D)`, `v (B, T, H_kv, D_v)`, `upstream` as `out`."""
+class Inputs:
+    """A case's numbers in float64: `q (B, T, H, D)`, `k (B, T, H_kv, D)`, `v (B, T, H_kv, D_v)`, `upstream` as out."""
 
     q: np.ndarray
     k: np.ndarray
@@ -40,10 +40,10 @@ class Problem:
     stretches: list[Stretch]
     scale: float
     softcap: float
-    left: int  # keys that a row sees before its own; -1: all
+    left: int  # the sliding window: how many keys before itself a query sees; -1: all
     sinks: np.ndarray | None  # (H,)
     slopes: np.ndarray | None  # (stretches, H)
-    kept: dict[object, Maps] = field(default_factory=dict, repr=False)
+    computed: dict[object, Maps] = field(default_factory=dict, repr=False)
 
 
 class Answer(NamedTuple):
@@ -63,19 +63,19 @@ class Maps(NamedTuple):
     distance: np.ndarray  # t - s
 
 
-def maps(p: Problem, at: Stretch, heads: list[int], lse: np.ndarray | None = None) -> Maps:
-    """Of these heads; `lse (B, H, T)`: the one that was handed over, else each row's own."""
-    key = (at.row, at.start, lse is None)
-    if key not in p.kept:
-        p.kept[key] = _maps(p, at, lse)
-    *found, distance = p.kept[key]
+def maps(p: Inputs, at: Stretch, heads: list[int], lse: np.ndarray | None = None) -> Maps:
+    """The maps of these heads, computed once; with the given `lse (B, H, T)`, else with each row's own."""
+    key = (at.batch_row, at.start, lse is None)
+    if key not in p.computed:
+        p.computed[key] = _maps(p, at, lse)
+    *found, distance = p.computed[key]
     return Maps(*(x[heads] for x in found), distance)
 
 
-def _maps(p: Problem, at: Stretch, lse: np.ndarray | None) -> Maps:
-    group = p.q.shape[2] // p.k.shape[2]
-    q = np.moveaxis(p.q[at.row, at.live], 1, 0)
-    k = np.moveaxis(p.k[at.row, at.live].repeat(group, 1), 1, 0)
+def _maps(p: Inputs, at: Stretch, lse: np.ndarray | None) -> Maps:
+    kv_group = p.q.shape[2] // p.k.shape[2]
+    q = np.moveaxis(p.q[at.batch_row, at.live], 1, 0)
+    k = np.moveaxis(p.k[at.batch_row, at.live].repeat(kv_group, 1), 1, 0)
     x = p.scale * (q @ k.swapaxes(1, 2))
     size = abs(p.scale) * (abs(q) @ abs(k).swapaxes(1, 2))
     slope, slope_error = np.ones_like(x), np.zeros_like(x)
@@ -103,7 +103,7 @@ def _maps(p: Problem, at: Stretch, lse: np.ndarray | None) -> Maps:
     share = np.exp(masked - own[..., None])
     logit_error = bounds.logit(size)
     lse_error = (share * logit_error).sum(-1) + bounds.logit(0 * own)
-    used = own if lse is None else lse[at.row][:, at.live]
+    used = own if lse is None else lse[at.batch_row][:, at.live]
     weights = np.where(seen, np.exp(masked - used[..., None]), 0.0)
     off = 2 * (logit_error + lse_error[..., None])
     most = np.exp(np.minimum(masked - used[..., None] + off, 0.0))
@@ -111,19 +111,19 @@ def _maps(p: Problem, at: Stretch, lse: np.ndarray | None) -> Maps:
     return Maps(weights, error, own, lse_error, slope, slope_error, distance)
 
 
-def _empty(p: Problem, heads: list[int], fill: float = 0.0) -> Answer:
+def _empty(p: Inputs, heads: list[int], fill: float = 0.0) -> Answer:
     shape = (p.q.shape[0], len(heads), p.q.shape[1])
     return Answer(np.full(shape, fill), np.zeros(shape))
 
 
 def _write(answer: Answer, at: Stretch, value: np.ndarray, slack: np.ndarray) -> None:
-    """What lies before the response is nobody's to see."""
+    """Write the response's tokens; those of the prompt stay 0."""
     skip, tokens = at.first - at.start, slice(at.first, at.end)
-    answer.value[at.row, :, tokens] = value[:, skip:]
-    answer.slack[at.row, :, tokens] = slack[:, skip:]
+    answer.value[at.batch_row, :, tokens] = value[:, skip:]
+    answer.slack[at.batch_row, :, tokens] = slack[:, skip:]
 
 
-def rows(p: Problem, heads: list[int], window: int, lse: np.ndarray | None) -> dict[str, Answer]:
+def rows(p: Inputs, heads: list[int], window: int, lse: np.ndarray | None) -> dict[str, Answer]:
     """`lse`, `waad` (eq. 9), `span` (the summand of eq. 7) and `share`, what a sink leaves to the keys of each row."""
     found = {"waad": _empty(p, heads), "span": _empty(p, heads), "lse": _empty(p, heads, -np.inf)}
     found["share"] = _empty(p, heads)
@@ -132,9 +132,9 @@ def rows(p: Problem, heads: list[int], window: int, lse: np.ndarray | None) -> d
             continue
         m = maps(p, at, heads, lse)
         away = np.maximum(m.distance, 0)
-        window_here = min(window, p.q.shape[1])  # of the whole row: how the backends limit it
-        used = m.lse if lse is None else lse[at.row][heads, at.live]
-        # By the identity W - sum A (W - d) a handed-over number's own rounding counts W times.
+        window_here = min(window, p.q.shape[1])  # backends limit W by T
+        used = m.lse if lse is None else lse[at.batch_row][heads, at.live]
+        # Backends compute W - sum A (W - d), so the rounding of a given lse counts W times.
         whole = (m.error.sum(-1) + (0 if lse is None else abs(np.nan_to_num(used)) * 2.0**-23)) * window_here
         keys = np.ones_like(m.lse) if p.sinks is None else -np.expm1(p.sinks[heads][:, None] - m.lse)
         _write(found["waad"], at, (m.weights * np.minimum(away, window)).sum(-1), whole)
@@ -150,7 +150,7 @@ def counted(at: Stretch, distance: np.ndarray, low: int, high: int | None) -> np
     return response & (distance >= low) & ((high is None) | (distance <= (high or 0)))
 
 
-def fai(p: Problem, heads: list[int], horizon: tuple[int, int | None], lse: np.ndarray | None) -> Answer:
+def fai(p: Inputs, heads: list[int], horizon: tuple[int, int | None], lse: np.ndarray | None) -> Answer:
     """Eq. 10; `horizon[1]` None: to the sequence's end."""
     found = _empty(p, heads)
     for at in p.stretches:
@@ -163,7 +163,7 @@ def fai(p: Problem, heads: list[int], horizon: tuple[int, int | None], lse: np.n
     return found
 
 
-def moments(p: Problem, heads: list[int], nearest: int, lse: np.ndarray | None) -> dict[str, Answer]:
+def moments(p: Inputs, heads: list[int], nearest: int, lse: np.ndarray | None) -> dict[str, Answer]:
     """Count, mean, population variance, skewness and kurtosis of what each key gets from rows `t >= s + nearest` of R.
 
     The slack of the last two is infinite where the errors of A are not small beside its deviation.
@@ -217,9 +217,9 @@ class Attention(NamedTuple):
     floors: dict[str, np.ndarray]
 
 
-def attention(p: Problem) -> Attention:
+def attention(p: Inputs) -> Attention:
     heads = list(range(p.q.shape[2]))
-    group = len(heads) // p.k.shape[2]
+    kv_group = len(heads) // p.k.shape[2]
     shape = (*p.q.shape[:3], p.v.shape[3])
     out, out_size = Answer(np.zeros(shape), np.zeros(shape)), np.zeros(shape)
     like = {"q": p.q, "k": p.k, "v": p.v}
@@ -230,7 +230,7 @@ def attention(p: Problem) -> Attention:
             continue
         m = maps(p, at, heads)
         for h in heads:
-            mine, shared = (at.row, at.live, h), (at.row, at.live, h // group)
+            mine, shared = (at.batch_row, at.live, h), (at.batch_row, at.live, h // kv_group)
             a, error, above = m.weights[h], m.error[h], p.upstream[mine]
             q, k, v = p.q[mine], p.k[shared], p.v[shared]
             out.value[mine], out.slack[mine], out_size[mine] = a @ v, error @ abs(v), a @ abs(v)

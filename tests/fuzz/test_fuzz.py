@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import rhythm_kernels as rk
-from rhythm_kernels.backend.tiled_torch import passes as fallback
-from rhythm_kernels.backend.tiled_torch import tiles
+from rhythm_kernels.backend.tiled_torch import passes, tiles
 from tests.backends import device_of
 from tests.fuzz import credit
 from tests.fuzz.cases import Case, cases
@@ -67,7 +66,7 @@ def fuzz(strategy: st.SearchStrategy[Any], number: int, run: int, check: Callabl
 def small_tiles(patch: pytest.MonkeyPatch) -> None:
     """Of the torch backend, 32 keys by 16 rows: the tiles that it has would each hold nearly every case whole."""
     patch.setattr(tiles, "_TILE_ELEMENTS", 1)
-    for module in (fallback, importlib.import_module("rhythm_kernels.backend.tiled_torch.attention")):
+    for module in (passes, importlib.import_module("rhythm_kernels.backend.tiled_torch.attention")):
         patch.setattr(module, "KEY_TILE", 32)
 
 

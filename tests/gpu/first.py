@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import rows
+from benchmarks import entries
 from benchmarks.__main__ import BROKEN
+from benchmarks.entries import Entry
 from benchmarks.problem import AttentionProblem
 from benchmarks.rivals import RIVALS, Rival
-from benchmarks.rows import Row
 from benchmarks.runner import BrokenDeviceError, Choice, broken, run_suite
 from benchmarks.shapes import AttentionShape
 from benchmarks.suites import SUITES
@@ -124,19 +124,19 @@ class First:
         lengths = () if self.small else (8192, 32_768, 131_072)
         choice = Choice(lengths, ("rhythm cuda", "rhythm triton", "copy kernel"))
         path = self.out / "right-rows.json"
-        found: list[Row] = rows.load([path]) if path.exists() else []
+        found: list[Entry] = entries.load([path]) if path.exists() else []
         earlier = list(found)
         budget = BUDGETS["tiny"] if self.small else Budget(1.5, 3, deadline=self.deadline)
         for suite in _BANDS:
             for measured in run_suite(suite, "tiny" if self.small else "full", self.device, budget, choice, earlier):
                 found += measured
-                rows.save(found, path)
-                times = {row.rival: row.median for row in measured if row.median is not None}
-                shares = {row.rival: row.bandwidth_share for row in measured if row.bandwidth_share is not None}
-                for row in measured:
-                    share = f"{shares[row.rival]:6.1%} of the copy's bandwidth" if row.rival in shares else ""
-                    what = f"{1e6 * row.median:9.1f} us" if row.median else row.reason
-                    yield f"{suite:<13} {row.shape:<28} {row.rival:<14} {what} {share}"
+                entries.save(found, path)
+                times = {entry.rival: entry.median for entry in measured if entry.median is not None}
+                shares = {entry.rival: entry.bandwidth_share for entry in measured if entry.bandwidth_share is not None}
+                for entry in measured:
+                    share = f"{shares[entry.rival]:6.1%} of the copy's bandwidth" if entry.rival in shares else ""
+                    what = f"{1e6 * entry.median:9.1f} us" if entry.median else entry.reason
+                    yield f"{suite:<13} {entry.shape:<28} {entry.rival:<14} {what} {share}"
                 ours = {name: t for name, t in times.items() if name.startswith("rhythm")}
                 if len(ours) > 1:
                     yield f"    faster: {min(ours, key=lambda name: ours[name])}"

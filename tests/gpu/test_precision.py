@@ -10,6 +10,7 @@ from torch import Tensor
 
 import rhythm_kernels as rk
 from rhythm_kernels import reference
+from tests import bounds
 
 pytestmark = pytest.mark.gpu
 
@@ -46,8 +47,8 @@ def test_measures(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     lse = reference.attention_lse(q64, k64)
     assert off(rk.attention_lse(q, k, backend="torch"), lse) < 2e-5
     lse = lse.float()
-    assert off(rk.waad(q, k, lse, backend="torch"), reference.waad(q64, k64)) < 1e-4
-    assert off(rk.waad(q, k, backend="torch"), reference.waad(q64, k64)) < 1e-4
+    assert off(rk.waad(q, k, lse, backend="torch"), reference.waad(q64, k64)) < bounds.waad(10)
+    assert off(rk.waad(q, k, backend="torch"), reference.waad(q64, k64)) < bounds.waad(10)
     assert off(rk.fai(q, k, lse, backend="torch"), reference.fai(q64, k64)) < 1e-6
     assert off(rk.span(q, k, backend="torch"), reference.span(q64, k64)) < 1e-2
     full = rk.fai(q, k, lse, horizon=(4, None), backend="torch")

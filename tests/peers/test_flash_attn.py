@@ -10,6 +10,7 @@ from torch import Tensor
 
 import rhythm_kernels as rk
 from rhythm_kernels import reference
+from tests import bounds
 
 from .packages import flash_attn, require
 
@@ -94,7 +95,7 @@ def test_out_lse_and_gradients(shape: Shape, backend: str | None) -> None:
         assert error <= 2 * peer_error + 2e-6 * (1 + want.abs().max()), name
     # One pass gives the statistics too: those of the maps that flash-attn's log-sum-exp normalises.
     waad = rk.waad(inputs[0], inputs[1], peer_lse, backend="reference", **shape.options)
-    torch.testing.assert_close(stats.waad, waad, atol=5e-4 if half else 1e-4, rtol=0)
+    torch.testing.assert_close(stats.waad, waad, atol=5e-4 if half else bounds.waad(10), rtol=0)
 
 
 @pytest.mark.parametrize("backend", MEASURES)
@@ -118,11 +119,11 @@ def test_measures_from_its_lse(shape: Shape, backend: str) -> None:
         options = {**shape.options, "per_head": per_head}
         got = rk.waad(q, k, lse, backend=backend, **options)
         want = reference.waad(*exact, **options)
-        torch.testing.assert_close(got.double(), want, atol=1e-3 if half else 1e-4, rtol=0)
+        torch.testing.assert_close(got.double(), want, atol=1e-3 if half else bounds.waad(10), rtol=0)
         for horizon in ((2, 9), (0, None)):
             got = rk.fai(q, k, lse, horizon=horizon, backend=backend, **options)
             want = reference.fai(*exact, horizon=horizon, **options)
-            torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
+            torch.testing.assert_close(got.double(), want, atol=bounds.fai(), rtol=0)
 
 
 @pytest.mark.parametrize("backend", ATTENTION)

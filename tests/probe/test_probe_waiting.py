@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama import modeling_llama
 
-from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, kept
+from rhythm_kernels import HeadGroups, RhythmProbe, head_groups, tensor_cache
 from rhythm_kernels.integrations.transformers import register
 from rhythm_kernels.probe import capture, checks, forward_sequences, inputs, layer_call, layer_window, lse
 
@@ -119,8 +119,8 @@ def test_the_probe_copies_nothing_from_the_host(layout, device, monkeypatch):
 
     monkeypatch.setattr(capture.Capture, "_measure", watched)
     monkeypatch.setattr(
-        "rhythm_kernels.canonical._head_rows",
-        lambda index, q: torch.zeros(len(index), 2, dtype=torch.int32, device=q.device),
+        "rhythm_kernels.canonical._head_tables.like",
+        lambda q, index: torch.zeros(len(index), 2, dtype=torch.int32, device=q.device),
     )
     with FakeTensorMode(), torch.no_grad():
         model = fake_model("mistral", "sdpa", device)
@@ -442,7 +442,7 @@ def test_a_measured_layer_adds_few_launches():
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(capture.Capture, "_measure", counted)
-        patch.setattr(kept, "watched", lambda: False)  # or nothing were kept for the mode that counts
+        patch.setattr(tensor_cache, "watched", lambda: False)  # else nothing is kept while this mode counts
         with RhythmProbe(model, GROUPS):
             model(**batch, use_cache=False)
     first, *later = counts

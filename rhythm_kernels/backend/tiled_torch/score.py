@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...rule import Rule
-from ...sequences import Tokens
+from ...sequences import TokenTable
 from .tiles import products
 
 
@@ -48,7 +48,7 @@ def _biased(x: Tensor, distance: Tensor, heads: Tensor, sequence: Tensor, rule: 
 
 
 def logits(
-    q: Tensor, k: Tensor, rows: tuple[int, int], keys: tuple[int, int], heads: Tensor, tokens: Tokens,
+    q: Tensor, k: Tensor, rows: tuple[int, int], keys: tuple[int, int], heads: Tensor, tokens: TokenTable,
     distance: Tensor, rule: Rule,
 ) -> Tensor:  # fmt: skip
     """:func:`logit` of a tile of q and k, `(B, Hs, rows, keys)`; `rows` and `keys` are ranges `(first, end)`."""
@@ -67,7 +67,7 @@ def of_flash(rule: Rule) -> bool:
 
 
 def visible(
-    tokens: Tokens, rows: tuple[int, int], keys: tuple[int, int], rule: Rule, sliding: bool = True
+    tokens: TokenTable, rows: tuple[int, int], keys: tuple[int, int], rule: Rule, sliding: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Which keys each row of a tile sees, `(B, 1, rows, keys)` bool; and the distance t - s, `(rows, keys)` int64.
 

@@ -15,8 +15,8 @@ import torch
 from benchmarks import memory
 from benchmarks.__main__ import main
 from benchmarks.contenders.chunked import Shrinking
+from benchmarks.entries import Entry, default_path, load, save
 from benchmarks.report import plots, seconds, size, table
-from benchmarks.rows import Row, default_path, load, save
 from benchmarks.targets import TARGETS, Target, verdict, verdicts
 from benchmarks.timing import Budget, contest, quantile
 
@@ -32,30 +32,30 @@ ABOUT = {
 }
 
 
-def row(rival: str, length: int, median: float | None, suite: str = "native_targets", **fields) -> Row:
+def entry(rival: str, length: int, median: float | None, suite: str = "native_targets", **fields) -> Entry:
     shape = f"B1 T{length} H16/8 D64 float32"
     timing = {} if median is None else {"median": median, "p20": 0.9 * median, "p80": 1.2 * median, "cpu": median}
-    return Row(suite, rival, shape, "float32", {"length": length}, environment=ABOUT, **timing, **fields)
+    return Entry(suite, rival, shape, "float32", {"length": length}, environment=ABOUT, **timing, **fields)
 
 
 @pytest.fixture
-def rows() -> list[Row]:
+def entries() -> list[Entry]:
     return [
         found
         for t in (4096, 8192)
         for found in (
-            row("waad: rhythm cpu", t, 3e-3 * t / 8192, peak_bytes=t * 4, gives=["waad"]),
-            row("SDPA forward", t, (t / 8192) ** 2, peak_bytes=t * 4096, gives=["out"]),
-            row("waad: eager maps", t, 0.45, peak_bytes=2**32, gives=["waad"])
+            entry("waad: rhythm cpu", t, 3e-3 * t / 8192, peak_bytes=t * 4, gives=["waad"]),
+            entry("SDPA forward", t, (t / 8192) ** 2, peak_bytes=t * 4096, gives=["out"]),
+            entry("waad: eager maps", t, 0.45, peak_bytes=2**32, gives=["waad"])
             if t == 4096
-            else row("waad: eager maps", t, None, status="does not fit", reason="needs 24 GiB | 10 are free"),
+            else entry("waad: eager maps", t, None, status="does not fit", reason="needs 24 GiB | 10 are free"),
         )
     ]
 
 
-def test_files(tmp_path: Path, rows: list[Row]) -> None:
-    save(rows, tmp_path / "new" / "rows.json")
-    assert load([tmp_path / "new" / "rows.json"]) == rows
+def test_files(tmp_path: Path, entries: list[Entry]) -> None:
+    save(entries, tmp_path / "new" / "rows.json")
+    assert load([tmp_path / "new" / "rows.json"]) == entries
     content = json.loads((tmp_path / "new" / "rows.json").read_text())
     content[0]["surprise"] = content[0].pop("median")
     (tmp_path / "bad.json").write_text(json.dumps(content))
@@ -64,8 +64,8 @@ def test_files(tmp_path: Path, rows: list[Row]) -> None:
     assert default_path("NVIDIA H100 80GB HBM3").name.startswith("nvidia-h100-80gb-hbm3-")
 
 
-def test_table(rows: list[Row]) -> None:
-    text = table(rows)
+def test_table(entries: list[Entry]) -> None:
+    text = table(entries)
     assert "| B1 T8192 H16/8 D64 float32 | waad: rhythm cpu | waad | 3 ms | 2.7 ms to 3.6 ms |" in text
     assert r"does not fit: needs 24 GiB \| 10 are free" in text
     assert "0123456789ab-dirty" in text
@@ -79,21 +79,21 @@ def test_units() -> None:
     assert [size(x) for x in (None, 12, 2048, 3 * 2**30)] == ["", "12 B", "2 KiB", "3 GiB"]
 
 
-def test_plots(tmp_path: Path, rows: list[Row]) -> None:
-    written = plots([*rows, row("rhythm cpu", 64, 1e-4, suite="band_rows")], tmp_path)
+def test_plots(tmp_path: Path, entries: list[Entry]) -> None:
+    written = plots([*entries, entry("rhythm cpu", 64, 1e-4, suite="band_rows")], tmp_path)
     assert [path.name for path in written] == ["some-cpu-native_targets.png", "some-cpu-band_rows.png"]
     assert all(path.stat().st_size > 10_000 for path in written)
 
 
-def test_targets(rows: list[Row]) -> None:
-    lines = verdicts(rows)
+def test_targets(entries: list[Entry]) -> None:
+    lines = verdicts(entries)
     assert len(lines) == 2
     assert lines[0].endswith("met") and "0.30%" in lines[0]
     assert lines[1].endswith("missed") and "300 times faster" in lines[1]
-    slower = [replace(x, median=2 * x.median) for x in rows if x.rival == "SDPA forward" and x.median]
-    assert verdicts([*rows, *slower]) == lines, "what was timed in another run is not compared with"
+    slower = [replace(x, median=2 * x.median) for x in entries if x.rival == "SDPA forward" and x.median]
+    assert verdicts([*entries, *slower]) == lines, "what was timed in another run is not compared with"
     band = Target("band_rows", "cuda", 8192, "rhythm triton", "", 0.8)
-    fast = row("rhythm triton", 8192, 1e-5, suite="band_rows", bandwidth_share=0.85)
+    fast = entry("rhythm triton", 8192, 1e-5, suite="band_rows", bandwidth_share=0.85)
     assert verdict(band, [fast]) is None
     fast.environment = {**ABOUT, "device_type": "cuda"}
     assert str(verdict(band, [fast])).endswith("met")
@@ -114,9 +114,9 @@ def test_targets(rows: list[Row]) -> None:
 
 def test_cpu_time_counts_where_the_clock_is_too_noisy() -> None:
     probe = Target("probe", "cpu", 4096, "forward + probe", "forward alone", 1.03, by_cpu_time=True)
-    alone = row("forward alone", 4096, 1.0, suite="probe")
+    alone = entry("forward alone", 4096, 1.0, suite="probe")
     for clock, cpu, word in ((1.02, 1.5, "met"), (1.5, 1.02, "met"), (1.5, 1.04, "missed")):
-        found = replace(row("forward + probe", 4096, clock, suite="probe"), cpu=cpu)
+        found = replace(entry("forward + probe", 4096, clock, suite="probe"), cpu=cpu)
         assert str(verdict(probe, [alone, found])).endswith(word)
     assert str(verdict(replace(probe, by_cpu_time=False), [alone, replace(found, cpu=1.0)])).endswith("missed")
 
@@ -137,8 +137,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "token loop" in capsys.readouterr().out
 
 
-def test_a_report_in_a_folder(tmp_path: Path, rows: list[Row]) -> None:
-    save(rows, tmp_path / "rows.json")
+def test_a_report_in_a_folder(tmp_path: Path, entries: list[Entry]) -> None:
+    save(entries, tmp_path / "rows.json")
     assert main(["report", str(tmp_path / "rows.json"), "--out", str(tmp_path / "report")]) == 0
     assert "![some-cpu-native_targets](some-cpu-native_targets.png)" in (tmp_path / "report/report.md").read_text()
 

@@ -1,4 +1,4 @@
-"""Result rows: what each holds, and how files of them are written and read."""
+"""The results of benchmarks: an entry for each rival and shape, and how files of them are written and read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass
-class Row:
-    """One rival at one shape. Times in seconds, memory and traffic in bytes.
+class Entry:
+    """The result of one rival at one shape. Times are in seconds, memory and traffic in bytes.
 
     Attributes:
         status: "ok"; "unavailable", "does not fit", "too slow", "wrong" (a red gate) or "failed", and then `reason`
@@ -23,8 +23,8 @@ class Row:
         gives: names of the results it returned, each of which passed the gate.
         error: the largest error in units of the gate's tolerance; `slack` is the factor this rival was allowed.
         median, p20, p80: of `samples` calls in interleaved rounds; `cpu`: median CPU time of all threads.
-        mode: "call"; "graph" (CUDA: replay of a captured graph); "own time": what a call says itself that it, or a part
-            of it, took (CUDA: by events of its own).
+        mode: how it was timed: "call"; "graph" (CUDA: the replay of a captured graph); "own time": the call measured
+            itself, or a part of itself (on CUDA by events).
         ratio: median over the yardstick's in the same rounds.
         bytes, flops: what must be done (see `benchmarks.work`); `bandwidth_share`, `flops_share`: of the machine's own
             ceilings at their fastest, measured in the same rounds.
@@ -64,21 +64,22 @@ def default_path(device: str) -> Path:
     return RESULTS / f"{slug}-{time.strftime('%Y-%m-%d', time.gmtime())}.json"
 
 
-def save(rows: Iterable[Row], path: Path) -> None:
+def save(entries: Iterable[Entry], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([asdict(row) for row in rows], indent=1, allow_nan=False)
-    whole = path.with_suffix(".tmp")  # a process that is ended here leaves the file as it was
+    text = json.dumps([asdict(entry) for entry in entries], indent=1, allow_nan=False)
+    whole = path.with_suffix(".tmp")  # written first: if the process is ended here, the file is as it was
     whole.write_text(text + "\n")
     whole.replace(path)
 
 
-def load(paths: Iterable[Path]) -> list[Row]:
-    """Rows of several files; a field that is missing or unknown is a ValueError that names it."""
-    known = {f.name for f in fields(Row)}
-    rows = []
+def load(paths: Iterable[Path]) -> list[Entry]:
+    """The entries of several files; a field that is missing or unknown is a ValueError that names it."""
+    known = {f.name for f in fields(Entry)}
+    entries = []
     for path in paths:
         for content in json.loads(path.read_text()):
             if set(content) != known:
-                raise ValueError(f"{path}: fields {sorted(set(content) ^ known)} are missing or unknown")
-            rows.append(Row(**content))
-    return rows
+                odd = sorted(set(content) ^ known)
+                raise ValueError(f"{path} must be entries with the fields of Entry, got missing or unknown ones: {odd}")
+            entries.append(Entry(**content))
+    return entries

@@ -12,9 +12,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rhythm_kernels as rk
-from rhythm_kernels import canonical, kept, sequences
+from rhythm_kernels import canonical, sequences, tensor_cache
+from rhythm_kernels.tensor_cache import TensorCache
 
-CACHES = (sequences.unpadded_table, canonical._cached_head_rows)
+CACHES = (sequences.unpadded_table, canonical._head_tables)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def launches(q, k, lse, **options) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (canonical, sequences):
             patch.setattr(module, "readable", lambda _: False)
-        patch.setattr(kept, "watched", lambda: False)  # or nothing were kept for the mode that counts
+        patch.setattr(tensor_cache, "watched", lambda: False)  # else nothing is cached while this mode counts
         canonical.canonical(q, k, lse, **arguments)
         with Launches() as counted:
             canonical.canonical(q, k, lse, **arguments)
@@ -105,15 +106,15 @@ def test_what_a_gpu_is_given_is_brought_into_range(inputs, dtype, monkeypatch):
 def test_one_table_serves_later_calls(inputs):
     q, k, lse = inputs
     rk.waad(q, k, lse)
-    table, heads = sequences.unpadded_table(2, 12, q.device), canonical._cached_head_rows((0, 1), q.device)
+    table, heads = sequences.unpadded_table(2, 12, q.device), canonical._head_tables((0, 1), q.device)
     rk.fai(q, k, lse)
     assert sequences.unpadded_table(2, 12, q.device) is table
-    assert canonical._cached_head_rows((0, 1), q.device) is heads
+    assert canonical._head_tables((0, 1), q.device) is heads
     assert table.tolist() == [[0, 0, 12, 0], [1, 0, 12, 0]]
 
 
 def test_the_one_unused_for_longest_goes_first():
-    cache = kept.Kept(lambda n, device: torch.full((1,), n, device=device), 2, launches=True)
+    cache = TensorCache(lambda n, device: torch.full((1,), n, device=device), 2, launches=True)
     device = torch.device("cpu")
     one = cache(1, device)
     cache(2, device)
@@ -151,7 +152,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_nothing_is_kept_under(name, inputs):
+def test_nothing_is_cached_under(name, inputs):
     """Nor is anything read there: a real tensor in a fake graph is an error, in a traced one a constant."""
     q, k, lse = inputs
 
@@ -190,12 +191,12 @@ class Weighed(torch.Tensor):
 
 def test_subclasses_get_their_own(inputs):
     q, _, _ = inputs
-    canonical._cached_head_rows.like(q.as_subclass(Weighed), (0, 1))
-    assert not canonical._cached_head_rows._entries
+    canonical._head_tables.like(q.as_subclass(Weighed), (0, 1))
+    assert not canonical._head_tables._entries
 
 
 class Gpu:
-    """What `Kept` asks of torch.cuda."""
+    """What `TensorCache` asks of torch.cuda."""
 
     def __init__(self, monkeypatch):
         self.capturing, self.stream = False, 7
@@ -207,7 +208,7 @@ class Gpu:
 def test_streams_and_graph_capture(launches, monkeypatch):
     """A table is read on the stream that wrote it; a capture keeps nothing, and what it reads stays for its replays."""
     gpu, device = Gpu(monkeypatch), torch.device("cuda", 0)
-    cache = kept.Kept(lambda n, device: torch.full((1,), n), 1, launches)
+    cache = TensorCache(lambda n, device: torch.full((1,), n), 1, launches)
     gpu.capturing = True
     assert cache(1, device) is not cache(1, device)
     assert not cache._entries
@@ -228,7 +229,7 @@ def test_streams_and_graph_capture(launches, monkeypatch):
 def test_threads_that_fill_a_table_do_not_disturb_each_other():
     """More keys than it keeps, from many threads that change places at every chance."""
     tensors = [torch.full((1,), n) for n in range(23)]
-    table = kept.Kept(lambda n, device: tensors[n], 4, launches=False)
+    table = TensorCache(lambda n, device: tensors[n], 4, launches=False)
     wrong, errors, device = [], [], torch.device("cpu")
 
     def work(first):
