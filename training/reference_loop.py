@@ -75,14 +75,22 @@ def group_advantages(rewards: Tensor, group: int) -> Tensor:
     return (centred / (grouped.std(dim=1, keepdim=True) + 1e-4)).flatten()
 
 
-def token_log_probs(model: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-prob of each token given those before it, and the entropy of the choice: `(B, S)` float32, 0 at the first."""
+def log_distributions(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """`(B, S - 1, V)` float32: log-probs of all tokens that could have come second, third and so on."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    log_probs = (logits[:, :-1].float() / temperature).log_softmax(dim=-1)
+    return (logits[:, :-1].float() / temperature).log_softmax(dim=-1)
+
+
+def token_log_probs(log_probs: Tensor, batch: Batch) -> Tensor:
+    """`(B, S)` float32: log-prob of each token given those before it; 0 at the first place."""
     of_tokens = log_probs.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-    with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-    return nn.functional.pad(of_tokens, (1, 0)), nn.functional.pad(entropy, (1, 0))
+    return nn.functional.pad(of_tokens, (1, 0))
+
+
+@torch.no_grad()
+def token_entropies(log_probs: Tensor) -> Tensor:
+    """`(B, S)` float32, in nats: how open the choice of each token was; 0 at the first place."""
+    return nn.functional.pad(-(log_probs.exp() * log_probs).sum(dim=-1), (1, 0))
 
 
 def surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
@@ -123,14 +131,15 @@ def learn(
     """
     # The model is still the one that sampled: this forward is the behaviour policy's, and it is the one measured.
     with credit.measuring(batch.response_mask):
-        log_probs, entropy = token_log_probs(model, batch, temperature)
+        distributions = log_distributions(model, batch, temperature)
+    log_probs = token_log_probs(distributions, batch)
     old_log_probs = log_probs.detach()
-    credit.gamma(entropy, generator)
+    credit.gamma(token_entropies(distributions), generator)
     shaped = credit.shape(advantages)
     report: dict[str, float] = {}
     for iteration in range(iterations):
         if iteration > 0:
-            log_probs, _ = token_log_probs(model, batch, temperature)
+            log_probs = token_log_probs(log_distributions(model, batch, temperature), batch)
         loss = surrogate(log_probs, old_log_probs, shaped, batch.response_mask)
         optimizer.zero_grad()
         loss.backward()
@@ -155,7 +164,10 @@ def train(
     grpo = recipe.grpo
     torch.manual_seed(grpo.seed)
     order, draws = (torch.Generator().manual_seed(grpo.seed) for _ in range(2))
-    credit = RhythmCredit(model, recipe.rhythm)
+    try:
+        credit = RhythmCredit(model, recipe.rhythm)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"rhythm: {error}") from error
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2), weight_decay=grpo.weight_decay
     )

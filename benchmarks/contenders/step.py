@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhythm_kernels import HeadGroups, RhythmProbe, rhythm_credit, shape_advantages
-from training.reference_loop import Batch, group_advantages, surrogate, token_log_probs
+from rhythm_kernels import HeadGroups, RhythmProbe, RhythmSettings, rhythm_credit, shape_advantages
+from training.reference_loop import Batch, group_advantages, log_distributions, surrogate, token_log_probs
 
 from ..gate import Results
 from ..shapes import StepShape
@@ -81,13 +81,13 @@ class StepProblem:
 
 
 def _alone(p: StepProblem) -> Results:
-    return {"loss": p.learn(token_log_probs(p.model, p.batch)[0], p.advantages[:, None])}
+    return {"loss": p.learn(token_log_probs(log_distributions(p.model, p.batch), p.batch), p.advantages[:, None])}
 
 
-def _credit(p: StepProblem, own: OwnTime, amplitude: float = 1.5) -> Results:
+def _credit(p: StepProblem, own: OwnTime, amplitude: float = RhythmSettings.gamma_amp) -> Results:
     probe = RhythmProbe(p.model, p.groups, p.shape.window, p.horizon, p.batch.response_mask)
     with own.around(*PROBE), probe:
-        log_probs, _ = token_log_probs(p.model, p.batch)
+        log_probs = token_log_probs(log_distributions(p.model, p.batch), p.batch)
     with own.bracket():
         gamma = p.credit(probe.waad, probe.fai, amplitude)
         shaped = shape_advantages(p.advantages, gamma)
@@ -102,8 +102,8 @@ def _maps(p: StepProblem, second: Any) -> Results:
     found = eager_model.with_hooks(
         second, p.shape, p.groups, batch.input_ids, batch.attention_mask, batch.response_mask
     )
-    gamma = p.credit(found["waad"], found["fai"], 1.5)
-    log_probs, _ = token_log_probs(p.model, batch)
+    gamma = p.credit(found["waad"], found["fai"], RhythmSettings.gamma_amp)
+    log_probs = token_log_probs(log_distributions(p.model, batch), batch)
     return {"loss": p.learn(log_probs, shape_advantages(p.advantages, gamma)), "gamma": gamma}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from rhythm_kernels import HeadGroups, reference, shape_advantages
@@ -340,6 +340,26 @@ def test_tool_tokens_are_neither_scored_nor_counted(tmp_path):
     first, second = calibrations
     assert first["calibration"] == second["calibration"]
     torch.testing.assert_close(first["span"], second["span"], rtol=0, atol=1e-5)
+
+
+def test_settings_may_change_in_training(tmp_path):
+    """By a callback, as TRL's own; and groups may be set."""
+
+    class Rising(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            args.rhythm_gamma_amp = 1.0 + state.global_step
+
+    groups = HeadGroups([(1, 0)], [(2, 3)])
+    args = RhythmGRPOConfig(**options(tmp_path), **RHYTHM)
+    trainer = RhythmGRPOTrainer(
+        build_model(), reward, args, dataset(), processing_class=build_tokenizer(), callbacks=[Rising()]
+    )
+    trainer.rhythm_groups = groups
+    trainer.train()
+    assert trainer.rhythm_groups == groups
+    means = [entry["rhythm/gamma_mean"] for entry in trainer.state.log_history[:3]]
+    assert means[0] == 1
+    assert means[0] < means[1] < means[2]
 
 
 def test_groups_are_saved_and_read_back(tmp_path):

@@ -10,7 +10,17 @@ import torch
 from rhythm_kernels import RhythmCredit, RhythmSettings
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
 from training.recipe import parse_recipe
-from training.reference_loop import Batch, group_advantages, learn, sample, surrogate, token_log_probs, train
+from training.reference_loop import (
+    Batch,
+    group_advantages,
+    learn,
+    log_distributions,
+    sample,
+    surrogate,
+    token_entropies,
+    token_log_probs,
+    train,
+)
 
 from ..integrations.toy import PROMPTS, RHYTHM, build_model, build_tokenizer, weights
 from ..integrations.toy import train as train_trl
@@ -40,8 +50,10 @@ def test_log_probs_ignore_padding():
     model = build_model().eval()
     ids = torch.tensor([[3, 4, 5, 6]])
     padded = torch.tensor([[0, 0, 3, 4, 5, 6]])
-    plain, entropy = token_log_probs(model, Batch(ids, torch.ones_like(ids), ids > 0))
-    left, of_left = token_log_probs(model, Batch(padded, (padded > 0).long(), padded > 0))
+    batches = Batch(ids, torch.ones_like(ids), ids > 0), Batch(padded, (padded > 0).long(), padded > 0)
+    distributions = [log_distributions(model, batch) for batch in batches]
+    plain, left = (token_log_probs(x, batch) for x, batch in zip(distributions, batches))
+    entropy, of_left = map(token_entropies, distributions)
     torch.testing.assert_close(left[:, 3:], plain[:, 1:], rtol=0, atol=5e-6)
     torch.testing.assert_close(of_left[:, 3:], entropy[:, 1:], rtol=0, atol=5e-6)
     assert plain[0, 0] == entropy[0, 0] == 0
