@@ -96,12 +96,13 @@ class RhythmCredit:
     def settings(self, settings: RhythmSettings) -> None:
         if not isinstance(settings, RhythmSettings):
             raise TypeError(f"settings must be a RhythmSettings, got {type(settings).__name__}")
-        before, self._settings = self._settings, settings
-        if settings == before or not settings.reads_attention:
-            return
-        attention_layers(find_decoder(self.model), settings.layers)  # raises for a wrong choice
-        if settings.groups is not None and (self._groups is None or settings.groups != getattr(before, "groups", None)):
-            self.groups = cast(HeadGroups, settings.load_groups())
+        before = self._settings
+        if settings != before and settings.reads_attention:
+            attention_layers(find_decoder(self.model), settings.layers)  # raises for a wrong choice
+            known = self._groups is not None and before is not None and settings.groups == before.groups
+            if settings.groups is not None and not known:
+                self.groups = cast(HeadGroups, settings.load_groups())
+        self._settings = settings
 
     @property
     def groups(self) -> HeadGroups | None:

@@ -402,6 +402,10 @@ def test_settings_may_change_between_batches(model, tmp_path):
     groups = rk.HeadGroups([(1, 0)], [(2, 3)])
     credit.settings = replace(SETTINGS, groups=groups)
     assert credit.groups == groups
+    for wrong in (replace(SETTINGS, layers=[7]), replace(SETTINGS, groups=tmp_path / "absent.json")):
+        with pytest.raises(ValueError, match=r"layers|groups"):
+            credit.settings = wrong
+        assert credit.settings.groups == groups
 
 
 def test_a_better_known_mask_is_part_of_the_measured_one(model):
