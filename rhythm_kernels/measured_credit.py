@@ -68,7 +68,8 @@ class RhythmCredit:
     must use the head groups of one: after a calibration, `credit.groups = broadcast(credit.groups)`.
 
     Args:
-        model: as for :class:`rhythm_kernels.RhythmProbe`. The attribute may be set anew where a trainer wraps it.
+        model: the policy alone, without a critic; else as for :class:`rhythm_kernels.RhythmProbe`. The attribute may
+            be set anew where a trainer wraps it.
         settings: a :class:`rhythm_kernels.RhythmSettings`; its defaults where None. The attribute may be set anew, for
             the batches that are measured from then on.
 
@@ -162,8 +163,8 @@ class RhythmCredit:
     def measuring(self, response_mask: Tensor) -> Iterator[None]:
         """Measure the model's forwards inside this block, which are made as they always are, gradients included.
 
-        One forward, or several that take the batch rows in order. They may be of different lengths where the mask is
-        `(B, C)`, as long as each ends where the batch does.
+        One forward, or several that take the batch rows in order, and no others. They may be of different lengths where
+        the mask is `(B, C)`, as long as each ends where the batch does.
 
         Args:
             response_mask: `(B, T)`, bool or 0/1, of all tokens of the batch; or `(B, C)` of the last C tokens of each
@@ -216,6 +217,9 @@ class RhythmCredit:
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """The factors of the measured batch (eqs. 14 to 19), float32 of the response mask's shape, 1 outside of it.
+
+        Only the latest batch is held: a trainer that buffers several keeps their gammas, which may be cut and shuffled
+        along the batch, and hands each to :meth:`shape`.
 
         Args:
             entropy: of each token's distribution, in nats, of the same shape: read by `mode="entropy"`, and by
@@ -278,12 +282,12 @@ class RhythmCredit:
         Args:
             advantages: `(B,)`, one a response, or `(B, T)`.
             gamma: of an earlier batch, which a trainer kept beside its advantages; None: that of the measured batch.
-            entropy, generator: as for :meth:`gamma`, which is called where it was not yet.
+            entropy, generator: as for :meth:`gamma`, which is called with them, or where it was not yet.
         """
         if gamma is None:
             gamma = self._measured().gamma
-        if gamma is None:
-            gamma = self.gamma(entropy, generator)
+            if gamma is None or entropy is not None or generator is not None:
+                gamma = self.gamma(entropy, generator)
         return shape_advantages(advantages, gamma, self.settings.sign)
 
     def statistics(self, reduce: Callable[[Tensor], Tensor | None] = lambda sums: sums) -> dict[str, float]:

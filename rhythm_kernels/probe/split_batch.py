@@ -52,7 +52,7 @@ class _Responses:
         if self._taken != len(self.mask):
             raise RuntimeError(
                 "response_mask must have as many batch rows as the forwards of its block together, got shape "
-                f"{tuple(self.mask.shape)} for {self._taken} batch rows"
+                f"{tuple(self.mask.shape)} for {self._taken} batch rows: make other forwards outside of the block"
             )
 
 
