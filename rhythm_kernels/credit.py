@@ -40,15 +40,16 @@ def rhythm_credit(
 ) -> Tensor:
     """The factor `gamma` by which each token's advantage is to be multiplied (eq. 13), from eqs. 14 to 19.
 
-    A row of the batch is one response: its masked tokens in order, as one sequence, also where the mask has holes
-    (tool calls). `n` is their number and `m = ceil(top * n)` the size of a set; ties go to the earlier token (ours).
+    A batch row is one response: its masked tokens in order, as one sequence, also where the mask has holes (tool
+    calls). `n` is their number and `m = ceil(top * n)` the size of a set. "Ours" marks what the paper leaves open: ties
+    go to the earlier token (ours).
 
     ========== =========================================================================================== ======
-    mode       tokens that get `gamma_amp`                                                                     eq.
+    mode       tokens that get the bonus, `gamma_amp - 1`                                                      eq.
     ========== =========================================================================================== ======
     local      `T_loc`: the `m` largest `delta[t] = |WAAD[t] - WAAD[t+1]|`, 0 at the last token (ours)      14, 15
     global     `T_glob`: the `m` largest FAI, without tokens whose FAI is 0 (ours)                          16, 17
-    coupled    `T_glob`, where a dominated token hands the share `alpha` to the token that introduced it    18, 19
+    coupled    `T_glob`, where a dominated token gives the share `alpha` of its bonus to its intro token    18, 19
     random     `m` tokens drawn by `generator`                                                                   -
     entropy    the `m` largest `entropy`                                                                         -
     uniform    none: gamma is 1                                                                                  -

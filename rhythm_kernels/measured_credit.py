@@ -63,9 +63,9 @@ class RhythmCredit:
 
     The measured forwards must be those of the policy that wrote the responses: those for the old log-probs, or the
     first training forward where there are none. In modes that read no attention (`uniform`, `random`, `entropy`)
-    nothing is calibrated or measured, and the same lines of a trainer work; `entropy` and `random` take what they
-    choose by in :meth:`gamma` or :meth:`shape`. Of several processes each measures its own part of the batch, and all
-    must use the head groups of one: after a calibration, `credit.groups = broadcast(credit.groups)`.
+    nothing is calibrated or measured, and a trainer's code need not change; `entropy` and `random` take what they
+    choose by in :meth:`gamma` or :meth:`shape`. Of several processes each measures its own part of the batch. Send the
+    `groups` of one to all after a calibration, by `torch.distributed.broadcast_object_list` for example.
 
     Args:
         model: the policy alone, without a critic; else as for :class:`rhythm_kernels.RhythmProbe`. The attribute may
@@ -290,7 +290,7 @@ class RhythmCredit:
                 gamma = self.gamma(entropy, generator)
         return shape_advantages(advantages, gamma, self.settings.sign)
 
-    def statistics(self, reduce: Callable[[Tensor], Tensor | None] = lambda sums: sums) -> dict[str, float]:
+    def statistics(self, reduce: Callable[[Tensor], Tensor | None] | None = None) -> dict[str, float]:
         """What a log should show of the latest gamma, over the response tokens. The host waits for the device.
 
         ===================== ========================================================================================
@@ -329,7 +329,7 @@ class RhythmCredit:
         bonus = (gamma - 1).abs()
         summed = [mask, bonus, *of_tokens.values(), *(bonus * x for x in of_bonus.values())]
         local = torch.stack([(x * mask).sum().float() for x in summed])
-        reduced = reduce(local)
+        reduced = None if reduce is None else reduce(local)
         sums = (local if reduced is None else reduced).tolist()
         tokens, bonuses = sums[:2]
         found = {name: total / tokens for name, total in zip(of_tokens, sums[2:]) if tokens}

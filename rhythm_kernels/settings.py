@@ -45,14 +45,14 @@ class RhythmSettings:
     mode: CreditMode = field(
         default="coupled", metadata=_help("Which tokens get more credit; `uniform` is plain GRPO.")
     )
-    gamma_amp: float = field(default=1.5, metadata=_help("Factor of a chosen token's advantage."))
+    gamma_amp: float = field(default=1.5, metadata=_help("Gamma of a chosen token; its bonus is gamma_amp - 1."))
     top: float = field(default=0.4, metadata=_help("Share of the tokens of a response that are chosen."))
-    alpha: float = field(default=0.5, metadata=_help("Share of a dominated token's bonus for its intro token."))
-    neighbors: int = field(default=3, metadata=_help("How many tokens before a dominated one may be its intro token."))
-    window: int = field(default=10, metadata=_help("W of WAAD, in tokens."))
+    alpha: float = field(default=0.5, metadata=_help("Share of its bonus that a dominated anchor gives away."))
+    neighbors: int = field(default=3, metadata=_help("How many tokens before an anchor may have introduced it."))
+    window: int = field(default=10, metadata=_help("How far WAAD looks back, in tokens (W)."))
     horizon: tuple[int, int | None] = field(
         default=(10, 100),
-        metadata=_help("First and last distance of FAI, in tokens; a last of `null`: to the response's end."),
+        metadata=_help("First and last distance of FAI, in tokens; last None (`null`): to the end."),
     )
     layers: str | Sequence[int] = field(default="middle5", metadata=_help("`middle5`, `all`, or a list of layers."))
     head_quantile: float = field(default=0.3, metadata=_help("Share of the heads of these layers in each head group."))

@@ -275,8 +275,7 @@ def test_what_was_not_done_is_said(model):
     for ask in (credit.gamma, lambda: credit.shape(torch.ones(4)), credit.statistics, lambda: credit.fai):
         with pytest.raises(RuntimeError, match="there is no measured batch"):
             ask()
-    message = r"response_mask must have as many batch rows .*, got shape \(4, 72\) for 0 batch rows"
-    with pytest.raises(RuntimeError, match=message), credit.measuring(mask):
+    with pytest.raises(RuntimeError, match="no forward of the model ran in this block"), credit.measuring(mask):
         pass  # the forward went elsewhere
     with pytest.raises(RuntimeError, match="for 3 batch rows"), torch.no_grad(), credit.measuring(mask):
         forward(model, batch, slice(0, 3))

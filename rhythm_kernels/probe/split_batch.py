@@ -49,6 +49,8 @@ class _Responses:
 
     def check(self) -> None:
         """Raise where the forwards did not take exactly the batch rows that there are."""
+        if not self._taken:
+            raise RuntimeError("no forward of the model ran in this block without a KV cache, so nothing was measured")
         if self._taken != len(self.mask):
             raise RuntimeError(
                 "response_mask must have as many batch rows as the forwards of its block together, got shape "
