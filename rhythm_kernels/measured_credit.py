@@ -136,7 +136,7 @@ class RhythmCredit:
         """
         if self.settings.reads_attention:
             layers, quantile = self.settings.layers, self.settings.head_quantile
-            self.groups = head_groups(self.model, map(_with_whole_mask, batches), layers, quantile)
+            self.groups = head_groups(self.model, _with_whole_masks(batches), layers, quantile)
         return self._groups
 
     @contextmanager
@@ -377,11 +377,17 @@ class RhythmCredit:
         return measures
 
 
-def _with_whole_mask(batch: Any) -> Any:
-    """A batch for :func:`head_groups`, with its `response_mask` over all tokens where it was over the last ones."""
-    if not isinstance(batch, Mapping):
-        return batch  # which says what a batch is
-    mask, tokens = batch.get("response_mask"), batch.get("input_ids", batch.get("inputs_embeds"))
-    if not (isinstance(mask, Tensor) and isinstance(tokens, Tensor) and mask.dim() == 2):
-        return batch
-    return {**batch, "response_mask": over_tokens(mask, tokens.shape[1])}
+def _with_whole_masks(batches: Any) -> Any:
+    """Batches for :func:`head_groups`, each `response_mask` over all tokens where it was over the last ones."""
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        return batches  # `head_groups` says what batches are
+
+    def whole(batch: Any) -> Any:
+        if not isinstance(batch, Mapping):
+            return batch
+        mask, tokens = batch.get("response_mask"), batch.get("input_ids", batch.get("inputs_embeds"))
+        if not (isinstance(mask, Tensor) and isinstance(tokens, Tensor) and mask.dim() == 2):
+            return batch
+        return {**batch, "response_mask": over_tokens(mask, tokens.shape[1])}
+
+    return map(whole, batches)

@@ -6,13 +6,12 @@ Functions, the probe, trainers' configurations and recipes read the defaults off
 from __future__ import annotations
 
 import math
-import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from .arguments import check_horizon, check_int, check_number, check_window
+from .arguments import as_int, check_horizon, check_int, check_number, check_window
 from .heads import HeadGroups
 
 __all__ = ["CREDIT_MODES", "SIGNS", "CreditMode", "RhythmSettings", "Sign"]
@@ -149,7 +148,7 @@ def _check_layers(layers: Any) -> str | tuple[int, ...]:
     if isinstance(layers, str) and layers in ("middle5", "all"):
         return layers
     try:
-        if indices := tuple(operator.index(layer) for layer in layers):
+        if indices := tuple(as_int("layers", layer) for layer in layers):
             return indices
     except TypeError:
         pass

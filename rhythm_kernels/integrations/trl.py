@@ -146,12 +146,14 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     def _credit(self, mask: Tensor) -> Tensor:
         """Gamma `(B, T)` of the measured pass, and its statistics into TRL's metrics."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
         if self._blind:
+            metrics["rhythm/gamma_mean"].append(1.0)
+            metrics["rhythm/boosted_share"].append(0.0)
             return torch.ones(mask.shape, device=mask.device)
         generator = torch.Generator().manual_seed(hash((self.args.seed, self._step, self.accelerator.process_index)))
         gamma = self.rhythm.gamma(self._entropy, generator, response_mask=mask)
         self._entropy = None
-        metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in self.rhythm.statistics(lambda sums: self.accelerator.reduce(sums, reduction="sum")).items():
             metrics[f"rhythm/{name}"].append(value)
         return gamma

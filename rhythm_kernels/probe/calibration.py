@@ -60,17 +60,23 @@ def head_groups(
     calibration = Calibration(model, layers, quantile, by=by)
     one_logit = _one_logit(model, find_decoder(model).module)
     with evaluating(model), calibration:
-        for batch in batches:
-            if not isinstance(batch, Mapping):
-                raise TypeError(
-                    "batches must be a list of dicts of model inputs, as in [{'input_ids': ids}], "
-                    f"got {type(batches).__name__} of {type(batch).__name__}"
-                )
+        for batch in _inputs_of(batches):
             inputs = dict(batch)
             calibration.response_mask = _response_mask(inputs)
             model(**{**one_logit, **inputs, "use_cache": False})
             calibration.examine()
     return calibration.groups()
+
+
+def _inputs_of(batches: Any) -> Iterator[Mapping[str, Any]]:
+    """The batches, one at a time, once each is seen to be one."""
+    wanted = "batches must be a list of dicts of model inputs, as in [{'input_ids': ids}], got"
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise TypeError(f"{wanted} {type(batches).__name__}")
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"{wanted} {type(batch).__name__} among them")
+        yield batch
 
 
 @contextmanager

@@ -60,5 +60,5 @@ def reader_of(name: str) -> Reader:
     for reader in READERS:
         if fnmatchcase(name, reader.name):
             return reader
-    known = ", ".join(repr(reader.name) for reader in READERS)
-    raise NotImplementedError(f"attention implementation {name!r} is not known to the probe; use one of {known}")
+    known = ", ".join(repr(reader.name) for reader in READERS if "*" not in reader.name)
+    raise NotImplementedError(f"attn_implementation must be one of {known} or a flash attention, got {name!r}")

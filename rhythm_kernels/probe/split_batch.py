@@ -1,4 +1,4 @@
-"""A batch that a trainer splits over several forwards, along its rows, to bound the memory: measured as one."""
+"""A batch that a trainer splits over several forwards, along its batch rows, to bound the memory: measured as one."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class BatchProbe(RhythmProbe):
         """WAAD and FAI of the whole batch, each float32 of the response mask's shape.
 
         Raises:
-            RuntimeError: the forwards inside the block did not cover the rows of the mask.
+            RuntimeError: the forwards inside the block did not cover the batch rows of the mask.
         """
         self._responses_of.check()
         length = self._responses_of.mask.shape[1]
@@ -153,8 +153,8 @@ class BatchProbe(RhythmProbe):
                     f"response_mask must have all {sequences.length} tokens of packed batch rows, got shape "
                     f"{tuple(self._responses_of.mask.shape)}"
                 )
-            row = (sequences.batch_row.long() + first) * sequences.length
-            bounds.append(torch.stack([row + sequences.start, row + sequences.end], dim=1))
+            begin = (sequences.batch_row.long() + first) * sequences.length
+            bounds.append(torch.stack([begin + sequences.start, begin + sequences.end], dim=1))
             longest = max(longest, (sequences.whole_table or sequences.table).max_seqlen)
             first += sequences.batch
         return torch.cat(bounds), longest

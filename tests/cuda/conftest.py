@@ -22,9 +22,8 @@ def bands() -> Emulated:
     return Emulated(build(BANDS, sanitize=SANITIZED))
 
 
-@pytest.fixture
-def cuda_serves_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`backend="cuda"` is chosen for CPU tensors too."""
+def serve_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `backend="cuda"` chosen for CPU tensors too."""
     choose = dispatch.choose
 
     def choose_cuda(pass_name: str, backend: str | None, device: torch.device) -> str:
@@ -35,8 +34,14 @@ def cuda_serves_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cuda_on_cpu(bands: Emulated, cuda_serves_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+def cuda_serves_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_the_cpu(monkeypatch)
+
+
+@pytest.fixture
+def cuda_on_cpu(bands: Emulated, monkeypatch: pytest.MonkeyPatch) -> Emulated:
     """Backend "cuda" serves CPU tensors: the bands by the emulated kernels, the other passes by tile-wise torch."""
+    serve_the_cpu(monkeypatch)
     emulated = Passes(bands)
     module = SimpleNamespace(**vars(tiled_torch) | {x: getattr(emulated, x) for x in ("band_rows", "band_columns")})
     module_of = dispatch._module

@@ -167,11 +167,11 @@ class First:
         from rhythm_kernels.tuning import shortlist
 
         path = self.out / "tiles.jsonl"
-        problem = (
+        workload = (
             shortlist.TARGET._replace(length=40, heads=2, kv_heads=1, head_size=16) if self.small else shortlist.TARGET
         )
         left = max(self.deadline - time.monotonic(), 1.0)
-        found = shortlist.shortlist(self.device, left, problem=problem, save=path)
+        found = shortlist.shortlist(self.device, left, workload=workload, save=path)
         yield f"{len(found)} tiles tried; see {path.name}"
 
 

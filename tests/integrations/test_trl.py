@@ -388,6 +388,7 @@ def test_no_response_is_left(tmp_path):
         **RHYTHM,
     )
     assert trainer.state.global_step == 3
+    assert [entry["rhythm/gamma_mean"] for entry in trainer.state.log_history[:3]] == [1.0] * 3
 
 
 def build(tmp_path, **changed):
