@@ -332,7 +332,9 @@ class RhythmCredit:
         reduced = None if reduce is None else reduce(local)
         sums = (local if reduced is None else reduced).tolist()
         tokens, bonuses = sums[:2]
-        found = {name: total / tokens for name, total in zip(of_tokens, sums[2:]) if tokens}
+        found = {"gamma_mean": 1.0, "boosted_share": 0.0}  # where there is no token
+        if tokens:
+            found = {name: total / tokens for name, total in zip(of_tokens, sums[2:])}
         if bonuses:
             found |= {name: total / bonuses for name, total in zip(of_bonus, sums[2 + len(of_tokens) :])}
         mean, weighted = found.pop("entropy", 0.0), found.pop("bonus_entropy", 0.0)
