@@ -113,7 +113,7 @@ def reading_table() -> Iterator[str]:
     yield f"Triton {triton.__version__}, bfloat16, D = {SHAPE.dim}, plain rule, sm_90:"
     yield ""
     yield (
-        "| kernel | tile | registers | blocks an SM | slots a pair | ahead: copies, loads, of | "
+        "| kernel | tile | registers | blocks per SM | slots per pair | ahead: copies, loads, of | "
         "issue, exp2, products, L2 | overlapped to in turn | **predicted** |"
     )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
