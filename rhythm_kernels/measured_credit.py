@@ -20,18 +20,19 @@ from .arguments import check_int, check_tensor, readable, same_shape
 from .credit import rhythm_credit, shape_advantages
 from .heads import HeadGroups
 from .packed_credit import bounds_of, sequence_by_sequence
-from .probe.calibration import evaluating, head_groups
+from .probe.calibration import evaluating, head_groups, inputs_of
 from .probe.checks import on_device
-from .probe.split_batch import BatchCalibration, BatchProbe, over_tokens
+from .probe.split_batch import BatchCalibration, BatchProbe, check_response_mask, over_tokens
 from .probe.structure import attention_layers, find_decoder
 from .settings import RhythmSettings
 
-__all__ = ["GROUPS_FILE", "NEAR_CERTAIN", "RhythmCredit"]
+__all__ = ["GROUPS_FILE", "NEAR_CERTAIN", "NO_CREDIT", "RhythmCredit"]
 
 GROUPS_FILE = "rhythm_groups.json"
 # Nats of entropy below which a token counts as near-certain: the likeliest token has a probability of 0.99 or so, and a
 # factor on its advantage changes next to nothing.
 NEAR_CERTAIN = 0.05
+NO_CREDIT = {"gamma_mean": 1.0, "boosted_share": 0.0}  # the statistics of a batch without a token to credit
 
 
 @dataclass
@@ -136,7 +137,7 @@ class RhythmCredit:
         """
         if self.settings.reads_attention:
             layers, quantile = self.settings.layers, self.settings.head_quantile
-            self.groups = head_groups(self.model, _with_whole_masks(batches), layers, quantile)
+            self.groups = head_groups(self.model, map(_with_whole_mask, inputs_of(batches)), layers, quantile)
         return self._groups
 
     @contextmanager
@@ -180,9 +181,7 @@ class RhythmCredit:
         before, self._batch = self._batch, None
         if before is not None and before.probe is not None:
             before.probe.examine()
-        if check_tensor("response_mask", response_mask).dim() != 2:
-            raise ValueError(f"response_mask must be (B, T), got shape {tuple(response_mask.shape)}")
-        batch = _Batch(self.settings, response_mask)
+        batch = _Batch(self.settings, check_response_mask(response_mask))
         if not self.settings.reads_attention:
             yield
         elif self._groups is None:
@@ -264,8 +263,7 @@ class RhythmCredit:
             wanted, found = tuple(measured.shape), tuple(response_mask.shape)
             raise ValueError(f"response_mask must be of shape {wanted} like that of measuring, got {found}")
         mask = on_device(response_mask, measured.device)
-        if readable(mask) and (mask & ~measured).any():
-            places = int((mask & ~measured).sum())
+        if readable(mask) and (places := int((mask & ~measured).sum())):
             raise ValueError(f"response_mask must be True only where that of measuring is, got {places} other places")
         return mask
 
@@ -332,7 +330,7 @@ class RhythmCredit:
         reduced = None if reduce is None else reduce(local)
         sums = (local if reduced is None else reduced).tolist()
         tokens, bonuses = sums[:2]
-        found = {"gamma_mean": 1.0, "boosted_share": 0.0}  # where there is no token
+        found = dict(NO_CREDIT)
         if tokens:
             found = {name: total / tokens for name, total in zip(of_tokens, sums[2:])}
         if bonuses:
@@ -379,17 +377,9 @@ class RhythmCredit:
         return measures
 
 
-def _with_whole_masks(batches: Any) -> Any:
-    """Batches for :func:`head_groups`, each `response_mask` over all tokens where it was over the last ones."""
-    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
-        return batches  # `head_groups` says what batches are
-
-    def whole(batch: Any) -> Any:
-        if not isinstance(batch, Mapping):
-            return batch
-        mask, tokens = batch.get("response_mask"), batch.get("input_ids", batch.get("inputs_embeds"))
-        if not (isinstance(mask, Tensor) and isinstance(tokens, Tensor) and mask.dim() == 2):
-            return batch
-        return {**batch, "response_mask": over_tokens(mask, tokens.shape[1])}
-
-    return map(whole, batches)
+def _with_whole_mask(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch for :func:`head_groups`: its `response_mask` over all tokens where it was over the last ones."""
+    mask, tokens = batch.get("response_mask"), batch.get("input_ids", batch.get("inputs_embeds"))
+    if not (isinstance(mask, Tensor) and isinstance(tokens, Tensor) and mask.dim() == 2):
+        return batch
+    return {**batch, "response_mask": over_tokens(mask, tokens.shape[1])}

@@ -9,7 +9,7 @@ One step of the method (arXiv 2510.13554v2; equation numbers are the paper's):
 3. Run the model once over prompts and responses, measured by a `RhythmCredit`. That forward gives the log-probs to
    learn from, and on its way WAAD and FAI of every response token (eqs. 9 and 10): no map, no second model, no extra
    forward.
-4. `credit.gamma` turns the two into a factor a token (eqs. 14 to 19); it multiplies the advantages (eq. 13).
+4. `credit.gamma` turns the two into a factor per token (eqs. 14 to 19); it multiplies the advantages (eq. 13).
 5. `surrogate` is the clipped objective over these token advantages (eq. 12). One optimizer step.
 
 The TRL subclass in `rhythm_kernels/integrations/trl.py` is tested against this loop.

@@ -28,8 +28,8 @@ TRL_WORDS: dict[str, Any] = {
     "vllm_importance_sampling_mode": Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
 }
 
-# Ranges that nothing else checks, or only once the evaluation before training is over. The section rhythm is checked
-# by `RhythmGRPOConfig`, and `_coerce` takes finite numbers only.
+# Ranges that nothing else checks, or only once the evaluation before training is over. The section rhythm checks itself
+# (`RhythmSettings`), and `_coerce` takes finite numbers only.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("at least 1 and at most 1000000", lambda x: 1 <= x <= 10**6, "task.train_size eval.size"),
     (

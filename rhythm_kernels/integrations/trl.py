@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from ..heads import HeadGroups
-from ..measured_credit import GROUPS_FILE, RhythmCredit
+from ..measured_credit import GROUPS_FILE, NO_CREDIT, RhythmCredit
 from .trl_config import RhythmGRPOConfig
 from .trl_inputs import last_token, log_prob_arguments, response_mask
 
@@ -72,6 +72,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         schedule = self.args.steps_per_generation * self.num_iterations
         corrects = self.use_vllm and getattr(self, "vllm_importance_sampling_correction", False)
+        self.rhythm.settings = self.args.rhythm_settings()  # as a callback left them
         self._armed = bool(self.args.gradient_accumulation_steps % schedule or corrects)
         self._met = self._calibrated = False
         try:
@@ -94,6 +95,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self.rhythm.settings = self.args.rhythm_settings()  # as a callback left them
         # The loss reads a copy, so that buffered advantages stay as they are. The copy has none until gamma is known:
         # a version of TRL that reads them before its forward meets a KeyError, and is not plain GRPO in silence.
         reading = {name: value for name, value in inputs.items() if name != "advantages"}
@@ -135,7 +137,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     def _measured_pass(self, mask: Tensor, model: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's log-prob pass, measured."""
-        self.rhythm.model, self.rhythm.settings = model, self.args.rhythm_settings()  # callbacks may change them
+        self.rhythm.model = model
         if self.rhythm.settings.mode == "entropy":
             kwargs["compute_entropy"] = True
         run = super()._get_per_token_logps_and_entropies
@@ -146,17 +148,20 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     def _credit(self, mask: Tensor) -> Tensor:
         """Gamma `(B, T)` of the measured pass, and its statistics into TRL's metrics."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
         if self._blind:
-            metrics["rhythm/gamma_mean"].append(1.0)
-            metrics["rhythm/boosted_share"].append(0.0)
+            self._log(NO_CREDIT)
             return torch.ones(mask.shape, device=mask.device)
         generator = torch.Generator().manual_seed(hash((self.args.seed, self._step, self.accelerator.process_index)))
         gamma = self.rhythm.gamma(self._entropy, generator, response_mask=mask)
         self._entropy = None
-        for name, value in self.rhythm.statistics(lambda sums: self.accelerator.reduce(sums, reduction="sum")).items():
-            metrics[f"rhythm/{name}"].append(value)
+        self._log(self.rhythm.statistics(lambda sums: self.accelerator.reduce(sums, reduction="sum")))
         return gamma
+
+    def _log(self, statistics: dict[str, float]) -> None:
+        """Hand them to TRL's metrics."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in statistics.items():
+            metrics[f"rhythm/{name}"].append(value)
 
     def _tool_had_the_last_word(self, output: dict[str, Any], mask: Tensor) -> bool:
         """Of any response of any process: what follows is a forward, which sharded models make together."""
@@ -183,8 +188,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
                 self.model, input_ids, attention_mask, mask.shape[1], *rest, **extra
             )
         self.rhythm.groups = broadcast_object_list([self.rhythm.groups])[0]
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["rhythm/calibration_seconds"].append(time.perf_counter() - started)
+        self._log({"calibration_seconds": time.perf_counter() - started})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

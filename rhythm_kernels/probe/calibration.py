@@ -60,7 +60,7 @@ def head_groups(
     calibration = Calibration(model, layers, quantile, by=by)
     one_logit = _one_logit(model, find_decoder(model).module)
     with evaluating(model), calibration:
-        for batch in _inputs_of(batches):
+        for batch in inputs_of(batches):
             inputs = dict(batch)
             calibration.response_mask = _response_mask(inputs)
             model(**{**one_logit, **inputs, "use_cache": False})
@@ -68,7 +68,7 @@ def head_groups(
     return calibration.groups()
 
 
-def _inputs_of(batches: Any) -> Iterator[Mapping[str, Any]]:
+def inputs_of(batches: Any) -> Iterator[Mapping[str, Any]]:
     """The batches, one at a time, once each is seen to be one."""
     wanted = "batches must be a list of dicts of model inputs, as in [{'input_ids': ids}], got"
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):

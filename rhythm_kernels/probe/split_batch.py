@@ -16,7 +16,14 @@ from .forward_sequences import ForwardInputs, Sequences
 from .layer_call import LayerCall
 from .probe import RhythmProbe
 
-__all__ = ["BatchCalibration", "BatchProbe", "over_tokens"]
+__all__ = ["BatchCalibration", "BatchProbe", "check_response_mask", "over_tokens"]
+
+
+def check_response_mask(mask: Tensor) -> Tensor:
+    """A mask of two dimensions; which tokens it is of, the forwards say."""
+    if check_tensor("response_mask", mask).dim() != 2:
+        raise ValueError(f"response_mask must be (B, T), got shape {tuple(mask.shape)}")
+    return mask
 
 
 def over_tokens(response_mask: Tensor, length: int) -> Tensor:
@@ -35,9 +42,7 @@ class _Responses:
     """
 
     def __init__(self, mask: Tensor) -> None:
-        if check_tensor("response_mask", mask).dim() != 2:
-            raise ValueError(f"response_mask must be (B, T), got shape {tuple(mask.shape)}")
-        self.mask = mask
+        self.mask = check_response_mask(mask)
         self._taken = 0
 
     def of(self, inputs: ForwardInputs) -> Tensor:
@@ -153,8 +158,9 @@ class BatchProbe(RhythmProbe):
                     f"response_mask must have all {sequences.length} tokens of packed batch rows, got shape "
                     f"{tuple(self._responses_of.mask.shape)}"
                 )
-            begin = (sequences.batch_row.long() + first) * sequences.length
-            bounds.append(torch.stack([begin + sequences.start, begin + sequences.end], dim=1))
+            batch_row, *ends = sequences.bounds.long().unbind(1)
+            begin = (batch_row + first) * sequences.length
+            bounds.append(torch.stack([begin + end for end in ends], dim=1))
             longest = max(longest, (sequences.whole_table or sequences.table).max_seqlen)
             first += sequences.batch
         return torch.cat(bounds), longest

@@ -18,6 +18,7 @@ from rhythm_kernels import HeadGroups, reference, shape_advantages
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
 from rhythm_kernels.integrations.trl_inputs import last_token, response_mask
 
+from ..test_settings import DEFAULTS
 from .toy import RHYTHM, build_model, build_tokenizer, dataset, eager_copy, losses, options, reward, train, weights
 
 WINDOW, (LOW, HIGH) = RHYTHM["rhythm_window"], RHYTHM["rhythm_horizon"]
@@ -362,6 +363,21 @@ def test_settings_may_change_in_training(tmp_path):
     assert means[0] < means[1] < means[2]
 
 
+def test_a_mode_that_starts_to_read_attention_calibrates_first(tmp_path):
+    class Later(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            args.rhythm_mode = "coupled" if state.global_step else "uniform"
+
+    args = RhythmGRPOConfig(**options(tmp_path), rhythm_mode="uniform", **RHYTHM)
+    trainer = RhythmGRPOTrainer(
+        build_model(), reward, args, dataset(), processing_class=build_tokenizer(), callbacks=[Later()]
+    )
+    trainer.train()
+    calibrated = ["rhythm/calibration_seconds" in entry for entry in trainer.state.log_history[:3]]
+    assert calibrated == [False, True, False]
+    assert [entry["rhythm/gamma_mean"] > 1 for entry in trainer.state.log_history[:3]] == [False, True, True]
+
+
 def test_groups_are_saved_and_read_back(tmp_path):
     changed = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = train(RhythmGRPOTrainer, RhythmGRPOConfig, tmp_path, **changed, **RHYTHM)
@@ -442,20 +458,7 @@ def test_a_plain_configuration_is_refused(tmp_path):
 def test_defaults_are_those_of_the_method():
     names = {f.name: f for f in dataclasses.fields(RhythmGRPOConfig) if f.name.startswith("rhythm_")}
     defaults = {n: f.default_factory() if f.default is dataclasses.MISSING else f.default for n, f in names.items()}
-    assert defaults == {
-        "rhythm_mode": "coupled",
-        "rhythm_gamma_amp": 1.5,
-        "rhythm_top": 0.4,
-        "rhythm_alpha": 0.5,
-        "rhythm_neighbors": 3,
-        "rhythm_window": 10,
-        "rhythm_horizon": (10, 100),
-        "rhythm_layers": "middle5",
-        "rhythm_head_quantile": 0.3,
-        "rhythm_groups": None,
-        "rhythm_regroup_steps": 0,
-        "rhythm_sign": "both",
-    }
+    assert defaults == {f"rhythm_{name}": default for name, default in DEFAULTS.items()}
 
 
 def test_configuration_from_the_command_line(tmp_path):
