@@ -127,6 +127,11 @@ def as_text(prompt: Prompt, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
+def texts(task: Task, instances: Sequence[Instance], tokenizer: Any) -> list[str]:
+    """The prompts of instances as the model reads them."""
+    return [as_text(task.prompt(instance), tokenizer) for instance in instances]
+
+
 def names() -> list[str]:
     """The tasks that come with this repository."""
     return sorted(module.name for module in pkgutil.iter_modules(tasks.__path__) if not module.name.startswith("_"))
