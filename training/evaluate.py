@@ -44,7 +44,11 @@ def samples_of(instances: Sequence[Instance], samples: int | Mapping[str, int]) 
     known = sorted({str(instance["set"]) for instance in instances if "set" in instance})
     for name in samples:
         if name not in known:
-            sets = f"name test sets of the task ({', '.join(known)})" if known else "be a number: the task has no test sets"
+            sets = (
+                f"name test sets of the task ({', '.join(known)})"
+                if known
+                else "be a number: the task has no test sets"
+            )
             raise RecipeError(f"eval.samples must {sets}, got {name!r}")
     return [samples.get(str(instance.get("set")), 1) for instance in instances]
 

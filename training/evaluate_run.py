@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,28 +106,33 @@ def carry_out(subject: Subject, overwrite: bool = False) -> Path:
         Interrupted: for a `KeyboardInterrupt` once there are responses; it says what is kept.
     """
     recipe, folder = subject.recipe, subject.folder
-    task = make(recipe.task)
+    task, made, started = make(recipe.task), not folder.exists(), time.perf_counter()
     try:
         instances = instances_of(task, recipe.eval.split, recipe.eval.size)
         samples_of(instances, recipe.eval.samples)
-        model, tokenizer = load(recipe, subject.source) if subject.source else load(recipe)
+        model, tokenizer = load(recipe, subject.source)
         check_model(recipe, model, tokenizer, lambda: texts(task, instances, tokenizer))
         identity = identity_of(recipe, model, tokenizer, instances, texts(task, instances, tokenizer))
-        path, about = folder / EVALUATION, _about(subject, task.describe(), len(instances))
-        if (found := finished(folder, identity)) is not None:
-            print(f"\n{about}, finished before:", *lines_of(found), f"  details  {path}", sep="\n")
-            return path
-        record = Record(folder, identity, overwrite)
-        if record.lines:
-            print(f"{folder / RESPONSES} has {len(record.lines)} responses of this evaluation already: it goes on there.")
-        started = time.perf_counter()
-        with lock(folder) if folder.exists() else nullcontext():
-            found = _measure(subject, model, tokenizer, task, instances, record, identity)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder):
+            found = finished(folder, identity)
+            took = "finished before"
+            if found is None:
+                record = Record(folder, identity, overwrite)
+                if record.lines:
+                    print(f"{record.path}: going on after the {len(record.lines)} responses that it holds")
+                found = _measure(subject, model, tokenizer, task, instances, record, identity)
+                took = f"{time.perf_counter() - started:.0f} s"
     finally:
         task.close()
-    print(f"\n{about}, {time.perf_counter() - started:.0f} s:", *lines_of(found), sep="\n")
-    print(f"  responses  {folder / RESPONSES}\n  details    {path}")
-    return path
+        if made:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing was written
+    model_name = subject.run.folder if subject.run is not None else recipe.model.path
+    about = f"{model_name} on {task.describe()}, {len(instances)} {recipe.eval.split} instances"
+    print(f"\n{about} ({took}):", *lines_of(found), sep="\n")
+    print(f"  responses  {folder / RESPONSES}\n  details    {folder / EVALUATION}")
+    return folder / EVALUATION
 
 
 def _measure(
@@ -206,11 +211,6 @@ def weights_digest(model: Any) -> str:
     return found.hexdigest()[:16]
 
 
-def _about(subject: Subject, task: str, instances: int) -> str:
-    model = subject.run.folder if subject.run is not None else subject.recipe.model.path
-    return f"{model} on {task}, {instances} {subject.recipe.eval.split} instances"
-
-
 def lines_of(found: Mapping[str, Any]) -> list[str]:
     """The figures of an evaluation as lines of text."""
     lines = []
@@ -224,7 +224,9 @@ def lines_of(found: Mapping[str, Any]) -> list[str]:
         passes = [(k, found) for k, found in summary["pass"].items() if k != "1"]
         lines += [f"    pass@{k:<5} {one['value']:>6.1%}        {_low_high(one)}" for k, one in passes]
         for name, of in summary.get("sets", {}).items():
-            lines.append(f"    {name:16} {share(of):>13}   {_interval(of)}   {estimate(of)}, {of['instances']} instances")
+            lines.append(
+                f"    {name:16} {share(of):>13}   {_interval(of)}   {estimate(of)}, {of['instances']} instances"
+            )
         if mean := summary.get("mean_of_sets"):
             lines.append(f"    {'mean of sets':16} {share(mean):>13}   {_low_high(mean)}")
     return lines

@@ -110,7 +110,9 @@ class Evaluation:
         responses = [response for i in sorted(of) for response in self._of[i]]
         means = [sum(verdicts[i]) / len(verdicts[i]) for i in sorted(of)]
         counts = sorted({len(verdicts[i]) for i in of})
-        passes = pass_estimates({name: [(len(verdicts[i]), sum(verdicts[i])) for i in ix] for name, ix in members.items()})
+        passes = pass_estimates(
+            {name: [(len(verdicts[i]), sum(verdicts[i])) for i in ix] for name, ix in members.items()}
+        )
         return {
             "instances": len(means),
             "samples": counts[0] if len(counts) == 1 else counts,

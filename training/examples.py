@@ -11,9 +11,8 @@ from torch import Tensor
 
 from rhythm_kernels import HeadGroups, RhythmCredit, RhythmSettings
 
-from .evaluate import Evaluation
-from .puzzles import Countdown
-from .tasks.countdown import Instance
+from .evaluation import Evaluation, Response
+from .task import Instance, Task, texts
 
 SHOWN = 3  # responses
 SHORTEST, LONGEST = 45, 160  # tokens: long enough for a horizon of 10 to say something, short enough to be read
@@ -22,7 +21,7 @@ SHORTEST, LONGEST = 45, 160  # tokens: long enough for a horizon of 10 to say so
 def examples(
     model: Any,
     tokenizer: Any,
-    task: Countdown,
+    task: Task,
     instances: Sequence[Instance],
     before: Evaluation,
     after: Evaluation,
@@ -30,8 +29,10 @@ def examples(
     groups: HeadGroups | None,
 ) -> list[dict[str, Any]]:
     """A few responses, first those that became right in training, measured by the trained model; ready for JSON."""
-    chosen = _choose(before, after)
-    batches = [_inputs(tokenizer, task.text(instances[i], tokenizer), after.tokens[i], model) for i in chosen]
+    first, last = before.first, after.first
+    chosen = _choose(first, last)
+    prompts = texts(task, [instances[i] for i in chosen], tokenizer)
+    batches = [_inputs(tokenizer, prompt, last[i].tokens, model) for i, prompt in zip(chosen, prompts)]
     if not batches:
         return []
     # Baselines measure nothing while training: they are shown what coupled credit would have been.
@@ -40,35 +41,34 @@ def examples(
     if groups is None:
         credit.calibrate(batches)
     shown = []
-    for i, batch in zip(chosen, batches):
+    for i, prompt, batch in zip(chosen, prompts, batches):
         mask = batch.pop("response_mask")
         with torch.no_grad(), credit.measuring(mask):
             model(**batch, use_cache=False)
         measured = {"waad": credit.waad, "fai": credit.fai, "gamma": credit.gamma()}
         shown.append(
             {
-                "numbers": instances[i]["numbers"],
-                "target": instances[i]["target"],
-                "prompt": task.text(instances[i], tokenizer),
-                "before": before.texts[i],
-                "right_before": before.correct[i],
-                "right": after.correct[i],
+                "label": task.label(instances[i]),
+                "prompt": prompt,
+                "before": first[i].text,
+                "right_before": first[i].correct,
+                "right": last[i].correct,
                 "mode": credit.settings.mode,
-                "tokens": tokenizer.convert_ids_to_tokens(after.tokens[i]),
+                "tokens": tokenizer.convert_ids_to_tokens(last[i].tokens),
                 **{name: _rounded(x[mask]) for name, x in measured.items()},
             }
         )
     return shown
 
 
-def _choose(before: Evaluation, after: Evaluation) -> list[int]:
+def _choose(before: Sequence[Response], after: Sequence[Response]) -> list[int]:
     """Indices of responses: of readable length first, and of those first what became right, then what stayed right."""
 
     def rank(i: int) -> tuple[bool, bool, bool, int]:
-        readable = SHORTEST <= len(after.tokens[i]) <= LONGEST
-        return not readable, not after.correct[i], before.correct[i], i
+        readable = SHORTEST <= len(after[i].tokens) <= LONGEST
+        return not readable, not after[i].correct, before[i].correct, i
 
-    order = sorted((i for i in range(len(after.correct)) if after.tokens[i]), key=rank)
+    order = sorted((i for i in range(len(after)) if after[i].tokens), key=rank)
     return order[:SHOWN]
 
 

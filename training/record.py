@@ -1,8 +1,8 @@
 """Responses on disk, line by line, so that an evaluation that was cut off at any moment goes on where it was.
 
-Two files: `responses.jsonl`, to which a batch's responses are appended, and `responses.state`, which says how many bytes
-of it are valid and where the random numbers were. The state is replaced, in one rename, only when the batch's lines are
-on the disk: whatever is cut off between leaves bytes after the valid ones, which the next start cuts off.
+Two files: `responses.jsonl`, to which a batch's responses are appended, and `responses.state`, which says how many
+bytes of it are valid and where the random numbers were. The state is replaced, in one rename, only when the batch's
+lines are on the disk: whatever is cut off between leaves bytes after the valid ones, which the next start cuts off.
 
 The state also says of what these are the responses (see `Identity`). Those of anything else are neither continued nor,
 unless told to, removed.

@@ -186,7 +186,7 @@ def make(settings: TaskSettings) -> Task:
         raise error if isinstance(error, RecipeError) else RecipeError(f"task.{error}") from error
 
 
-def held_out(task: Task, split: SplitName, size: int | None) -> list[Instance]:
+def instances_of(task: Task, split: SplitName, size: int | None) -> list[Instance]:
     """The instances of a split; errors of the task are about the sections `task` and `eval`.
 
     Raises:

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
-from tqdm.auto import tqdm
 
 import rhythm_kernels
 
-from .evaluate import Evaluation, evaluate
+from .evaluate import evaluate_both, samples_of
+from .evaluation import differences, questions
 from .examples import examples
 from .folder import CHECKPOINTS, CONFIG, HEADS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
 from .formats import credit_name, interval, points, share, size
 from .grpo import Recorder, build_trainer, trainer_config
 from .models import check_model, load
-from .puzzles import Countdown, reward_functions
 from .recipe import Recipe, RecipeError
 from .report import write_report
-from .statistics import paired_difference
-from .tasks.countdown import Instance
+from .task import Task, check_rewards, instances_of, make, texts
 
 
 def run(recipe: Recipe) -> Path:
@@ -41,10 +36,11 @@ def run(recipe: Recipe) -> Path:
         Interrupted: for Ctrl-C, likewise.
     """
     started = time.perf_counter()
-    task = Countdown(recipe.task)
+    task = make(recipe.task)
     config = trainer_config(recipe)
-    rewards = reward_functions([*recipe.grpo.rewards, "correctness"])
-    held_out = task.instances(recipe.eval.split, recipe.eval.size)
+    check_rewards(task, recipe.grpo.rewards)
+    held_out = instances_of(task, recipe.eval.split, recipe.eval.size)
+    samples_of(held_out, recipe.eval.samples)  # refuses test sets that are not there
     folder = Path(recipe.output.path)
     if recipe.rhythm.groups is not None and Path(recipe.rhythm.groups).resolve().is_relative_to(folder.resolve()):
         raise RecipeError(
@@ -54,17 +50,17 @@ def run(recipe: Recipe) -> Path:
     checkpoints = folder / CHECKPOINTS
     with open_run(folder) as begin, TemporaryDirectory() as scratch:
         model, tokenizer = load(recipe)
-        check_model(recipe, model, tokenizer, lambda: [task.text(instance, tokenizer) for instance in held_out])
+        check_model(recipe, model, tokenizer, lambda: texts(task, held_out, tokenizer))
         recorder = Recorder(folder / METRICS, recipe.grpo.max_steps)
         made = Path(scratch, CHECKPOINTS)  # the trainer writes here until nothing can be refused any more
         made.mkdir()
         config.output_dir = str(made)
-        trainer = build_trainer(recipe, config, model, tokenizer, task, rewards, recorder)
+        trainer = build_trainer(recipe, config, model, tokenizer, task, recorder)
 
         note = begin()
         write_text(folder / CONFIG, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
         config.output_dir = str(shutil.copytree(made, checkpoints))
-        print(_headline(recipe, model))
+        print(_headline(recipe, model, task, len(held_out)))
         if note:
             print(note)
 
@@ -82,18 +78,18 @@ def run(recipe: Recipe) -> Path:
         sampled = before["sampled"], after["sampled"]
         result = {
             "name": folder.name,
+            "task": task.describe(),
             "mode": recipe.rhythm.mode,
             "seed": recipe.grpo.seed,
             "steps": trainer.state.global_step,
             "split": recipe.eval.split,
+            "questions": questions(held_out),
             "parameters": sum(p.numel() for p in model.parameters()),
             "versions": versions(),
             "before": {kind: e.summary() for kind, e in before.items()},
             "after": {kind: e.summary() for kind, e in after.items()},
-            "difference": {
-                kind: dataclasses.asdict(paired_difference(before[kind].correct, after[kind].correct))
-                for kind in before
-            },
+            "difference": {kind: differences(before[kind], after[kind]) for kind in before},
+            "remark": task.remark(*(e.summary() for e in sampled)) if sampled[0].figures else "",
             "cost": cost(recorder.lines),
             "seconds": {
                 "training": round(trained - recorder.started, 1),
@@ -114,33 +110,6 @@ def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
     with replacing(path) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-
-
-def evaluate_both(
-    model: Any, tokenizer: Any, task: Countdown, instances: list[Instance], recipe: Recipe, when: str
-) -> dict[str, Evaluation]:
-    """Evaluate twice, sampled and greedy: one response to every instance in each."""
-    results = {}
-    for kind, temperature in (("sampled", recipe.eval.temperature), ("greedy", 0.0)):
-        with _bar(f"{when}, {kind}", len(instances)) as bar:
-            results[kind] = evaluate(
-                model,
-                tokenizer,
-                task,
-                instances,
-                recipe.eval,
-                max_new_tokens=recipe.grpo.max_completion_length,
-                temperature=temperature,
-                progress=bar.update,
-            )
-            bar.set_postfix({"right": f"{results[kind].summary()['accuracy']:.1%}"})
-    return results
-
-
-@contextmanager
-def _bar(name: str, total: int) -> Iterator[Any]:
-    with tqdm(total=total, desc=f"{name:16}", unit="answer", dynamic_ncols=True) as bar:
-        yield bar
 
 
 def cost(lines: list[dict[str, float]]) -> dict[str, Any]:
@@ -177,13 +146,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def _headline(recipe: Recipe, model: Any) -> str:
+def _headline(recipe: Recipe, model: Any, task: Task, instances: int) -> str:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     grpo, credit = recipe.grpo, credit_name(recipe.rhythm.mode)
     return (
-        f"{recipe.task.name} ({recipe.task.level}), {millions:.1f}M parameters: {credit}, {grpo.max_steps} steps of "
+        f"{task.describe()}, {millions:.1f}M parameters: {credit}, {grpo.max_steps} steps of "
         f"{grpo.per_device_train_batch_size * grpo.gradient_accumulation_steps} responses; "
-        f"{recipe.eval.size} {recipe.eval.split} instances before and after"
+        f"{instances} {recipe.eval.split} instances before and after"
     )
 
 

@@ -58,7 +58,9 @@ def test_bootstrap_of_one_stratum_is_binomial():
     cumulated, quantiles = 0.0, []
     for c in range(101):
         cumulated += math.comb(100, c) * 0.3**c * 0.7 ** (100 - c)
-        quantiles += [c / 100] * ((cumulated >= 0.025) * (len(quantiles) == 0) + (cumulated >= 0.975) * (len(quantiles) == 1))
+        quantiles += [c / 100] * (
+            (cumulated >= 0.025) * (len(quantiles) == 0) + (cumulated >= 0.975) * (len(quantiles) == 1)
+        )
     assert (found.value, found.low, found.high) == (pytest.approx(0.3), *map(pytest.approx, quantiles))
 
 
