@@ -51,7 +51,7 @@ def of_run(folder: Path, overrides: Sequence[str] = (), output: Path | None = No
     """The final model of the run in `folder`.
 
     Raises:
-        RecipeError: where no finished run is in `folder`, or for overrides of settings that an evaluation does not read.
+        RecipeError: where no finished run is in `folder`, or for overrides that an evaluation does not read.
     """
     _check(overrides, _OF_RUN)
     run = read_run(folder)
