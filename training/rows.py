@@ -9,7 +9,6 @@ import csv
 import functools
 import hashlib
 import importlib.util
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ _BATCH = 1 << 16  # rows of a parquet file that are in memory at a time
 _Row = dict[str, Any]
 
 
-class Unreachable(OSError):
+class Unreachable(OSError):  # noqa: N818 - it says what the file is
     """A file that cannot be had at all: nothing is at its path, or the hub does not answer and nothing is cached."""
 
 
