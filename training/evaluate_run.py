@@ -32,7 +32,7 @@ _OF_RECIPE = ("eval.", "task.", "model.", "grpo.max_completion_length=")
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated.
+    """What is evaluated, and where the evaluation is left.
 
     Attributes:
         recipe: its sections task, model and eval, and grpo.max_completion_length; nothing else is heeded.
@@ -45,6 +45,23 @@ class Subject:
     folder: Path
     source: Path | None = None
     run: Run | None = None
+
+
+def subject(words: Sequence[str], model: str | None, task: str | None, output: Path | None) -> Subject:
+    """What the words and options of the command name.
+
+    Raises:
+        RecipeError: where they name nothing, or something that cannot be evaluated.
+    """
+    if model is not None or task is not None:
+        if model is None or task is None:
+            raise RecipeError("--model and --task must be given together, or a run or recipe in their place")
+        return of_model(model, task, words, output)
+    if not words or "=" in words[0]:
+        raise RecipeError("evaluate must be given a run, a recipe, or --model PATH --task NAME")
+    path, overrides = Path(words[0]), words[1:]
+    is_recipe = path.is_file() or (path.suffix in (".yaml", ".yml") and not path.is_dir())
+    return (of_recipe if is_recipe else of_run)(path, overrides, output)
 
 
 def of_run(folder: Path, overrides: Sequence[str] = (), output: Path | None = None) -> Subject:
@@ -95,7 +112,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
     return carry_out(of_run(folder, overrides))
 
 
-def carry_out(subject: Subject, overwrite: bool = False) -> Path:
+def carry_out(what: Subject, overwrite: bool = False) -> Path:
     """Evaluate; prints the figures and returns the file that holds them.
 
     Where it was cut off before, it goes on after the last whole batch; where it is done already, it only prints.
@@ -105,12 +122,12 @@ def carry_out(subject: Subject, overwrite: bool = False) -> Path:
             writes there, where another run takes the place of the one evaluated, or for settings that do not fit.
         Interrupted: for a `KeyboardInterrupt` once there are responses; it says what is kept.
     """
-    recipe, folder = subject.recipe, subject.folder
+    recipe, folder = what.recipe, what.folder
     task, made, started = make(recipe.task), not folder.exists(), time.perf_counter()
     try:
         instances = instances_of(task, recipe.eval.split, recipe.eval.size)
         samples_of(instances, recipe.eval.samples)
-        model, tokenizer = load(recipe, subject.source)
+        model, tokenizer = load(recipe, what.source)
         check_model(recipe, model, tokenizer, lambda: texts(task, instances, tokenizer))
         identity = identity_of(recipe, model, tokenizer, instances, texts(task, instances, tokenizer))
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,14 +138,14 @@ def carry_out(subject: Subject, overwrite: bool = False) -> Path:
                 record = Record(folder, identity, overwrite)
                 if record.lines:
                     print(f"{record.path}: going on after the {len(record.lines)} responses that it holds")
-                found = _measure(subject, model, tokenizer, task, instances, record, identity)
+                found = _measure(what, model, tokenizer, task, instances, record, identity)
                 took = f"{time.perf_counter() - started:.0f} s"
     finally:
         task.close()
         if made:
             with suppress(OSError):
                 folder.rmdir()  # where nothing was written
-    model_name = subject.run.folder if subject.run is not None else recipe.model.path
+    model_name = what.run.folder if what.run is not None else recipe.model.path
     about = f"{model_name} on {task.describe()}, {len(instances)} {recipe.eval.split} instances"
     print(f"\n{about} ({took}):", *lines_of(found), sep="\n")
     print(f"  responses  {folder / RESPONSES}\n  details    {folder / EVALUATION}")
@@ -136,7 +153,7 @@ def carry_out(subject: Subject, overwrite: bool = False) -> Path:
 
 
 def _measure(
-    subject: Subject,
+    what: Subject,
     model: Any,
     tokenizer: Any,
     task: Any,
@@ -145,7 +162,7 @@ def _measure(
     identity: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Draw what is missing and write `evaluation.json`; returns what it holds."""
-    recipe = subject.recipe
+    recipe = what.recipe
     try:
         both = evaluate_both(model, tokenizer, task, instances, recipe, "final", record, list(task.rewards))
     except KeyboardInterrupt as error:
@@ -154,7 +171,7 @@ def _measure(
         kept = f"kept: {len(record.lines)} responses in {record.path}; the same command goes on from there"
         raise Interrupted(kept) from error
     found = {
-        "model": str(subject.source or recipe.model.path),
+        "model": str(what.source or recipe.model.path),
         "task": task.describe(),
         "split": recipe.eval.split,
         "questions": questions(instances),
@@ -163,9 +180,9 @@ def _measure(
     }
     for kind in KINDS:
         del found[kind]["seconds"]  # one that was cut off and went on ends in the same file as one that was not
-    if subject.run is not None and read_run(subject.run.folder) != subject.run:
+    if what.run is not None and read_run(what.run.folder) != what.run:
         raise RecipeError(
-            f"{subject.run.folder}: another run took this one's place while it was evaluated; nothing was written"
+            f"{what.run.folder}: another run took this one's place while it was evaluated; nothing was written"
         )
     record.finish(json.dumps(found, indent=1) + "\n")
     return found

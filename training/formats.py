@@ -13,11 +13,11 @@ def share(summary: Mapping[str, Any]) -> str:
 
 
 def estimate(summary: Mapping[str, Any]) -> str:
-    """What the accuracy of an evaluation's summary is called in papers."""
+    """What papers call the accuracy of an evaluation's summary, or how many responses it is of."""
     samples = summary.get("samples", 1)
     if isinstance(samples, int):
         return "pass@1" if samples == 1 else f"avg@{samples}"
-    return f"avg@{min(samples)} to avg@{max(samples)}"
+    return f"{min(samples)} to {max(samples)} responses each"
 
 
 def points(difference: float) -> str:
