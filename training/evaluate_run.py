@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from .accuracies import lines_of
 from .evaluate import evaluate_both, limit, samples_of
 from .evaluation import KINDS, digest, questions
 from .folder import CONFIG, EVALUATION, RESPONSES, Interrupted, Run, lock, read_run, saved_model
-from .formats import estimate, share
 from .models import check_model, load
 from .recipe import Recipe, RecipeError, load_recipe, override, parse_recipe
 from .record import Record, finished
@@ -226,32 +226,3 @@ def weights_digest(model: Any) -> str:
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()[:16]
-
-
-def lines_of(found: Mapping[str, Any]) -> list[str]:
-    """The figures of an evaluation as lines of text."""
-    lines = []
-    for kind in KINDS:
-        summary = found[kind]
-        name = estimate(summary) if kind == KINDS[0] else ""
-        lines.append(
-            f"  {kind:8} {share(summary):>13}   {_interval(summary)}   {summary['tokens']:.0f} tokens, "
-            f"{summary['cut_off']:.1%} cut off{f'   ({name})' if name else ''}"
-        )
-        passes = [(k, found) for k, found in summary["pass"].items() if k != "1"]
-        lines += [f"    pass@{k:<5} {one['value']:>6.1%}        {_low_high(one)}" for k, one in passes]
-        for name, of in summary.get("sets", {}).items():
-            lines.append(
-                f"    {name:16} {share(of):>13}   {_interval(of)}   {estimate(of)}, {of['instances']} instances"
-            )
-        if mean := summary.get("mean_of_sets"):
-            lines.append(f"    {'mean of sets':16} {share(mean):>13}   {_low_high(mean)}")
-    return lines
-
-
-def _interval(summary: Mapping[str, Any]) -> str:
-    return _low_high(summary["pass"]["1"])
-
-
-def _low_high(found: Mapping[str, float]) -> str:
-    return f"({found['low']:.1%} to {found['high']:.1%})"

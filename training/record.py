@@ -43,30 +43,28 @@ class Record:
     def __init__(self, folder: Path, identity: Identity, overwrite: bool = False) -> None:
         self.path, self._state = folder / RESPONSES, folder / STATE
         self._identity = json.loads(json.dumps(identity))
-        self.lines: list[dict[str, Any]] = []
-        self.random: dict[str, str] | None = None
-        self._valid, self._hash = 0, hashlib.sha256()  # bytes, and of them
-        self._begun = False
-        self._clear = overwrite and not self._continues()
-        if self._clear:
-            self.lines, self.random, self._valid, self._hash = [], None, 0, hashlib.sha256()
-        else:
-            self._read()
-
-    def _continues(self) -> bool:
+        self._begun = self._clear = False
+        self._forget()
         try:
             self._read()
         except RecipeError:
-            return False
-        return True
+            if not overwrite:
+                raise
+            self._forget()
+            self._clear = True
+
+    def _forget(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.random: dict[str, str] | None = None
+        self._valid, self._hash = 0, hashlib.sha256()  # bytes, and of them
 
     def _read(self) -> None:
         """Take over what was left here."""
-        self.lines, self.random, self._valid, self._hash = [], None, 0, hashlib.sha256()
         if not self._state.exists():
-            if self.path.exists() or (self.path.parent / EVALUATION).exists():
-                found = self.path if self.path.exists() else self.path.parent / EVALUATION
-                raise RecipeError(f"{found} is of another evaluation{_ADVICE}")
+            evaluation = self.path.parent / EVALUATION
+            if found := [path for path in (evaluation, self.path) if path.exists()]:
+                change = differs(_identity(evaluation), self._identity) if _identity(evaluation) else "not of this one"
+                raise RecipeError(f"{found[0]} is of another evaluation: {change}{_ADVICE}")
             return
         try:
             state = read_json(self._state.read_text(encoding="utf-8"))
@@ -142,13 +140,16 @@ def differs(one: Any, two: Any, name: str = "") -> str:
 def finished(folder: Path, identity: Identity) -> dict[str, Any] | None:
     """The finished evaluation in `folder`, if it is the one of `identity`."""
     path = folder / EVALUATION
-    if not path.exists():
+    if _identity(path) != json.loads(json.dumps(identity)):
         return None
+    (folder / STATE).unlink(missing_ok=True)  # left where the evaluation was cut off at its very end
+    return read_json(path.read_text(encoding="utf-8"))
+
+
+def _identity(path: Path) -> dict[str, Any] | None:
+    """Of what a finished evaluation is; None where it does not say so, or is not there."""
     try:
         found = read_json(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return None
-    same = isinstance(found, dict) and found.get("identity") == json.loads(json.dumps(identity))
-    if same:
-        (folder / STATE).unlink(missing_ok=True)  # left where the evaluation was cut off at its very end
-    return found if same else None
+    return found["identity"] if not misfit(found, {"identity": {}}) else None
