@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .evaluation import KINDS, MEAN_OF_SETS
@@ -25,6 +25,11 @@ def lines_of(found: Mapping[str, Any]) -> list[str]:
             rows.append([f"    {name}", share(of), _interval(of), f"{_asked(of)}{_best(of)}"])
         if mean := summary.get("mean_of_sets"):
             rows.append([f"    {MEAN_OF_SETS}", share(mean), low_high(mean), ""])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of text, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
