@@ -40,7 +40,7 @@ def change_lines(result: Mapping[str, Any], kind: str) -> list[list[str]]:
     if "sets" not in before:
         return []
     rows = [
-        (f"{name}, {estimate(one)}", one, after["sets"][name], change["sets"][name])
+        (f"{name}, {estimate(one)}" if kind == KINDS[0] else name, one, after["sets"][name], change["sets"][name])
         for name, one in before["sets"].items()
     ]
     rows.append((MEAN_OF_SETS, before["mean_of_sets"], after["mean_of_sets"], change["mean_of_sets"]))

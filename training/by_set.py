@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .accuracies import low_high
 from .evaluation import KINDS, MEAN_OF_SETS, mean_difference
 from .folder import Run
 from .formats import estimate, indices_of, interval, points, share, unpack
@@ -68,7 +67,7 @@ def pass_lines(groups: Sequence[Group]) -> Lines:
 
 
 def _passed(one: Mapping[str, Any]) -> str:
-    return f"{one['value']:.1%} {low_high(one)}"
+    return f"{one['accuracy']:.1%}"
 
 
 def _mean(summaries: Sequence[Mapping[str, Any]], show: Callable[[Any], str] = share) -> str:

@@ -173,7 +173,7 @@ _FURTHER = {
     ),
     "Several responses": (
         "pass@k is the chance that at least one of k responses is right, estimated without bias from "
-        "all of them. Over several seeds: mean (standard deviation); otherwise its 95% bootstrap interval."
+        "all of them. Over several seeds: mean (standard deviation). Each run's report has the 95% intervals."
     ),
 }
 

@@ -63,8 +63,9 @@ class Record:
         if not self._state.exists():
             evaluation = self.path.parent / EVALUATION
             if found := [path for path in (evaluation, self.path) if path.exists()]:
-                change = differs(_identity(evaluation), self._identity) if _identity(evaluation) else "not of this one"
-                raise RecipeError(f"{found[0]} is of another evaluation: {change}{_ADVICE}")
+                known = _identity(evaluation)
+                change = f": {differs(known, self._identity)}" if known else ", it does not say of what"
+                raise RecipeError(f"{found[0]} is of another evaluation{change}{_ADVICE}")
             return
         try:
             state = read_json(self._state.read_text(encoding="utf-8"))

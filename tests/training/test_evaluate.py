@@ -249,7 +249,7 @@ def kill(command, environment, output, lines):
             while process.poll() is None and time.monotonic() < until:
                 if path.exists() and path.read_bytes().count(b"\n") >= lines:
                     break
-                time.sleep(0.002)
+                time.sleep(0.01)
         finally:
             process.kill()
     return process.returncode == -9
