@@ -5,17 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-GOLD = ["7", "\\frac{1}{2}", "(1,2)", "x^2+1", "\\{1,2\\}", "[0,1)", "\\begin{pmatrix}1&0\\\\0&1\\end{pmatrix}", "12\\%"]
+GOLD = ["7", "\\frac{1}{2}", "(1,2)", "x^2+1", "\\{1,2\\}", "[0,1)", "\\begin{pmatrix}1&0\\\\0&1\\end{pmatrix}"]
 
-_PIECES = [
-    *GOLD,
-    *"{}()[]$\\^_&%#~,;=<>|!+-*/.'\"",
-    *("\\frac", "\\sqrt", "\\boxed{", "\\text{", "\\left(", "\\right)", "\\sum_{n=1}^{9}", "\\int_0^1 x dx", "\\lim_{x\\to 0}"),
-    *("\\binom{9}{4}", "\\begin{cases}", "\\end{cases}", "\\infty", "\\pm", "\\cup", "\\in", "\\pi", "\\log_", "\\circ", "\\%"),
-    *("x", "y_{1}", "e", "i", "10", "0", "-1", "1e999", "0x", "NaN", "and", "or", "answer:", "final answer is", "####"),
-    *("\0", "\ud800", "\udfff", "\u202e", "𝟗", "½", "é", "\u200b", "\r\n", "\t", " " * 40, "−", "∞", "零"),
-]
-_POWERS = ["9^{9^{9^{9}}}", "10^{10^{10}}", "2^{2^{2^{2^{2}}}}", "99999!", "(10^9)!", "\\binom{10^9}{10^8}", "7^{77777777}"]
+_WORDS = """
+\\frac \\sqrt \\boxed{ \\text{ \\left( \\right) \\sum_{n=1}^{9} \\int_0^1 \\lim_{x\\to \\binom{9}{4} \\begin{cases}
+\\end{cases} \\infty \\pm \\cup \\in \\pi \\log_ \\circ \\% x y_{1} e i 10 0 -1 1e999 0x NaN and or answer: #### ½ é ∞
+"""
+_ODD = ["\0", "\ud800", "\udfff", "\u202e", "\U0001d7d7", "\u200b", "\u2212", "\r\n", "\t", " " * 40]
+_PIECES = [*GOLD, *"{}()[]$\\^_&%#~,;=<>|!+-*/.'\"", *_WORDS.split(), *_ODD]
+_POWERS = ["9^{9^{9^{9}}}", "10^{10^{10}}", "2^{2^{2^{2^{2}}}}", "99999!", "(10^9)!", "\\binom{10^9}{10^8}"]
+_AROUND = [("{", "}"), ("(", ")"), ("\\sqrt{", "}"), ("\\frac{1}{", "}"), ("\\boxed{", "}"), ("-", "")]
+_AGAIN = ["\\boxed{7} ", "{", "\\boxed{", "$", " ", "9", "1,", "x+", "\\frac", "answer: ", "\\\\", "(", "\0"]
 
 
 def hostile(count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
@@ -43,7 +43,7 @@ def _mutated(draw: random.Random) -> str:
 
 
 def _nested(draw: random.Random) -> str:
-    left, right = draw.choice([("{", "}"), ("(", ")"), ("\\sqrt{", "}"), ("\\frac{1}{", "}"), ("\\boxed{", "}"), ("-", "")])
+    left, right = draw.choice(_AROUND)
     depth = draw.choice([3, 30, 300, 900, 30_000])
     return f"\\boxed{{{left * depth}1{right * draw.choice([depth, depth, depth - 1, 0])}}}"
 
@@ -54,8 +54,7 @@ def _huge(draw: random.Random) -> str:
 
 
 def _long(draw: random.Random) -> str:
-    piece = draw.choice(["\\boxed{7} ", "{", "\\boxed{", "$", " ", "9", "1,", "x+", "\\frac", "answer: ", "\\\\", "(", "\0"])
-    return piece * draw.choice([50, 2_000, 60_000] if draw.random() < 0.9 else [300_000])
+    return draw.choice(_AGAIN) * draw.choice([50, 2_000, 60_000] if draw.random() < 0.9 else [300_000])
 
 
 _KINDS = [_mixed, _boxed, _mutated, _boxed, _mutated, _nested, _huge, _mutated, _boxed, _long]
