@@ -196,6 +196,8 @@ def _at_sight(request: Request) -> Verdict | None:
 
 
 def _question(value: Any) -> str:
+    if not isinstance(value, str | list):
+        raise ValueError(f"question must be text or chat messages, got {value!r}")
     text = value if isinstance(value, str) else _messages(value)[-1]["content"]
     if not (text := bare(text)):
         raise ValueError("question must be text, got nothing")
