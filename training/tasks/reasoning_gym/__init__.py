@@ -101,8 +101,8 @@ class ReasoningGym(Task):
 
     @property
     def rewards(self) -> Mapping[str, Reward]:
-        """By name: `correctness`, 1.0 for an answer whose score is 1; `score`, the score that the set gives, of which many
-        give a part to what is near, or well-formed; `format`, 1.0 for a response that has an answer."""
+        """By name: `correctness`, 1.0 for an answer whose score is 1; `score`, what the set gives, which for many sets
+        is a part for what is near, or well-formed; `format`, 1.0 for a response that has an answer."""
         return {
             CORRECTNESS: lambda responses, instances: [float(one == 1.0) for one in self._scores(responses, instances)],
             "score": self._scores,
