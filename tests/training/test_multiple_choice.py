@@ -179,7 +179,7 @@ FORMATS = {
     "medqa": {"question": "q", "options": RIGHT, "answer": "Paris", "answer_idx": "B"},
     "keyed by number": {"question": "q", "options": {"1": "Lima", "2": "Paris", "3": "Rome"}, "answer": 2},
     "one mapping an option": {"question": "q", "options": [{"A": "Lima"}, {"B": "Paris"}], "expected_answer": "B"},
-    "as parquet has it": {"question": "q", "options": [{"A": "Lima", "B": None}, {"A": None, "B": "Paris"}], "label": 1},
+    "in parquet": {"question": "q", "options": [{"A": "Lima", "B": None}, {"A": None, "B": "Paris"}], "label": 1},
     "a column an option": {"question": "q", "A": "Lima", "B": "Paris", "C": "Rome", "answer": "B"},
     "as json": {"question": "q", "options": json.dumps(LIST), "answer": "1"},
     "in the text": {"question": TEXT, "answer": "B"},

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from ...task import CORRECTNESS, Figure, Instance, Prompt, Reward, SplitName, Task, TaskSettings
 from .questions import Question, Questions, ask, end_processes
@@ -25,27 +26,6 @@ SECONDS = 5.0  # that scoring an answer may take; then it scores 0
 _CHECKED = 20  # questions of train whose own answers must score 1
 _JUDGES = max(1, min(4, (os.cpu_count() or 1) // 2))
 _FORM = "Give the final answer, and nothing else, between <answer> and </answer>."
-
-
-@dataclass
-class ReasoningGymSettings(TaskSettings):
-    """The section `task` for a set of reasoning_gym."""
-
-    dataset: str = ""  # its name in the package, as in zebra_puzzles
-    options: dict[str, Any] = field(default_factory=dict)  # fields of the set's configuration
-    prompt: str = "chat"  # base, chat, or text that holds {question}
-    seed: int = 0  # other questions for another seed
-
-    def __post_init__(self) -> None:
-        if not self.dataset:
-            raise ValueError("dataset must be the name of a set of reasoning_gym, got '': for example zebra_puzzles")
-        for key, instead in (("seed", "task.seed"), ("size", "task.train_size and eval.size")):
-            if key in self.options:
-                raise ValueError(f"options must not hold {key}, got {self.options!r}: {instead} says it")
-        if self.prompt not in _PROMPTS and "{question}" not in self.prompt:
-            raise ValueError(
-                f"prompt must be {', '.join(_PROMPTS)}, or text that holds {{question}}, got {self.prompt!r}"
-            )
 
 
 class ReasoningGym(Task):
@@ -60,9 +40,43 @@ class ReasoningGym(Task):
             own answers the score 1: then no response could be right.
     """
 
-    Settings: ClassVar[type[TaskSettings]] = ReasoningGymSettings
+    @dataclass
+    class Settings(TaskSettings):
+        """Which questions, and how they are asked.
 
-    def __init__(self, settings: Any) -> None:
+        Attributes:
+            dataset: the set's name in the package, as in zebra_puzzles.
+            options: fields of the set's configuration there, except its seed and size.
+            prompt: `base`, text for a base model; `chat`, messages for an instruct model; or a text of your own that
+                holds `{question}`.
+            seed: other questions for another one.
+        """
+
+        dataset: str = ""
+        options: dict[str, Any] = field(default_factory=dict)
+        prompt: str = "chat"
+        seed: int = 0
+
+        def __post_init__(self) -> None:
+            if not self.dataset:
+                raise ValueError(
+                    "dataset must be the name of a set of reasoning_gym, got '': for example zebra_puzzles"
+                )
+            for key, instead in (("seed", "task.seed"), ("size", "task.train_size and eval.size")):
+                if key in self.options:
+                    raise ValueError(f"options must not hold {key}, got {self.options!r}: {instead} says it")
+            try:
+                json.dumps(self.options)
+            except (TypeError, ValueError):
+                raise ValueError(f"options must hold what JSON has, got {self.options!r}") from None
+            if self.prompt not in _PROMPTS and "{question}" not in self.prompt:
+                raise ValueError(
+                    f"prompt must be {', '.join(_PROMPTS)}, or text that holds {{question}}, got {self.prompt!r}"
+                )
+
+    settings: Settings
+
+    def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         if importlib.util.find_spec("reasoning_gym") is None:
             raise ValueError(
@@ -70,7 +84,12 @@ class ReasoningGym(Task):
                 'pip install "rhythm-kernels[tasks]"'
             )
         dataset, options = settings.dataset, settings.options
-        _check(dataset, options)
+        try:
+            _check(dataset, options)
+        except RuntimeError as error:  # no process starts
+            raise ValueError(
+                f"name must be a task whose package can be imported, got {settings.name!r}: {error}"
+            ) from error
         self._questions = Questions(dataset, options, settings.seed)
         self._entries: dict[int, Question] = {}
         self._check_truth()

@@ -19,7 +19,7 @@ PATIENCE = 1000  # draws in a row without a new question of a split, after which
 _PERCENT: dict[SplitName, int] = {"test": 15, "validation": 15, "train": 70}
 _CHUNK = 500  # questions of one seed, as in `worker.py`
 _BLOCK, _FIRST = 1000, 20  # draws that are asked for at a time; and at first, to see how long they take
-_SLOW = 0.02  # seconds of a draw from which on more processes help
+_SLOW = 5.0  # seconds of drawing from which on more processes help
 _LIMIT = 120.0  # seconds that a draw may take
 _MEMORY = 4 << 30  # bytes of address space of a process
 _PROCESSES = max(1, min(8, os.cpu_count() or 1))
@@ -107,6 +107,7 @@ class Questions:
         with self._lock:
             while len(found) < size and not self._ended(split):
                 needed = (size - len(found)) * 100 // _PERCENT[split] + 1
+                self._number = _PROCESSES if needed * self._pace > _SLOW else 1
                 self._draw(min(max(needed, 8), _BLOCK if self._drawn else _FIRST))
                 self._say_how_long(needed)
             if not found and self._failed:
@@ -140,9 +141,7 @@ class Questions:
         wanted = [(self._first + number - number % _CHUNK, number % _CHUNK) for number in numbers]
         begin = time.monotonic()
         replies = ask("make", [(dataset, options, seed, index) for seed, index in wanted], self._number)
-        self._pace = (time.monotonic() - begin) / len(numbers)
-        if self._pace > _SLOW:
-            self._number = _PROCESSES
+        self._pace = (time.monotonic() - begin) / len(numbers) * self._number
         made: list[Question | None] = []
         for number, reply in zip(numbers, replies):
             if isinstance(reply, dict) and "question" in reply:
@@ -153,8 +152,8 @@ class Questions:
         return made
 
     def _say_how_long(self, draws: int) -> None:
-        minutes = draws * self._pace / 60
-        if self._pace > _SLOW and minutes > 2 and not self._said:
+        minutes = draws * self._pace / self._number / 60
+        if minutes > 2 and self._number == _PROCESSES and not self._said:
             self._said = True
             print(f"{self._what[0]}: drawing questions takes about {minutes:.0f} minutes", flush=True)
 
