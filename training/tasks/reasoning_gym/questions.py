@@ -29,7 +29,7 @@ _pools: dict[tuple[bool, int, float], Pool] = {}
 
 
 def ask(what: str, requests: Sequence[Sequence[Any]], number: int = 1, seconds: float = _LIMIT) -> list[Any]:
-    """The replies of `worker.py` to requests; None for one that took too long or ended its process.
+    """The replies of `worker.py` to requests; None for one that took over `seconds`, or ended its process.
 
     All tasks share the processes, which know no set before they are asked. Those that score do nothing else.
     """
@@ -51,13 +51,13 @@ class Question(NamedTuple):
 
     Attributes:
         number: of the draw, from 0.
-        text: what is asked.
+        question: what is asked.
         answer: the set's own; None where it has none.
         entry: what the set's scorer reads, for a process that scores.
     """
 
     number: int
-    text: str
+    question: str
     answer: str | None
     entry: str
 
@@ -128,7 +128,7 @@ class Questions:
             self._drawn = number + 1
             if question is None:
                 continue
-            split, key = split_of(question.text), _key(question.text)
+            split, key = split_of(question.question), _key(question.question)
             if key not in self._texts and number - self._last(split) <= PATIENCE:
                 self._texts.add(key)
                 self._found[split].append(question)
@@ -144,11 +144,13 @@ class Questions:
         self._pace = (time.monotonic() - begin) / len(numbers) * self._number
         made: list[Question | None] = []
         for number, reply in zip(numbers, replies):
-            if isinstance(reply, dict) and "question" in reply:
-                made.append(Question(number, reply["question"], reply["answer"], reply["entry"]))
-            else:
-                self._failed = reply["error"] if isinstance(reply, dict) else f"a question took over {_LIMIT:g} seconds"
-                made.append(None)
+            if not isinstance(reply, dict):  # to pass over it would give other questions on another machine
+                raise ValueError(
+                    f"options must let {dataset} make a question within {_LIMIT:g} seconds and {_MEMORY >> 30} GiB, "
+                    f"got {options!r}"
+                )
+            self._failed = reply.get("error", self._failed)
+            made.append(None if "error" in reply else Question(number, **reply))
         return made
 
     def _say_how_long(self, draws: int) -> None:
