@@ -19,7 +19,7 @@ from typing import Any
 
 from ...rows import FileSettings, FileTask
 from ...task import CORRECTNESS, Figure, Instance, Prompt, Reward, one_by_one
-from .answers import ANSWERS, LONGEST, QUESTIONS, at, bare, boxed, gold, pick, plain
+from .answers import ANSWERS, DEEPEST, LONGEST, QUESTIONS, at, bare, boxed, depth, gold, pick, plain
 from .pool import Pool, Request, Verdict
 
 _ASK = "Reason step by step, and put the final answer within \\boxed{}."
@@ -188,14 +188,16 @@ class Maths(FileTask):
 
 
 def _at_sight(request: Request) -> Verdict | None:
-    """The verdict where nobody needs to compute: the same text but for white space, or none at all."""
+    """The verdict where nothing needs to be computed: for equal text, for none, and for a maze of brackets."""
     given = "".join(request.answer.split())
-    if not given:
+    if not given or depth(given) > DEEPEST:
         return Verdict.WRONG
     return Verdict.RIGHT if request.boxed and given in {"".join(one.split()) for one in request.gold} else None
 
 
 def _question(value: Any) -> str:
+    if not isinstance(value, str | list):
+        raise ValueError(f"question must be text or chat messages, got {value!r}")
     text = value if isinstance(value, str) else _messages(value)[-1]["content"]
     if not (text := bare(text)):
         raise ValueError("question must be text, got nothing")

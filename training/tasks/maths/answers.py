@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-LONGEST = 2000  # characters of an answer that is judged; the longest of the published sets named here has 204
+# What an answer may have to be judged. Those of the published sets have at most 204 characters, nested 4 deep.
+LONGEST = 2000  # characters
+DEEPEST = 20  # brackets in one another: math-verify takes seconds for ten more
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -50,6 +52,15 @@ def boxed(text: str) -> str | None:
         if not depth and brace[0] == "}":
             return text[start + 1 : brace.start()].strip()
     return None
+
+
+def depth(text: str) -> int:
+    """How many brackets of any kind are open at once, at most."""
+    now = most = 0
+    for character in text:
+        now = now + 1 if character in "([{" else max(0, now - (character in ")]}"))
+        most = max(most, now)
+    return most
 
 
 def plain(answer: str) -> str:
