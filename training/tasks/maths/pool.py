@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import selectors
@@ -60,7 +59,7 @@ class Pool:
         workers: how many, at most.
         timeout: seconds of wall clock that an answer may take; then its worker is killed and started again.
         memory: bytes of address space of a worker.
-        script: the program of a worker; `worker.py` here is the pattern.
+        script: the program of a worker. None: `worker.py` here, which is the pattern.
         read: what a reply of its says.
     """
 
@@ -69,12 +68,11 @@ class Pool:
         workers: int,
         timeout: float,
         memory: int = _MEMORY,
-        script: Path = _WORKER,
+        script: Path | None = None,
         read: Callable[[bytes], Any] = _verdict,
     ) -> None:
         self.timeout = timeout
-        self._script = script
-        self._start = functools.partial(_Worker, timeout, memory, script, read)
+        self._memory, self._script, self._read = memory, script or _WORKER, read
         self._workers: list[_Worker | None] = [None] * workers
         self._lock = threading.Lock()
         self._owner = os.getpid()
@@ -116,7 +114,7 @@ class Pool:
                     if not waiting:
                         break
                     if worker is None:
-                        worker = self._workers[place] = self._start()
+                        worker = self._workers[place] = _Worker(self.timeout, self._memory, self._script, self._read)
                     if not worker.asked:
                         size = max(1, min(_CHUNK, len(waiting) // len(self._workers)))
                         worker.ask([waiting.popleft() for _ in range(size)], requests)
