@@ -241,6 +241,7 @@ def test_the_last_box(text, inside):
 
 def test_answers_of_rows():
     assert gold("a \\boxed{5} #### $1,234.50") == ["1234.50"]
+    assert gold("no #### \n") == ["no ####"]
     assert gold("(1,234)") == ["(1,234)"]  # a pair: commas are dropped after #### alone
     assert gold("\\$5") == ["\\$5"]
     assert gold([1, 1.0, "1"]) == ["1"]

@@ -99,6 +99,9 @@ def test_answers(lenient, right, response, score):
         ("7", "Answer: $7$", 1),
         ("7", "3 + 4 = 7", 1),
         ("7", "7 and not 8", 0),
+        ("1200", "4 * 300 = 1200\n#### 1,200", 1),
+        ("1200", "#### 1200\n#### 7", 0),
+        ("7", "#### 8\n7", 0),
         ("7", "7 \\boxed{8}", 0),
         ("7", "no idea", 0),
         ("7", "7" + " then words" * 1000, 0),  # an answer stands at the end
@@ -265,7 +268,7 @@ def check_hostile(task, count):
     )
     assert set(scores) <= {0.0, 1.0} and len(scores) == count
     assert all(task.rewards["format"]([text], [{}])[0] in (0.0, 1.0) for _, text in cases)
-    assert time.monotonic() - begun < 30 + 0.2 * count
+    assert time.monotonic() - begun < 30 + 0.1 * count
     assert task._pool.judge(EASY) == SAID
     return cases, scores
 

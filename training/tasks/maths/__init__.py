@@ -2,9 +2,9 @@ r"""Maths problems from files, as published or your own, judged by math-verify.
 
 A response is judged by its last `\boxed{...}` alone, as the graders of MATH and of verl judge it; math-verify then says
 whether what it holds equals the right answer, `0.5` and `\frac{1}{2}` alike. With `boxed_only: false`, a response
-without a box is judged by what math-verify finds in its end: what follows "final answer is" or "answer:", else the last
-formula or number. That is kinder to base models, and pays for guesses: the last number of a response that was cut off
-may be right by chance.
+without a box is judged by what follows its last `####`, as GSM8K marks answers, else by what math-verify finds in its
+last 2,000 characters: what follows "final answer is" or "answer:", else the last formula or number. That is kinder to
+base models, and pays for guesses: the last number of a response that was cut off may be right by chance.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from ...rows import FileSettings, FileTask
 from ...task import CORRECTNESS, Figure, Instance, Prompt, Reward, one_by_one
-from .answers import ANSWERS, DEEPEST, LONGEST, QUESTIONS, at, bare, boxed, depth, gold, pick, plain
+from .answers import ANSWERS, DEEPEST, LONGEST, QUESTIONS, at, bare, boxed, depth, gold, marked, pick, plain
 from .pool import Pool, Request, Verdict
 
 _ASK = "Reason step by step, and put the final answer within \\boxed{}."
@@ -146,7 +146,9 @@ class Maths(FileTask):
         right = tuple(instance["answer"])
         answer = boxed(response)
         if answer is None and not self.settings.boxed_only:
-            return Request(right, response[-LONGEST:], False)
+            answer = marked(response)
+            if answer is None:
+                return Request(right, response[-LONGEST:], False)
         return Request(right, plain(answer or ""), True)
 
     def label(self, instance: Instance) -> str:

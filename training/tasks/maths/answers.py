@@ -54,6 +54,13 @@ def boxed(text: str) -> str | None:
     return None
 
 
+def marked(text: str) -> str | None:
+    """What follows the last `####` of a text in its line, as GSM8K marks answers; None where there is none."""
+    _, mark, rest = text.rpartition("####")
+    answer = rest.strip().partition("\n")[0][:LONGEST] if mark else ""
+    return re.sub(r"(?<=\d),(?=\d{3})", "", answer) or None
+
+
 def depth(text: str) -> int:
     """How many brackets of any kind are open at once, at most."""
     now = most = 0
@@ -84,12 +91,8 @@ def gold(value: Any) -> list[str]:
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     text = str(value)
-    _, marked, last = text.rpartition("####")
-    if marked:
-        text = re.sub(r"(?<=\d),(?=\d{3})", "", last)
-    elif (inside := boxed(text)) is not None:
-        text = inside
-    text = plain(text)
+    inside = marked(text) or boxed(text)
+    text = plain(text if inside is None else inside)
     if len(text) > LONGEST:
         raise ValueError(f"must hold an answer after #### or in \\boxed{{...}}, or be one, got {str(value)[:80]!r}")
     return [text] if text else []

@@ -83,11 +83,11 @@ class Pool:
         Raises:
             RuntimeError: where no worker can be started.
         """
+        if self._owner != os.getpid():  # a fork: the workers are its parent's, and so may the lock be
+            self._workers, self._owner, self._lock = [None] * len(self._workers), os.getpid(), threading.Lock()
         with self._lock:
-            if self._owner != os.getpid():  # a fork: the workers are its parent's
-                self._workers, self._owner = [None] * len(self._workers), os.getpid()
             try:
-                return self._judge(requests)
+                return self._judge(_Round(requests))
             except BaseException:  # of Ctrl-C among others: replies that nobody has read must not answer the next call
                 self._end()
                 raise
@@ -103,55 +103,66 @@ class Pool:
                 worker.end()
         self._workers = [None] * len(self._workers)
 
-    def _judge(self, requests: Sequence[Any]) -> list[Any]:
-        verdicts: list[Any] = [Verdict.WRONG] * len(requests)
-        waiting = deque(range(len(requests)))
-        failed = 0
-        died: set[int] = set()
+    def _judge(self, these: _Round) -> list[Any]:
         with selectors.DefaultSelector() as selector:
-            while waiting or any(worker and worker.asked for worker in self._workers):
-                for place, worker in enumerate(self._workers):
-                    if not waiting:
-                        break
-                    if worker is None:
-                        worker = self._workers[place] = _Worker(self.timeout, self._memory, self._script, self._read)
-                    if not worker.asked:
-                        size = max(1, min(_CHUNK, len(waiting) // len(self._workers)))
-                        worker.ask([waiting.popleft() for _ in range(size)], requests)
-                busy = [worker for worker in self._workers if worker and worker.asked]
+            while busy := self._busy(these):
                 for worker in busy:
                     worker.register(selector)
                 wait = min(worker.deadline for worker in busy) - time.monotonic()
                 events = selector.select(max(0.0, wait))
                 for worker in busy:
                     worker.unregister(selector)
-                heard = {key.data for key, mask in events if mask & selectors.EVENT_READ}
                 for key, mask in events:
                     if mask & selectors.EVENT_WRITE:
                         key.data.write()
+                heard = {key.data for key, mask in events if mask & selectors.EVENT_READ}
                 for worker in busy:
-                    place = self._workers.index(worker)
-                    ended = not worker.read(verdicts) if worker in heard else False
-                    late = not ended and worker not in heard and time.monotonic() >= worker.deadline
-                    if not (ended or late):
-                        continue
-                    self._workers[place] = None
-                    worker.end()
-                    if worker.ready:
-                        failed = 0
-                        if late:
-                            verdicts[worker.asked.popleft()] = Verdict.LATE
-                        elif worker.asked and not worker.retired:
-                            first = worker.asked[0]  # asked once more, as others may have ended the worker
-                            if first in died:
-                                verdicts[worker.asked.popleft()] = Verdict.DIED
-                            died.add(first)
-                    elif (failed := failed + 1) >= _ATTEMPTS:
-                        raise RuntimeError(
-                            f"processes that judge do not start: try {sys.executable} {self._script} 0 60"
-                        )
-                    waiting.extendleft(reversed(worker.asked))
-        return verdicts
+                    ended = worker in heard and not worker.read(these.verdicts)
+                    late = worker not in heard and time.monotonic() >= worker.deadline
+                    if ended or late:
+                        self._workers[self._workers.index(worker)] = None
+                        worker.end()
+                        these.take_back(worker, late)
+        return these.verdicts
+
+    def _busy(self, these: _Round) -> list[_Worker]:
+        """The workers that have requests, after those that have none were given some of what waits."""
+        for place, worker in enumerate(self._workers):
+            if these.waiting and worker is None:
+                worker = self._workers[place] = _Worker(self.timeout, self._memory, self._script, self._read)
+            if these.waiting and not worker.asked:
+                size = max(1, min(_CHUNK, len(these.waiting) // len(self._workers)))
+                worker.ask([these.waiting.popleft() for _ in range(size)], these.requests)
+        return [worker for worker in self._workers if worker and worker.asked]
+
+
+class _Round:
+    """The requests of a call: their verdicts, and those that wait for a worker, by number."""
+
+    def __init__(self, requests: Sequence[Any]) -> None:
+        self.requests = requests
+        self.verdicts: list[Any] = [Verdict.WRONG] * len(requests)
+        self.waiting = deque(range(len(requests)))
+        self._died: set[int] = set()  # requests that a worker ended at
+        self._failed = 0  # starts since the last one that succeeded
+
+    def take_back(self, worker: _Worker, late: bool) -> None:
+        """Of a worker that is no more: a verdict for what it was at, if that is to blame; the rest waits again."""
+        if not worker.ready:
+            self._failed += 1
+            if self._failed >= _ATTEMPTS:
+                tried = f"{sys.executable} {worker.script} 0 60"
+                raise RuntimeError(f"processes that judge do not start: try {tried}")
+        else:
+            self._failed = 0
+            if late:
+                self.verdicts[worker.asked.popleft()] = Verdict.LATE
+            elif worker.asked and not worker.retired:
+                first = worker.asked[0]  # asked once more, as others may have ended the worker
+                if first in self._died:
+                    self.verdicts[worker.asked.popleft()] = Verdict.DIED
+                self._died.add(first)
+        self.waiting.extendleft(reversed(worker.asked))
 
 
 class _Worker:
@@ -161,6 +172,7 @@ class _Worker:
         self.ready = self.retired = False
         self.asked: deque[int] = deque()  # requests without a reply, by number
         self.deadline = time.monotonic() + _START
+        self.script = script
         self._timeout, self._read = timeout, read
         self._unread = b""
         self._unsent = memoryview(b"")
