@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
-from tqdm.auto import tqdm
 
 import rhythm_kernels
 
-from .evaluate import Evaluation, evaluate
+from .accuracies import aligned, change_lines
+from .evaluate import evaluate_both, samples_of
+from .evaluation import differences, questions
 from .examples import examples
 from .folder import CHECKPOINTS, CONFIG, HEADS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
-from .formats import credit_name, interval, points, share, size
+from .formats import credit_name, interval, points, ranges, share, size
 from .grpo import Recorder, build_trainer, trainer_config
 from .models import check_model, load
 from .recipe import Recipe, RecipeError
 from .report import write_report
-from .statistics import paired_difference
-from .task import Instance, Task, check_rewards, instances_of, make, texts
+from .task import Task, check_rewards, instances_of, make, texts
 
 
 def run(recipe: Recipe) -> Path:
@@ -44,6 +42,7 @@ def run(recipe: Recipe) -> Path:
     config = trainer_config(recipe)
     check_rewards(task, recipe.grpo.rewards)
     held_out = instances_of(task, recipe.eval.split, recipe.eval.size)
+    samples_of(held_out, recipe.eval.samples)  # refuses test sets that are not there
     folder = Path(recipe.output.path)
     if recipe.rhythm.groups is not None and Path(recipe.rhythm.groups).resolve().is_relative_to(folder.resolve()):
         raise RecipeError(
@@ -51,7 +50,7 @@ def run(recipe: Recipe) -> Path:
             "there away; copy it to another folder"
         )
     checkpoints = folder / CHECKPOINTS
-    with open_run(folder) as begin, TemporaryDirectory() as scratch:
+    with closing(task), open_run(folder) as begin, TemporaryDirectory() as scratch:
         model, tokenizer = load(recipe)
         check_model(recipe, model, tokenizer, lambda: texts(task, held_out, tokenizer))
         recorder = Recorder(folder / METRICS, recipe.grpo.max_steps)
@@ -79,6 +78,7 @@ def run(recipe: Recipe) -> Path:
             with replacing(folder / HEADS) as path:
                 trainer.rhythm_groups.save(path)
         sampled = before["sampled"], after["sampled"]
+        members = sampled[0].by_set()
         result = {
             "name": folder.name,
             "task": task.describe(),
@@ -86,14 +86,13 @@ def run(recipe: Recipe) -> Path:
             "seed": recipe.grpo.seed,
             "steps": trainer.state.global_step,
             "split": recipe.eval.split,
+            "questions": questions(held_out),
+            "sets": {name: ranges(of) for name, of in members.items()} if len(members) > 1 else {},
             "parameters": sum(p.numel() for p in model.parameters()),
             "versions": versions(),
             "before": {kind: e.summary() for kind, e in before.items()},
             "after": {kind: e.summary() for kind, e in after.items()},
-            "difference": {
-                kind: dataclasses.asdict(paired_difference(before[kind].correct, after[kind].correct))
-                for kind in before
-            },
+            "difference": {kind: differences(before[kind], after[kind]) for kind in before},
             "remark": task.remark(*(e.summary() for e in sampled)) if sampled[0].figures else "",
             "cost": cost(recorder.lines),
             "seconds": {
@@ -115,33 +114,6 @@ def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
     with replacing(path) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-
-
-def evaluate_both(
-    model: Any, tokenizer: Any, task: Task, instances: list[Instance], recipe: Recipe, when: str
-) -> dict[str, Evaluation]:
-    """Evaluate twice, sampled and greedy: one response to every instance in each."""
-    results = {}
-    for kind, temperature in (("sampled", recipe.eval.temperature), ("greedy", 0.0)):
-        with _bar(f"{when}, {kind}", len(instances)) as bar:
-            results[kind] = evaluate(
-                model,
-                tokenizer,
-                task,
-                instances,
-                recipe.eval,
-                max_new_tokens=recipe.grpo.max_completion_length,
-                temperature=temperature,
-                progress=bar.update,
-            )
-            bar.set_postfix({"right": f"{results[kind].summary()['accuracy']:.1%}"})
-    return results
-
-
-@contextmanager
-def _bar(name: str, total: int) -> Iterator[Any]:
-    with tqdm(total=total, desc=f"{name:16}", unit="answer", dynamic_ncols=True) as bar:
-        yield bar
 
 
 def cost(lines: list[dict[str, float]]) -> dict[str, Any]:
@@ -197,6 +169,7 @@ def summary(result: dict[str, Any], folder: Path) -> str:
             f"  {kind:8} {share(one):>13}  ->  {share(two):>13}   ({points(change['difference'])} points, 95% "
             f"{interval(change['low'], change['high'])})"
         )
+        lines += [f"    {line}" for line in aligned(change_lines(result, kind))]
     spent = result["cost"]
     if spent.get("measuring_seconds"):
         lines.append(
