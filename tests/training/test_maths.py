@@ -8,9 +8,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from training.published import LONGEST, bare, boxed
 from training.task import find
 from training.tasks.maths import Maths
-from training.tasks.maths.answers import LONGEST, bare, boxed, depth, gold
+from training.tasks.maths.answers import depth, gold
 
 ASK = "Let's think step by step and output the final answer within \\boxed{}."
 DAPO = (
@@ -288,8 +289,8 @@ def test_rewards_counts_and_figures(tmp_path):
 
 def test_equal_answers_are_judged_once(tmp_path, monkeypatch):
     task, asked = maths(tmp_path, [{"question": Q, "answer": 6}]), []
-    judge = task._pool.judge
-    monkeypatch.setattr(task._pool, "judge", lambda requests: asked.extend(requests) or judge(requests))
+    judge = task._judge.pool.judge
+    monkeypatch.setattr(task._judge.pool, "judge", lambda requests: asked.extend(requests) or judge(requests))
     instances = task.instances("test", 1) * 64
     assert (
         task.rewards["correctness"](["\\boxed{6}", "\\boxed{5}", "a \\boxed{5}", ""] * 16, instances)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from training.judges import Lost, Pool
 from training.tasks.maths import Maths
-from training.tasks.maths import pool as pools
 from training.tasks.maths.answers import gold
-from training.tasks.maths.pool import Pool, Request, Verdict
+from training.tasks.maths.verdicts import WORKER, Request, is_right
 
 from .hostile import hostile
 
@@ -25,12 +25,12 @@ ROOT = Path(__file__).parents[2]
 # A text of which math-verify does not come back in minutes
 SLOW = Request(("1",), "(10^{9})!", True)
 EASY = [Request(("1/2",), "0.5", True), Request(("1/2",), "0.6", True)]
-SAID = [Verdict.RIGHT, Verdict.WRONG]
+SAID = [True, False]
 
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = Pool(workers=1, timeout=5.0)
+    pool = Pool(WORKER, is_right, workers=1, timeout=5.0)
     yield pool
     pool.close()
 
@@ -88,7 +88,7 @@ def judged(task, right, response):
 )
 def test_answers(lenient, right, response, score):
     task = Maths(Maths.Settings("maths"))
-    task._pool = lenient._pool
+    task._judge = lenient._judge
     assert judged(task, right, response) == score
 
 
@@ -126,7 +126,7 @@ def test_the_cases_that_math_verify_publishes(lenient):
 
 
 def test_replies_keep_the_order_of_requests():
-    pool = Pool(workers=3, timeout=5.0)
+    pool = Pool(WORKER, is_right, workers=3, timeout=5.0)
     requests = [Request((str(n),), f"{n + n % 2}.0", True) for n in range(150)]
     assert pool.judge(requests) == SAID * 75
     assert len(processes(pool)) == 3
@@ -136,11 +136,11 @@ def test_replies_keep_the_order_of_requests():
 def test_a_late_answer_costs_itself_and_its_time(pool):
     pool.judge(EASY)
     before = processes(pool)[0].pid
-    quick = Pool(workers=1, timeout=1.0)
+    quick = Pool(WORKER, is_right, workers=1, timeout=1.0)
     quick._workers, pool._workers = pool._workers, quick._workers
     quick._workers[0]._timeout = 1.0
     begun = time.monotonic()
-    assert quick.judge([*EASY, SLOW, *EASY]) == [*SAID, Verdict.LATE, *SAID]
+    assert quick.judge([*EASY, SLOW, *EASY]) == [*SAID, Lost.LATE, *SAID]
     assert 1.0 <= time.monotonic() - begun < 20
     assert not alive(before)  # killed, and no zombie
     quick.close()
@@ -151,7 +151,7 @@ def test_the_memory_of_workers_is_limited(pool):
     """The system keeps to the limit; here it is so low that each answer is a worker's last, before it is too full."""
     pool.judge(EASY)
     taken = int(Path(f"/proc/{processes(pool)[0].pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    small = Pool(workers=1, timeout=60.0, memory=int(1.8 * taken))
+    small = Pool(WORKER, is_right, workers=1, timeout=60.0, memory=int(1.8 * taken))
     small.judge(EASY[:1])
     first = processes(small)[0]
     assert f"Max address space {int(1.8 * taken)} " in " ".join(Path(f"/proc/{first.pid}/limits").read_text().split())
@@ -168,7 +168,7 @@ def test_workers_that_are_killed_are_started_again(pool):
     assert not alive(first.pid) and processes(pool)[0].pid != first.pid
 
 
-def test_a_text_that_ends_its_worker_twice_is_wrong(monkeypatch, tmp_path):
+def test_a_text_that_ends_its_worker_twice_is_wrong(tmp_path):
     """By a worker of our own, as we know of no text that ends a real one."""
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -177,21 +177,16 @@ def test_a_text_that_ends_its_worker_twice_is_wrong(monkeypatch, tmp_path):
         "    if 'bad' in line: os.abort()\n"
         "    print(int('good' in line), flush=True)\n"
     )
-    monkeypatch.setattr(pools, "_WORKER", worker)
     good, wrong, bad = (Request(("",), word, True) for word in ("good", "wrong", "bad"))
-    pool = Pool(workers=2, timeout=20.0)
-    assert pool.judge([good, bad, good, wrong, bad]) == [
-        *(Verdict.RIGHT, Verdict.DIED, Verdict.RIGHT),
-        *(Verdict.WRONG, Verdict.DIED),
-    ]
+    pool = Pool(worker, is_right, workers=2, timeout=20.0)
+    assert pool.judge([good, bad, good, wrong, bad]) == [True, Lost.DIED, True, False, Lost.DIED]
     pool.close()
 
 
-def test_workers_that_do_not_start_are_an_error(monkeypatch, tmp_path):
+def test_workers_that_do_not_start_are_an_error(tmp_path):
     (tmp_path / "worker.py").write_text("raise SystemExit(1)")
-    monkeypatch.setattr(pools, "_WORKER", tmp_path / "worker.py")
     with pytest.raises(RuntimeError, match=r"processes that judge do not start: try .*worker\.py 0 60"):
-        Pool(workers=2, timeout=5.0).judge(EASY)
+        Pool(tmp_path / "worker.py", is_right, workers=2, timeout=5.0).judge(EASY)
 
 
 def test_closing_ends_the_workers_and_they_can_start_again(pool):
@@ -214,7 +209,7 @@ def test_several_threads_may_ask(pool):
 
 def test_a_request_larger_than_a_pipe(pool):
     long = [Request(("1/2", "x" * 300_000), "0.5", True)] * 8  # the second answer is not looked at
-    assert pool.judge([*long, *EASY]) == [Verdict.RIGHT] * 8 + SAID
+    assert pool.judge([*long, *EASY]) == [True] * 8 + SAID
 
 
 @pytest.mark.parametrize("end", ["returns", "Ctrl-C", "is killed", "forks"])
@@ -222,10 +217,11 @@ def test_a_request_larger_than_a_pipe(pool):
 def test_no_worker_outlives_its_parent(end):
     code = f"""
         import os, sys
-        from training.tasks.maths import pool as pools
-        from training.tasks.maths.pool import Pool, Request
-        pools._ALONE = 1.0
-        pool = Pool(workers=1, timeout=1.0)
+        from training import judges
+        from training.judges import Pool
+        from training.tasks.maths.verdicts import WORKER, Request, is_right
+        judges._ALONE = 1.0
+        pool = Pool(WORKER, is_right, workers=1, timeout=1.0)
         pool.judge([Request(("1",), "1.0", True)])
         worker = pool._workers[0]._process.pid
         if {end!r} == "forks":
@@ -269,7 +265,7 @@ def check_hostile(task, count):
     assert set(scores) <= {0.0, 1.0} and len(scores) == count
     assert all(task.rewards["format"]([text], [{}])[0] in (0.0, 1.0) for _, text in cases)
     assert time.monotonic() - begun < 30 + 0.1 * count
-    assert task._pool.judge(EASY) == SAID
+    assert task._judge.pool.judge(EASY) == SAID
     return cases, scores
 
 

@@ -10,23 +10,23 @@ base models, and pays for guesses: the last number of a response that was cut of
 from __future__ import annotations
 
 import importlib.util
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from ...judges import Lost
+from ...published import LONGEST, at, bare, boxed, pick
 from ...rows import FileSettings, FileTask
 from ...task import CORRECTNESS, Figure, Instance, Prompt, Reward, one_by_one
-from .answers import ANSWERS, DEEPEST, LONGEST, QUESTIONS, at, bare, boxed, depth, gold, marked, pick, plain
-from .pool import Pool, Request, Verdict
+from .answers import ANSWERS, QUESTIONS, gold, marked, plain
+from .verdicts import Judge, Request, Verdict
 
 _ASK = "Reason step by step, and put the final answer within \\boxed{}."
 _PROMPTS = {"base": f"Problem: {{question}}\n{_ASK}\nSolution:", "chat": f"{{question}}\n{_ASK}"}
 _ROWS = "rows"
 _FIXTURE = Path(__file__).with_name("fixture")
-_REMEMBERED = 1 << 14  # verdicts
 
 
 class Maths(FileTask):
@@ -76,8 +76,7 @@ class Maths(FileTask):
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError('name must be a task whose packages are there, got "maths": pip install math-verify')
         super().__init__(settings)
-        self._pool = Pool(settings.workers, settings.timeout)
-        self._known: OrderedDict[Request, Verdict] = OrderedDict()
+        self._judge = Judge(settings.workers, settings.timeout)
 
     def parse(self, row: dict[str, Any]) -> Instance | None:
         asked = at(row, "extra_info.question") if isinstance(row.get("prompt"), list) else None
@@ -120,26 +119,17 @@ class Maths(FileTask):
         return [*system, {"role": "user", "content": text}]
 
     def correct(self, response: str, instance: Instance) -> bool:
-        return self._verdicts([response], [instance])[0] is Verdict.RIGHT
+        return self._verdicts([response], [instance]) == [True]
 
     @property
     def rewards(self) -> Mapping[str, Reward]:
         return {CORRECTNESS: self._correctness, "format": one_by_one(lambda text, _: boxed(text) is not None)}
 
     def _correctness(self, responses: Sequence[str], instances: Sequence[Instance]) -> list[float]:
-        return [float(verdict is Verdict.RIGHT) for verdict in self._verdicts(responses, instances)]
+        return [float(verdict is True) for verdict in self._verdicts(responses, instances)]
 
     def _verdicts(self, responses: Sequence[str], instances: Sequence[Instance]) -> list[Verdict]:
-        requests = [self._request(*case) for case in zip(responses, instances, strict=True)]
-        known = {request: _at_sight(request) or self._known.get(request) for request in requests}
-        asked = [request for request, verdict in known.items() if verdict is None]
-        known.update(zip(asked, self._pool.judge(asked)) if asked else ())
-        for request in known:  # of which the newest are kept: the responses of a group give few answers
-            self._known[request] = known[request]
-            self._known.move_to_end(request)
-        while len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
-        return [known[request] for request in requests]
+        return self._judge.verdicts([self._request(*case) for case in zip(responses, instances, strict=True)])
 
     def _request(self, response: str, instance: Instance) -> Request:
         """What is judged of a response: its last box, or the end of its text, where the answer stands."""
@@ -164,8 +154,8 @@ class Maths(FileTask):
         has_box, verdict = boxed(response) is not None, self._verdicts([response], [instance])[0]
         return {
             "boxed": int(has_box),
-            "boxed_right": int(has_box and verdict is Verdict.RIGHT),
-            "not_judged": int(verdict in (Verdict.LATE, Verdict.DIED)),
+            "boxed_right": int(has_box and verdict is True),
+            "not_judged": int(isinstance(verdict, Lost)),
         }
 
     def figures(self, totals: Mapping[str, int], responses: int, right: int) -> dict[str, Figure]:
@@ -186,15 +176,7 @@ class Maths(FileTask):
         return type(self)(replace(self.settings, **files, question=None, answer=None, train_size=None))
 
     def close(self) -> None:
-        self._pool.close()
-
-
-def _at_sight(request: Request) -> Verdict | None:
-    """The verdict where nothing needs to be computed: for equal text, for none, and for a maze of brackets."""
-    given = "".join(request.answer.split())
-    if not given or depth(given) > DEEPEST:
-        return Verdict.WRONG
-    return Verdict.RIGHT if request.boxed and given in {"".join(one.split()) for one in request.gold} else None
+        self._judge.pool.close()
 
 
 def _question(value: Any) -> str:

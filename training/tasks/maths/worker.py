@@ -1,7 +1,7 @@
 """A process that judges answers by math-verify: requests on its standard input, a reply each on its standard output.
 
 Run as a script, so that it imports nothing but math-verify. A request is a line of JSON, `[gold, answer, boxed]` as in
-`pool.Request`; a reply is a line of one letter.
+`verdicts.Request`; a reply is a line of one letter.
 """
 
 import contextlib

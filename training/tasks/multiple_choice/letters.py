@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from ..maths.answers import boxed
+from ...published import boxed
 
 _THOUGHT = "</think>"
 _MARK = re.compile(r"answer\s+is", re.IGNORECASE)

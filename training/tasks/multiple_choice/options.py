@@ -8,7 +8,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..maths.answers import at, bare, boxed, columns
+from ...published import at, bare, boxed, columns
 from .letters import by_text, is_letter
 
 LETTERS = string.ascii_uppercase

@@ -11,9 +11,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...judges import Lost, Pool
 from ...task import SplitName
-from ..maths.pool import Pool, Verdict
 
+_WORKER = Path(__file__).with_name("worker.py")
 PATIENCE = 1000  # draws in a row without a new question of a split, after which its questions are at an end
 # Shares of the questions, in percent. What one split does not take is drawn in vain, and some sets draw slowly.
 _PERCENT: dict[SplitName, int] = {"test": 15, "validation": 15, "train": 70}
@@ -35,9 +36,9 @@ def ask(what: str, requests: Sequence[Sequence[Any]], number: int = 1, seconds: 
     """
     key = (what == "score", number, seconds)
     if key not in _pools:
-        _pools[key] = Pool(number, seconds, _MEMORY, Path(__file__).with_name("worker.py"), json.loads)
+        _pools[key] = Pool(_WORKER, json.loads, number, seconds, _MEMORY)
     replies = _pools[key].judge([(what, *request) for request in requests])
-    return [None if isinstance(reply, Verdict) else reply for reply in replies]
+    return [None if isinstance(reply, Lost) else reply for reply in replies]
 
 
 def end_processes() -> None:

@@ -15,39 +15,20 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-_WORKER = Path(__file__).with_name("worker.py")
-_START = 120.0  # seconds that a worker may take to import math-verify
+_START = 120.0  # seconds that a worker may take to start: some import much
 _ALONE = 5.0  # seconds beyond twice the timeout after which a worker ends itself, should nobody be left to kill it
 _ATTEMPTS = 3  # starts in a row that may fail
 _MEMORY = 2 << 30  # bytes of address space of a worker; it begins with a tenth of them
 _CHUNK = 16  # requests that a worker has at a time
 
 
-class Verdict(Enum):
-    RIGHT = "right"
-    WRONG = "wrong"
-    LATE = "timed out"
-    DIED = "ended its worker"
+class Lost(Enum):
+    """Why a request has no reply."""
 
-
-class Request(NamedTuple):
-    """A question of equality.
-
-    Attributes:
-        gold: answers of which one must be met.
-        answer: what was answered.
-        boxed: whether `answer` is an answer alone, not text to find one in.
-    """
-
-    gold: tuple[str, ...]
-    answer: str
-    boxed: bool
-
-
-def _verdict(reply: bytes) -> Verdict:
-    return Verdict.RIGHT if reply == b"1" else Verdict.WRONG
+    LATE = "it took too long"
+    DIED = "its worker ended"
 
 
 class Pool:
@@ -56,29 +37,32 @@ class Pool:
     They are programs of their own, not forks, so threads and CUDA contexts of this process do not matter to them.
 
     Args:
+        script: the program of a worker, which gets `memory` and a number of seconds as arguments. It writes a line `+`
+            when it has started, then a line for each line of JSON that it reads, and a line `-` before it ends by
+            itself. No longer than those seconds may it take over a line, should nobody be left to kill it. The pattern
+            is `training/tasks/maths/worker.py`.
+        read: what a line of its says.
         workers: how many, at most.
-        timeout: seconds of wall clock that an answer may take; then its worker is killed and started again.
+        timeout: seconds of wall clock that a request may take; then its worker is killed and started again.
         memory: bytes of address space of a worker.
-        script: the program of a worker. None: `worker.py` here, which is the pattern.
-        read: what a reply of its says.
     """
 
     def __init__(
         self,
+        script: Path,
+        read: Callable[[bytes], Any],
         workers: int,
         timeout: float,
         memory: int = _MEMORY,
-        script: Path | None = None,
-        read: Callable[[bytes], Any] = _verdict,
     ) -> None:
         self.timeout = timeout
-        self._memory, self._script, self._read = memory, script or _WORKER, read
+        self._memory, self._script, self._read = memory, script, read
         self._workers: list[_Worker | None] = [None] * workers
         self._lock = threading.Lock()
         self._owner = os.getpid()
 
     def judge(self, requests: Sequence[Any]) -> list[Any]:
-        """What is replied to each request, in their order, in bounded time; `LATE` or `DIED` where nothing is.
+        """The reply to each request, in their order, in bounded time; a `Lost` where there is none.
 
         Raises:
             RuntimeError: where no worker can be started.
@@ -117,13 +101,13 @@ class Pool:
                         key.data.write()
                 heard = {key.data for key, mask in events if mask & selectors.EVENT_READ}
                 for worker in busy:
-                    ended = worker in heard and not worker.read(these.verdicts)
+                    ended = worker in heard and not worker.read(these.replies)
                     late = worker not in heard and time.monotonic() >= worker.deadline
                     if ended or late:
                         self._workers[self._workers.index(worker)] = None
                         worker.end()
                         these.take_back(worker, late)
-        return these.verdicts
+        return these.replies
 
     def _busy(self, these: _Round) -> list[_Worker]:
         """The workers that have requests, after those that have none were given some of what waits."""
@@ -137,17 +121,17 @@ class Pool:
 
 
 class _Round:
-    """The requests of a call: their verdicts, and those that wait for a worker, by number."""
+    """The requests of a call: their replies, and those that wait for a worker, by number."""
 
     def __init__(self, requests: Sequence[Any]) -> None:
         self.requests = requests
-        self.verdicts: list[Any] = [Verdict.WRONG] * len(requests)
+        self.replies: list[Any] = [Lost.DIED] * len(requests)
         self.waiting = deque(range(len(requests)))
         self._died: set[int] = set()  # requests that a worker ended at
         self._failed = 0  # starts since the last one that succeeded
 
     def take_back(self, worker: _Worker, late: bool) -> None:
-        """Of a worker that is no more: a verdict for what it was at, if that is to blame; the rest waits again."""
+        """Of a worker that is no more: no reply to what it was at, if that is to blame; the rest waits again."""
         if not worker.ready:
             self._failed += 1
             if self._failed >= _ATTEMPTS:
@@ -156,11 +140,11 @@ class _Round:
         else:
             self._failed = 0
             if late:
-                self.verdicts[worker.asked.popleft()] = Verdict.LATE
+                self.replies[worker.asked.popleft()] = Lost.LATE
             elif worker.asked and not worker.retired:
                 first = worker.asked[0]  # asked once more, as others may have ended the worker
                 if first in self._died:
-                    self.verdicts[worker.asked.popleft()] = Verdict.DIED
+                    self.replies[worker.asked.popleft()] = Lost.DIED
                 self._died.add(first)
         self.waiting.extendleft(reversed(worker.asked))
 
@@ -213,18 +197,18 @@ class _Worker:
         except OSError:  # it has ended, which reading will tell
             self._unsent = memoryview(b"")
 
-    def read(self, verdicts: list[Any]) -> bool:
+    def read(self, replies: list[Any]) -> bool:
         """Take the replies that are there; False where the process has ended."""
         data = os.read(self._process.stdout.fileno(), 1 << 16)
-        *replies, self._unread = (self._unread + data).split(b"\n")
-        for reply in replies:
-            if reply == b"+":
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for line in lines:
+            if line == b"+":
                 self.ready = True
-            elif reply == b"-":
+            elif line == b"-":
                 self.retired = True
             elif self.asked:
-                verdicts[self.asked.popleft()] = self._read(reply)
-        if replies:
+                replies[self.asked.popleft()] = self._read(line)
+        if lines:
             self.deadline = time.monotonic() + self._timeout
         return bool(data)
 
