@@ -28,7 +28,7 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Path:
     base = runs[0]
     for run in runs[1:]:
         for key, one in _asked(base).items():
-            if one != (two := _asked(run)[key]):
+            if one != (two := _asked(run).get(key)):
                 raise RecipeError(f"{run.folder}: evaluated on {key} {two}, {base.folder} on {one}")
     arms, repeated = collect_arms(runs)
     if all(len(arm.runs) == 1 for arm in arms):
@@ -55,7 +55,7 @@ def against(base: Run, run: Run, kind: str) -> PairedDifference:
 
 def _asked(run: Run) -> dict[str, object]:
     """What decides which instances a run was evaluated on."""
-    task = {f"task.{key}": run.config["task"].get(key) for key in ("name", "level", "numbers")}
+    task = {f"task.{key}": value for key, value in run.config["task"].items() if key not in ("train_size", "prompt")}
     return {"split": run.result["split"], "instances": _instances(run), **task}
 
 

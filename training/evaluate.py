@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from .puzzles import Countdown
 from .recipe import Eval
 from .statistics import standard_error
-from .tasks.countdown import Instance
+from .task import CORRECTNESS, Figure, Instance, Task
+from .task import texts as prompts
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Evaluation:
     texts: list[str]
     tokens: list[list[int]]  # of each response, its end token included where it has one
     correct: list[bool]
-    counts: dict[str, int] = field(default_factory=dict)  # of `Countdown.made_of`, summed over responses
+    figures: dict[str, Figure] = field(default_factory=dict)  # of what the responses are made of, by the task
     seconds: float = 0.0
 
     def summary(self) -> dict[str, Any]:
@@ -36,17 +36,8 @@ class Evaluation:
             "seconds": round(self.seconds, 2),
             "right": "".join("01"[c] for c in self.correct),
         }
-        if self.counts:
-            equations, verdicts = max(1, self.counts["equations"]), max(1, self.counts["verdicts"])
-            result |= {
-                "equations": self.counts["equations"] / n,
-                "attempts": self.counts["verdicts"] / n,
-                "right_an_attempt": hits / verdicts,
-                "arithmetic": self.counts["right_arithmetic"] / equations,
-                "verdicts": self.counts["right_verdicts"] / verdicts,
-                "answered": self.counts["answered"] / n,
-                "gave_up": self.counts["gave_up"] / n,
-            }
+        if self.figures:
+            result["figures"] = {name: asdict(figure) for name, figure in self.figures.items()}
         return result
 
 
@@ -94,7 +85,7 @@ def generate(
 def evaluate(
     model: Any,
     tokenizer: Any,
-    task: Countdown,
+    task: Task,
     instances: Sequence[Instance],
     settings: Eval,
     *,
@@ -107,7 +98,7 @@ def evaluate(
     tokens = generate(
         model,
         tokenizer,
-        [task.text(instance, tokenizer) for instance in instances],
+        prompts(task, instances, tokenizer),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         batch_size=settings.batch_size,
@@ -115,9 +106,10 @@ def evaluate(
         progress=progress,
     )
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    counts: dict[str, int] = {}
+    totals: dict[str, int] = {}
     for text, instance in zip(texts, instances):
-        for name, value in task.made_of(text, instance).items():
-            counts[name] = counts.get(name, 0) + value
-    correct = [task.correct(text, instance) for text, instance in zip(texts, instances)]
-    return Evaluation(texts, tokens, correct, counts, time.perf_counter() - started)
+        for name, value in task.counts(text, instance).items():
+            totals[name] = totals.get(name, 0) + value
+    correct = [reward == 1.0 for reward in task.rewards[CORRECTNESS](texts, instances)]
+    figures = task.figures(totals, len(texts), sum(correct))
+    return Evaluation(texts, tokens, correct, figures, time.perf_counter() - started)

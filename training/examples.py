@@ -12,8 +12,7 @@ from torch import Tensor
 from rhythm_kernels import HeadGroups, RhythmCredit, RhythmSettings
 
 from .evaluate import Evaluation
-from .puzzles import Countdown
-from .tasks.countdown import Instance
+from .task import Instance, Task, texts
 
 SHOWN = 3  # responses
 SHORTEST, LONGEST = 45, 160  # tokens: long enough for a horizon of 10 to say something, short enough to be read
@@ -22,7 +21,7 @@ SHORTEST, LONGEST = 45, 160  # tokens: long enough for a horizon of 10 to say so
 def examples(
     model: Any,
     tokenizer: Any,
-    task: Countdown,
+    task: Task,
     instances: Sequence[Instance],
     before: Evaluation,
     after: Evaluation,
@@ -31,7 +30,8 @@ def examples(
 ) -> list[dict[str, Any]]:
     """A few responses, first those that became right in training, measured by the trained model; ready for JSON."""
     chosen = _choose(before, after)
-    batches = [_inputs(tokenizer, task.text(instances[i], tokenizer), after.tokens[i], model) for i in chosen]
+    prompts = texts(task, [instances[i] for i in chosen], tokenizer)
+    batches = [_inputs(tokenizer, prompt, after.tokens[i], model) for i, prompt in zip(chosen, prompts)]
     if not batches:
         return []
     # Baselines measure nothing while training: they are shown what coupled credit would have been.
@@ -40,16 +40,15 @@ def examples(
     if groups is None:
         credit.calibrate(batches)
     shown = []
-    for i, batch in zip(chosen, batches):
+    for i, prompt, batch in zip(chosen, prompts, batches):
         mask = batch.pop("response_mask")
         with torch.no_grad(), credit.measuring(mask):
             model(**batch, use_cache=False)
         measured = {"waad": credit.waad, "fai": credit.fai, "gamma": credit.gamma()}
         shown.append(
             {
-                "numbers": instances[i]["numbers"],
-                "target": instances[i]["target"],
-                "prompt": task.text(instances[i], tokenizer),
+                "label": task.label(instances[i]),
+                "prompt": prompt,
                 "before": before.texts[i],
                 "right_before": before.correct[i],
                 "right": after.correct[i],

@@ -17,10 +17,11 @@ from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
 
 from .folder import CHECKPOINTS, saving
-from .puzzles import Countdown, Reward
+from .questions import training_questions
 from .reading import misfit, read_json
 from .recipe import Recipe, RecipeError
 from .settings import unheeded
+from .task import CORRECTNESS, Task, as_text
 from .trials import check_generation, try_out
 
 
@@ -98,8 +99,7 @@ def build_trainer(
     config: RhythmGRPOConfig,
     model: Any,
     tokenizer: Any,
-    task: Countdown,
-    rewards: list[Reward],
+    task: Task,
     recorder: Recorder,
 ) -> RhythmGRPOTrainer:
     """The trainer of a recipe, with our progress bar instead of the libraries' printing.
@@ -109,6 +109,7 @@ def build_trainer(
     """
     from datasets import Dataset
 
+    questions, rewards = training_questions(task, [*recipe.grpo.rewards, CORRECTNESS])
     optimizer = None
     if recipe.grpo.optimizer == "sgd":
         optimizer = torch.optim.SGD(
@@ -119,7 +120,7 @@ def build_trainer(
             model=model,
             reward_funcs=rewards,
             args=config,
-            train_dataset=Dataset.from_dict(task.training_set(recipe.task.train_size)),
+            train_dataset=Dataset.from_dict(questions),
             processing_class=tokenizer,
             callbacks=[recorder],
             optimizers=(optimizer, None),
@@ -128,7 +129,7 @@ def build_trainer(
         trainer.create_optimizer()
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"the trainer cannot be built: {error}") from error
-    try_out(trainer, [task.text(instance, tokenizer) for instance in task.instances("train", 2)])
+    try_out(trainer, [as_text(prompt, tokenizer) for prompt in questions["prompt"][:2]])
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     return trainer

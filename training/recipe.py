@@ -14,20 +14,9 @@ from rhythm_kernels import RhythmSettings
 
 from .reading import read_yaml
 from .settings import TRL_WORDS, LossType, RecipeError, checked, refuse
-from .tasks.countdown import SplitName
+from .task import SplitName, TaskSettings, find, names
 
 ROOT = Path(__file__).resolve().parent.parent  # paths in recipes are relative to it
-
-
-@dataclass
-class Task:
-    """Which puzzles, and in whose words they are asked."""
-
-    name: str = "countdown"
-    level: str = "tiny"
-    numbers: list[int] = field(default_factory=lambda: [3, 4])
-    prompt: str = "tiny"
-    train_size: int = 4400
 
 
 @dataclass
@@ -72,7 +61,7 @@ class Eval:
     """How accuracy is measured, before and after."""
 
     split: SplitName = "test"
-    size: int = 512
+    size: int | None = 512  # instances; null: all of the split
     temperature: float = 1.0
     batch_size: int = 256
     seed: int = 1234
@@ -89,7 +78,7 @@ class Output:
 class Recipe:
     """Everything a run is made from."""
 
-    task: Task
+    task: TaskSettings  # the `Settings` of the task that it names
     model: Model
     grpo: Grpo
     rhythm: RhythmSettings
@@ -137,14 +126,18 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     """A recipe from the nested dictionary that its file, or `Recipe.to_dict`, holds."""
     for section in content:
         _known(section, _SECTIONS, "section")
+    given = {section: _settings(section, content) for section in _SECTIONS}
+    if "name" not in given["task"]:
+        raise RecipeError(f"task.name must be given: {', '.join(names())}, or module:Class for your own")
+    task = find(checked("task.name", given["task"]["name"], str))
     sections = {}
-    for section, kind in _SECTIONS.items():
+    for section, kind in (_SECTIONS | {"task": task.Settings}).items():
         ours = typing.get_type_hints(kind)
         ours.pop("more", None)
         ours |= _TYPED.get(section, {})
         kinds = _grpo_kinds(ours) if kind is Grpo else ours
         values: dict[str, Any] = {}
-        for key, value in _settings(section, content).items():
+        for key, value in given[section].items():
             if kind is Grpo and key not in ours:
                 refuse(str(key), value)
             _known(key, kinds, f"key of {section}")
@@ -152,7 +145,7 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
             (values if key in ours else values.setdefault("more", {}))[key] = value
         try:
             sections[section] = kind(**values)
-        except (TypeError, ValueError) as error:  # of RhythmSettings, which check themselves
+        except (TypeError, ValueError) as error:  # of RhythmSettings and those of tasks, which check themselves
             raise RecipeError(f"{section}.{error}") from error
     return Recipe(**sections)
 
@@ -180,7 +173,7 @@ def _grpo_kinds(ours: dict[str, Any]) -> dict[str, Any]:
 # Types of settings that may be more in Python than in a file.
 _TYPED: dict[str, dict[str, Any]] = {"rhythm": {"layers": str | list[int], "groups": str | None}}
 _SECTIONS: dict[str, Any] = {
-    "task": Task,
+    "task": TaskSettings,  # of which each task has its own kind
     "model": Model,
     "grpo": Grpo,
     "rhythm": RhythmSettings,

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from rhythm_kernels import RhythmCredit
 
 from .recipe import Recipe, RecipeError, load_recipe
+from .task import Instance
 
 
 @dataclass
@@ -217,17 +218,19 @@ def _rate(step: int, warmup: int, total: int) -> float:
 def main(arguments: Sequence[str]) -> None:
     """Train as a recipe says, and print a line a step."""
     from .models import load
-    from .puzzles import Countdown, reward_functions
+    from .task import as_text, check_rewards, instances_of, make
 
     recipe = load_recipe(arguments[0], arguments[1:])
-    task = Countdown(recipe.task)
+    task = make(recipe.task)
+    check_rewards(task, recipe.grpo.rewards)
     model, tokenizer = load(recipe)
-    judges = reward_functions(recipe.grpo.rewards)
+    judges = [task.rewards[name] for name in recipe.grpo.rewards]
 
-    def judge(numbers: list[int], target: int) -> Callable[[str], float]:
-        return lambda text: sum(reward([text], [numbers], [target])[0] for reward in judges)
+    def judge(instance: Instance) -> Callable[[str], float]:
+        return lambda text: sum(reward([text], [instance])[0] for reward in judges)
 
-    questions = [(task.text(i, tokenizer), judge(**i)) for i in task.instances("train", recipe.task.train_size)]
+    instances = instances_of(task, "train", recipe.task.train_size)
+    questions = [(as_text(task.prompt(instance), tokenizer), judge(instance)) for instance in instances]
     for report in train(model, tokenizer, questions, recipe):
         print("  ".join(f"{name} {value:.4g}" for name, value in report.items()), flush=True)
 

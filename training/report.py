@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def _lead(result: dict[str, Any], config: dict[str, Any]) -> str:
     )
     return (
         f"<header><p class='kicker'>rhythm-kernels · {escape(result['name'])}</p>"
-        f"<h1>{escape(config['task']['name'].title())}, {escape(credit_name(result['mode']))}</h1>"
+        f"<h1>{escape(_capital(result['task']))}, {escape(credit_name(result['mode']))}</h1>"
         f"<p class='lead'>{sentence}</p><dl class='tiles'>"
         + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)
         + "</dl></header>"
@@ -152,51 +152,22 @@ def _curves(lines: list[dict[str, float]], config: dict[str, Any]) -> str:
     return f'{figures(charts)}<p class="note">{note}</p>'
 
 
-_PARTS = (
-    ("tokens", "tokens a response", "{:.1f}".format),
-    ("equations", "equations a response", "{:.2f}".format),
-    ("attempts", "attempts a response (a last equation with a verdict)", "{:.2f}".format),
-    ("right_an_attempt", "right answers an attempt", "{:.1%}".format),
-    ("arithmetic", "equations with right arithmetic", "{:.1%}".format),
-    ("verdicts", "verdicts (lo, hi, ok) that are right", "{:.1%}".format),
-    ("answered", "responses that end in an answer, or give up in words", "{:.1%}".format),
-    ("gave_up", "responses that give up", "{:.1%}".format),
-)
-
-
 def _made_of(result: dict[str, Any]) -> str:
     before, after = result["before"]["sampled"], result["after"]["sampled"]
-    if "attempts" not in before:
+    if "figures" not in before:
         return ""
-    body = [[name, show(before[key]), show(after[key]), _ratio(before[key], after[key])] for key, name, show in _PARTS]
+    body = [_moved("tokens a response", before["tokens"], after["tokens"], "{:.1f}".format)]
+    for key, figure in before["figures"].items():
+        show = ("{:.1%}" if figure["share"] else "{:.2f}").format
+        body.append(_moved(figure["name"], figure["value"], after["figures"][key]["value"], show))
     head = ["sampled responses", "before", "after", "ratio"]
-    return f"{_decomposition(before, after)}{table(head, body)}"
+    remark = f"<p>{escape(result['remark'])}</p>" if result["remark"] else ""
+    return f"{remark}{table(head, body)}"
 
 
-def _decomposition(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Accuracy is attempts a response times right answers an attempt, so logarithms of the ratios add up."""
-    factors = [(before[k], after[k]) for k in ("accuracy", "attempts", "right_an_attempt")]
-    if any(b <= 0 or a <= 0 for b, a in factors):
-        return ""
-    total, search, aim = (math.log(a / b) for b, a in factors)
-    identity = (
-        f"Accuracy is attempts a response times right answers an attempt: {before['attempts']:.2f} &times; "
-        f"{before['right_an_attempt']:.1%} = {before['accuracy']:.1%} before, {after['attempts']:.2f} &times; "
-        f"{after['right_an_attempt']:.1%} = {after['accuracy']:.1%} after."
-    )
-    if abs(total) < 0.02:
-        return f"<p>{identity}</p>"
-    if search * aim < 0:
-        more, less = ("longer search", "aim") if (search > 0) == (total > 0) else ("better aim", "search")
-        verdict = f"The change is {more}, partly undone by {'shorter' if less == 'search' else 'worse'} {less}."
-        if total < 0:
-            verdict = "The two moved in opposite directions."
-    else:
-        verdict = (
-            f"In logarithms, which add up, {search / total:.0%} of the change is how long the model searches and "
-            f"{aim / total:.0%} is how well an attempt is aimed."
-        )
-    return f"<p>{identity} {verdict}</p>"
+def _moved(name: str, before: float, after: float, show: Callable[[float], str]) -> list[str]:
+    """A line of a table: a figure before and after, and by what it was multiplied."""
+    return [escape(name), show(before), show(after), f"&times; {after / before:.2f}" if before > 0 else ""]
 
 
 def _examples(examples: list[dict[str, Any]], config: dict[str, Any]) -> str:
@@ -204,7 +175,7 @@ def _examples(examples: list[dict[str, Any]], config: dict[str, Any]) -> str:
         return ""
     tabs = "".join(
         f'<input type="radio" name="example" id="e{i}"{" checked" if i == 0 else ""}><label for="e{i}">'
-        f"{', '.join(map(str, e['numbers']))} → {e['target']}</label>"
+        f"{escape(e['label'])}</label>"
         for i, e in enumerate(examples)
     )
     colours = "".join(
@@ -285,5 +256,5 @@ def _settings(result: dict[str, Any], config: dict[str, Any]) -> str:
     )
 
 
-def _ratio(before: float, after: float) -> str:
-    return f"&times; {after / before:.2f}" if before > 0 else ""
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -127,6 +127,11 @@ def as_text(prompt: Prompt, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
+def texts(task: Task, instances: Sequence[Instance], tokenizer: Any) -> list[str]:
+    """The prompts of instances as the model reads them."""
+    return [as_text(task.prompt(instance), tokenizer) for instance in instances]
+
+
 def names() -> list[str]:
     """The tasks that come with this repository."""
     return sorted(module.name for module in pkgutil.iter_modules(tasks.__path__) if not module.name.startswith("_"))
@@ -181,7 +186,7 @@ def make(settings: TaskSettings) -> Task:
         raise error if isinstance(error, RecipeError) else RecipeError(f"task.{error}") from error
 
 
-def held_out(task: Task, split: SplitName, size: int | None) -> list[Instance]:
+def instances_of(task: Task, split: SplitName, size: int | None) -> list[Instance]:
     """The instances of a split; errors of the task are about the sections `task` and `eval`.
 
     Raises:

@@ -25,11 +25,10 @@ from .folder import CHECKPOINTS, CONFIG, HEADS, METRICS, MODEL, REPORT, RESULT, 
 from .formats import credit_name, interval, points, share, size
 from .grpo import Recorder, build_trainer, trainer_config
 from .models import check_model, load
-from .puzzles import Countdown, reward_functions
 from .recipe import Recipe, RecipeError
 from .report import write_report
 from .statistics import paired_difference
-from .tasks.countdown import Instance
+from .task import Instance, Task, check_rewards, instances_of, make, texts
 
 
 def run(recipe: Recipe) -> Path:
@@ -41,10 +40,10 @@ def run(recipe: Recipe) -> Path:
         Interrupted: for Ctrl-C, likewise.
     """
     started = time.perf_counter()
-    task = Countdown(recipe.task)
+    task = make(recipe.task)
     config = trainer_config(recipe)
-    rewards = reward_functions([*recipe.grpo.rewards, "correctness"])
-    held_out = task.instances(recipe.eval.split, recipe.eval.size)
+    check_rewards(task, recipe.grpo.rewards)
+    held_out = instances_of(task, recipe.eval.split, recipe.eval.size)
     folder = Path(recipe.output.path)
     if recipe.rhythm.groups is not None and Path(recipe.rhythm.groups).resolve().is_relative_to(folder.resolve()):
         raise RecipeError(
@@ -54,17 +53,17 @@ def run(recipe: Recipe) -> Path:
     checkpoints = folder / CHECKPOINTS
     with open_run(folder) as begin, TemporaryDirectory() as scratch:
         model, tokenizer = load(recipe)
-        check_model(recipe, model, tokenizer, lambda: [task.text(instance, tokenizer) for instance in held_out])
+        check_model(recipe, model, tokenizer, lambda: texts(task, held_out, tokenizer))
         recorder = Recorder(folder / METRICS, recipe.grpo.max_steps)
         made = Path(scratch, CHECKPOINTS)  # the trainer writes here until nothing can be refused any more
         made.mkdir()
         config.output_dir = str(made)
-        trainer = build_trainer(recipe, config, model, tokenizer, task, rewards, recorder)
+        trainer = build_trainer(recipe, config, model, tokenizer, task, recorder)
 
         note = begin()
         write_text(folder / CONFIG, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
         config.output_dir = str(shutil.copytree(made, checkpoints))
-        print(_headline(recipe, model))
+        print(_headline(recipe, model, task, len(held_out)))
         if note:
             print(note)
 
@@ -82,6 +81,7 @@ def run(recipe: Recipe) -> Path:
         sampled = before["sampled"], after["sampled"]
         result = {
             "name": folder.name,
+            "task": task.describe(),
             "mode": recipe.rhythm.mode,
             "seed": recipe.grpo.seed,
             "steps": trainer.state.global_step,
@@ -94,6 +94,7 @@ def run(recipe: Recipe) -> Path:
                 kind: dataclasses.asdict(paired_difference(before[kind].correct, after[kind].correct))
                 for kind in before
             },
+            "remark": task.remark(*(e.summary() for e in sampled)) if sampled[0].figures else "",
             "cost": cost(recorder.lines),
             "seconds": {
                 "training": round(trained - recorder.started, 1),
@@ -117,7 +118,7 @@ def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
 
 
 def evaluate_both(
-    model: Any, tokenizer: Any, task: Countdown, instances: list[Instance], recipe: Recipe, when: str
+    model: Any, tokenizer: Any, task: Task, instances: list[Instance], recipe: Recipe, when: str
 ) -> dict[str, Evaluation]:
     """Evaluate twice, sampled and greedy: one response to every instance in each."""
     results = {}
@@ -177,13 +178,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def _headline(recipe: Recipe, model: Any) -> str:
+def _headline(recipe: Recipe, model: Any, task: Task, instances: int) -> str:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     grpo, credit = recipe.grpo, credit_name(recipe.rhythm.mode)
     return (
-        f"{recipe.task.name} ({recipe.task.level}), {millions:.1f}M parameters: {credit}, {grpo.max_steps} steps of "
+        f"{task.describe()}, {millions:.1f}M parameters: {credit}, {grpo.max_steps} steps of "
         f"{grpo.per_device_train_batch_size * grpo.gradient_accumulation_steps} responses; "
-        f"{recipe.eval.size} {recipe.eval.split} instances before and after"
+        f"{instances} {recipe.eval.split} instances before and after"
     )
 
 

@@ -56,8 +56,8 @@ class Steps:
 
         from training.grpo import build_trainer, trainer_config
         from training.models import load
-        from training.puzzles import Countdown, reward_functions
         from training.recipe import ROOT, load_recipe
+        from training.task import make
 
         shape, device = p.shape, p.device
         times = self._times = []  # type: list[tuple[float, float]]
@@ -92,11 +92,8 @@ class Steps:
             ],
         )
         model, tokenizer = load(recipe)
-        rewards = reward_functions([*recipe.grpo.rewards, "correctness"])
         watch: Any = Watch()
-        self._trainer = build_trainer(
-            recipe, trainer_config(recipe), model, tokenizer, Countdown(recipe.task), rewards, watch
-        )
+        self._trainer = build_trainer(recipe, trainer_config(recipe), model, tokenizer, make(recipe.task), watch)
 
     def __call__(self) -> Results:
         self._times.clear()

@@ -48,7 +48,7 @@ def interrupt(*_):
 def replace_slow_parts(monkeypatch):
     """Patch `train.run` and `evaluate_run`; returns what the latter loads: the seed and the names in the weights."""
 
-    def build_trainer(recipe, config, model, tokenizer, task, rewards, recorder):
+    def build_trainer(recipe, config, model, tokenizer, task, recorder):
         def train():
             Path(config.output_dir).mkdir(exist_ok=True)  # as transformers does
             state = SimpleNamespace(global_step=0)

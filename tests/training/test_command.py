@@ -58,7 +58,7 @@ def test_train_leaves_what_it_says(runs):
             found = result[when][kind]
             assert found["instances"] == len(found["right"]) == 12
             assert found["accuracy"] == found["right"].count("1") / 12
-            assert {"equations", "attempts", "arithmetic", "verdicts", "answered"} <= set(found)
+            assert {"equations", "attempts", "arithmetic", "verdicts", "answered"} <= set(found["figures"])
     for example in result["examples"]:
         assert len(example["tokens"]) == len(example["waad"]) == len(example["fai"]) == len(example["gamma"])
     assert (run / "model" / "model.safetensors").exists()

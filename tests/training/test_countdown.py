@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.puzzles import reward_functions
-from training.tasks import countdown
-from training.tasks.countdown import score, split, split_of, tiny_prompt
-from training.tasks.countdown_solver import reachable
-from training.tasks.countdown_verify import extract_answer, parse_expression
+from training.questions import training_questions
+from training.tasks.countdown import Countdown
+from training.tasks.countdown.instances import LEVELS, split, split_of
+from training.tasks.countdown.prompts import base_prompt, chat_prompt, tiny_prompt
+from training.tasks.countdown.solver import reachable
+from training.tasks.countdown.verify import extract_answer, parse_expression, score
 
 # Changing an instance changes every published figure: do it on purpose only.
 PINNED = {
@@ -178,12 +179,21 @@ def test_fuzz_what_parses_is_python(text: str) -> None:
 
 
 def test_rewards_as_trl_calls_them() -> None:
-    """Completions as text or as chat messages, columns of the training set by name, others passed along."""
-    texts = ["answer 3 * 8", [{"role": "assistant", "content": "<answer>3 + 8</answer>"}], "answer none", ""]
+    """Completions as text or as chat messages, the number of the instance by name, other columns passed along."""
+    task = Countdown(Countdown.Settings("countdown", train_size=3))
     names = ["score", "correctness", "format", "answered"]
-    found = [f(completions=texts, numbers=[[3, 8]] * 4, target=[24] * 4, prompts=None) for f in reward_functions(names)]
-    assert found == [[1.0, 0.1, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.2, 0.2, 0.2, 0.0]]
-    assert [f.__name__ for f in reward_functions(names)] == names
+    columns, rewards = training_questions(task, names)
+    assert columns == {"prompt": [task.prompt(i) for i in task.instances("train", 3)], "instance": [0, 1, 2]}
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<answer>3 + 8 + 9</answer>"}]
+    answers = ["answer 3 * 9 + 8", "answer 3 * 9 + 8", chat, "answer none", ""]  # instance 2: make 35 from 3, 8, 9
+    found = [f(completions=answers, instance=[2, 0, 2, 2, 0], prompts=None) for f in rewards]
+    assert found == [
+        [1.0, 0.0, 0.1, 0.0, 0.0],
+        [1.0, 0.0, 0.0, 0.0, 0.0],
+        [1.0, 0.0, 1.0, 0.0, 0.0],
+        [0.2, 0.0, 0.2, 0.2, 0.0],
+    ]
+    assert [f.__name__ for f in rewards] == names
 
 
 def test_reachable_by_hand() -> None:
@@ -207,7 +217,7 @@ def test_splits_are_disjoint_solvable_and_in_range(level: str, count: int) -> No
     assert not multisets["train"] & multisets["test"]
     assert not multisets["train"] & multisets["validation"]
     assert not multisets["validation"] & multisets["test"]
-    ranges = countdown.LEVELS[level]
+    ranges = LEVELS[level]
     for name, part in parts.items():
         assert len(part) == sizes[name]
         assert len({(tuple(sorted(i["numbers"])), i["target"]) for i in part}) == len(part)
@@ -259,11 +269,11 @@ def test_a_pool_that_is_too_small_says_so() -> None:
 
 
 def test_prompts() -> None:
-    base = countdown.base_prompt([3, 8, 8, 3], 24)
+    base = base_prompt([3, 8, 8, 3], 24)
     assert "3, 8, 8, 3" in base
     assert "24" in base
     assert base.endswith("<think>")
-    (message,) = countdown.chat_prompt([3, 8, 8, 3], 24)
+    (message,) = chat_prompt([3, 8, 8, 3], 24)
     assert message["role"] == "user"
     assert message["content"] in base
     prompts = {tiny_prompt(i["numbers"], i["target"]) for i in split("train", 60, (3, 4), level="tiny")}

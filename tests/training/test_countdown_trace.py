@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from training.tasks.countdown import split, tiny_prompt
-from training.tasks.countdown_trace import MAX_TOKENS, Style, analyse, draw_style, write_trace
+from training.tasks.countdown.instances import split
+from training.tasks.countdown.prompts import tiny_prompt
+from training.tasks.countdown.trace import MAX_TOKENS, Style, analyse, draw_style, write_trace
 from training.warmstart import build_tokenizer
 
 

@@ -17,10 +17,10 @@ from training import train as training
 from training.__main__ import main
 from training.grpo import Recorder, build_trainer, trainer_config
 from training.models import load
-from training.puzzles import Countdown, reward_functions
 from training.reading import read_yaml
 from training.recipe import ROOT, RecipeError, load_recipe
 from training.settings import _REFUSED, TRL_WORDS, LossType, checked
+from training.task import make
 from training.trials import try_out
 
 from .runs import FEW, TINY, save_model
@@ -70,7 +70,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ("task.numbers=[]", "numbers must be between 2 and 6, got []"),
         ("task.numbers=[9]", "numbers must be between 2 and 6, got [9]"),
         ("task.numbers=[0]", "numbers must be between 2 and 6, got [0]"),
-        ("task.name=chess", "task.name must be one of countdown, got 'chess'"),
+        ("task.name=chess", "or module:Class for your own, got 'chess'"),
         ("task.prompt=short", "task.prompt must be one of tiny, base, chat, got 'short'"),
         ("task.level=hard", "task.level must be one of paper, tiny, got 'hard'"),
         ("grpo.rewards=[]", "grpo.rewards must be a list of at least one, got []"),
@@ -238,7 +238,7 @@ def test_a_key_given_twice_is_named_with_its_lines(tmp_path):
     path.write_text("grpo:\n  seed: 1\n  beta: 0\n  seed: 2\n")
     with pytest.raises(RecipeError, match=f"{path}: not YAML: line 4: seed is given twice, first in line 2"):
         load_recipe(path)
-    path.write_text("grpo: &g {seed: 1, beta: 0.5}\neval: {seed: &s 4, size: *s}\n")
+    path.write_text("task: {name: countdown}\ngrpo: &g {seed: 1, beta: 0.5}\neval: {seed: &s 4, size: *s}\n")
     assert (load_recipe(path).eval.seed, load_recipe(path).eval.size) == (4, 4)
     assert read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")["b"] == {"x": 3, "y": 2}
 
@@ -349,9 +349,9 @@ def test_what_the_model_and_the_trainer_refuse(refused, model, tmp_path):
 
 def test_trying_leaves_no_trace(model, tmp_path):
     recipe = load_recipe(TINY, [*FEW, f"model.path={model}", f"output.path={tmp_path}", WORKER, HARD[0]])
-    task = Countdown(recipe.task)
+    task = make(recipe.task)
     parts, recorder = load(recipe), Recorder(tmp_path / "metrics.jsonl", 1)
-    trainer = build_trainer(recipe, trainer_config(recipe), *parts, task, reward_functions(["score"] * 3), recorder)
+    trainer = build_trainer(recipe, trainer_config(recipe), *parts, task, recorder)
     before, state = trainer.model.train(), torch.get_rng_state()
     limits = trainer.generation_config.to_dict()
     try_out(trainer, ["1 2 3 ="] * 2)

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.evaluate import evaluate, generate
-from training.puzzles import Countdown
-from training.recipe import Eval, Task
-from training.tasks.countdown import split
+from training.recipe import Eval
+from training.tasks.countdown import Countdown
+from training.tasks.countdown.instances import split
 from training.warmstart import build_model, build_tokenizer
 from training.warmstart.__main__ import ANSWER_WEIGHT, MAX_NEW_TOKENS, VERDICT_WEIGHT, encode, main
 
@@ -72,10 +72,11 @@ def test_the_checkpoint_that_ships() -> None:
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     provenance = json.loads((CHECKPOINT / "provenance.json").read_text())
     assert provenance["parameters"] == sum(p.numel() for p in model.parameters())
-    task = Countdown(Task())
+    task = Countdown(Countdown.Settings("countdown"))
     few, greedy = task.instances("validation", 32), {"max_new_tokens": MAX_NEW_TOKENS, "temperature": 0.0}
-    figures = evaluate(model, tokenizer, task, few, Eval(), **greedy).summary()
+    summary = evaluate(model, tokenizer, task, few, Eval(), **greedy).summary()
+    figures = {name: figure["value"] for name, figure in summary["figures"].items()}
     assert figures["answered"] >= 0.85
     assert figures["arithmetic"] >= 0.95
     assert figures["verdicts"] >= 0.95
-    assert figures["accuracy"] >= 0.2  # far below the published figure: 32 instances are few
+    assert summary["accuracy"] >= 0.2  # far below the published figure: 32 instances are few

@@ -17,10 +17,11 @@ import transformers
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from ..evaluate import evaluate
-from ..puzzles import Countdown
-from ..recipe import Eval, Task
-from ..tasks.countdown import Instance, split, tiny_prompt
-from ..tasks.countdown_trace import MAX_TOKENS, draw_style, write_trace
+from ..recipe import Eval
+from ..tasks.countdown import Countdown
+from ..tasks.countdown.instances import Puzzle, split
+from ..tasks.countdown.prompts import tiny_prompt
+from ..tasks.countdown.trace import MAX_TOKENS, draw_style, write_trace
 from .model import build_model, build_tokenizer
 
 VERDICT_WEIGHT = 5.0  # loss weight: one token in seven, hard to learn, and the search depends on it
@@ -30,7 +31,7 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # input_ids, attention_
 
 
 def encode(
-    instances: list[Instance], tokenizer: PreTrainedTokenizerBase, rng: random.Random
+    instances: list[Puzzle], tokenizer: PreTrainedTokenizerBase, rng: random.Random
 ) -> list[tuple[list[int], list[float]]]:
     """One fresh trace an instance: token ids of prompt, trace and end, and the loss weight of each token."""
     verdict_ids = set(tokenizer.convert_tokens_to_ids(["lo", "hi", "ok"]))
@@ -50,7 +51,7 @@ def encode(
 
 
 def batches(
-    pool: list[list[Instance]], tokenizer: PreTrainedTokenizerBase, size: int, rng: random.Random
+    pool: list[list[Puzzle]], tokenizer: PreTrainedTokenizerBase, size: int, rng: random.Random
 ) -> Iterator[Batch]:
     """Endless batches: half three-number, half four-number instances, traces of similar length together."""
     per_pool = 8 * size // len(pool)
@@ -87,7 +88,7 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, hidden=args.hidden, layers=args.layers, heads=args.heads)
     pool = [split("train", 2_200, 3, level="tiny"), split("train", 12_000, 4, level="tiny")]
-    task = Countdown(Task())
+    task = Countdown(Countdown.Settings("countdown"))
     validation = task.instances("validation", args.validation)
     stream = batches(pool, tokenizer, args.batch, rng)
     optims = optimizers(model, args.muon_lr, args.adam_lr)

@@ -6,7 +6,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ..tasks.countdown_trace import LIMIT
+from ..tasks.countdown.trace import LIMIT
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 _SYMBOLS = ["+", "-", "*", "/", "(", ")", "=", ",", ":"]

@@ -1,8 +1,4 @@
-"""Countdown: make a target from given numbers with + - * /, using each number exactly once.
-
-The paper trains Qwen3-4B-Base on the four-number game as TinyZero builds it. This file holds what a trainer needs of
-the task: instances in three splits that cannot overlap, prompts, and the `score` of an answer (`countdown_verify`).
-"""
+"""The puzzles of Countdown, generated in three splits that cannot overlap."""
 
 import operator
 import random
@@ -11,18 +7,14 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import combinations_with_replacement
 from math import comb
-from typing import Literal, TypedDict, get_args
+from typing import TypedDict, get_args
 
-from .countdown_solver import reachable
-from .countdown_verify import score
-
-__all__ = ["LEVELS", "Instance", "SplitName", "base_prompt", "chat_prompt", "score", "split", "split_of", "tiny_prompt"]
-
-SplitName = Literal["train", "validation", "test"]
+from ...task import SplitName
+from .solver import reachable
 
 
-class Instance(TypedDict):
-    """One puzzle."""
+class Puzzle(TypedDict):
+    """An instance."""
 
     numbers: list[int]
     target: int
@@ -69,7 +61,7 @@ def split_of(numbers: Sequence[int]) -> SplitName:
     return "validation" if bucket < _TEST_PERCENT + _VALIDATION_PERCENT else "train"
 
 
-def _enumerated(name: str, count: int, level: Level, rng: random.Random) -> Iterator[Instance]:
+def _enumerated(name: str, count: int, level: Level, rng: random.Random) -> Iterator[Puzzle]:
     """Every instance of a small pool, in a fixed random order, the numbers of each in random order."""
     pool = [
         (items, target)
@@ -83,7 +75,7 @@ def _enumerated(name: str, count: int, level: Level, rng: random.Random) -> Iter
         yield {"numbers": rng.sample(items, count), "target": target}
 
 
-def _drawn(name: str, count: int, level: Level, rng: random.Random, draws: int) -> Iterator[Instance]:
+def _drawn(name: str, count: int, level: Level, rng: random.Random, draws: int) -> Iterator[Puzzle]:
     """Distinct instances of a large pool: draw numbers, join random pairs, keep the value if it is in range.
 
     The expression that made it shows that an instance is solvable; nothing is searched, so 20,000 take
@@ -116,7 +108,7 @@ def split(
     *,
     level: str = "paper",
     seed: int = 0,
-) -> list[Instance]:
+) -> list[Puzzle]:
     """The first `n` instances of a split: always the same, distinct, solvable.
 
     The target is never one of the numbers.
@@ -145,7 +137,7 @@ def split(
         raise ValueError(f"numbers must be distinct counts, got {numbers!r}")
 
     ranges = LEVELS[level]
-    pools: list[list[Instance]] = []
+    pools: list[list[Puzzle]] = []
     for position, count in enumerate(counts):
         wanted = len(range(position, n, len(counts)))
         rng = random.Random(f"countdown/{level}/{name}/{count}/{seed}")
@@ -161,44 +153,3 @@ def split(
             )
         pools.append(pool)
     return [pools[i % len(counts)][i // len(counts)] for i in range(n)]
-
-
-_QUESTION = (
-    "Here are some numbers: {numbers}. Combine all of them into one arithmetic expression whose value is "
-    "{target}. You may use + - * / and parentheses, and every number exactly once. Think step by step "
-    "between <think> and </think>, then give only the expression between <answer> and </answer>, for example "
-    "<answer>(3 + 5) * 2</answer>."
-)
-_THINK = "I will work through this one step at a time.\n<think>"
-
-
-def base_prompt(numbers: Sequence[int], target: int) -> str:
-    """The prompt for a base model: a short dialogue that stops inside the assistant's thoughts."""
-    question = _QUESTION.format(numbers=", ".join(map(str, numbers)), target=target)
-    return (
-        "What follows is a dialogue. A user poses a puzzle; the assistant reasons first and then answers.\n"
-        f"User: {question}\nAssistant: {_THINK}"
-    )
-
-
-def chat_prompt(numbers: Sequence[int], target: int) -> list[dict[str, str]]:
-    """The prompt for an instruct model, as chat messages: the tokenizer's own chat template does the rest."""
-    question = _QUESTION.format(numbers=", ".join(map(str, numbers)), target=target)
-    return [{"role": "user", "content": question}]
-
-
-# Three wordings of different length, so that a batch of tiny prompts is really padded (7 to 12 tokens).
-_TINY_WORDINGS = ("nums", "make", "use")
-
-
-def tiny_prompt(numbers: Sequence[int], target: int) -> str:
-    """The tiny model's prompt, one token a word; the instance chooses the wording, so it is always the same.
-
-    `nums 2 11 7 target 6 :`, `make 6 from 2 11 7 :` or `use 2 , 11 , 7 to make 6 :`
-    """
-    wording = _TINY_WORDINGS[(sum(numbers) + target) % len(_TINY_WORDINGS)]
-    if wording == "nums":
-        return f"nums {' '.join(map(str, numbers))} target {target} :"
-    if wording == "make":
-        return f"make {target} from {' '.join(map(str, numbers))} :"
-    return f"use {' , '.join(map(str, numbers))} to make {target} :"

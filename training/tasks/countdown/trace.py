@@ -16,8 +16,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .countdown_solver import integer_steps, reachable
-from .countdown_verify import answer_value
+from .solver import integer_steps, reachable
+from .verify import answer_value
 
 LIMIT = 98  # the largest integer of the vocabulary, hence of any intermediate
 MAX_TOKENS = 116  # of a trace: also the most persistent search ends in an answer before this
