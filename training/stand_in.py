@@ -75,8 +75,8 @@ _CHAT = (
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token a byte of UTF-8, and two more, to pad and to end; 258 in all.
 
-    Every text comes back from its tokens as it was, `<eos>` in a text included: there it is five bytes. Prompts are padded
-    on the left, as generation needs, and nothing is added to a text.
+    Every text comes back from its tokens as it was, `<eos>` in a text included: there it is five bytes. Prompts are
+    padded on the left, as generation needs, and nothing is added to a text.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
@@ -165,7 +165,7 @@ def small_config(config: Any, vocabulary: int, *, known: bool) -> Any:
 
 
 def _layers(config: Mapping[str, Any], layers: int) -> int:
-    """The fewest layers, at least four, that hold every kind the model has, and softmax attention in the middle third."""
+    """The fewest, at least four, that have every kind of layer, and softmax attention in the middle third."""
     kinds = config.get("layer_types") or []
     fewest = max([LAYERS, *(kinds.index(kind) + 1 for kind in set(kinds))])
     for count in range(fewest, min(layers, _MOST_LAYERS) + 1):
