@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rhythm_kernels import HeadGroups, RhythmCredit, RhythmSettings
 
-from .evaluate import Evaluation
+from .evaluation import Evaluation, Response
 from .task import Instance, Task, texts
 
 SHOWN = 3  # responses
@@ -29,9 +29,10 @@ def examples(
     groups: HeadGroups | None,
 ) -> list[dict[str, Any]]:
     """A few responses, first those that became right in training, measured by the trained model; ready for JSON."""
-    chosen = _choose(before, after)
+    first, last = before.first, after.first
+    chosen = _choose(first, last)
     prompts = texts(task, [instances[i] for i in chosen], tokenizer)
-    batches = [_inputs(tokenizer, prompt, after.tokens[i], model) for i, prompt in zip(chosen, prompts)]
+    batches = [_inputs(tokenizer, prompt, last[i].tokens, model) for i, prompt in zip(chosen, prompts)]
     if not batches:
         return []
     # Baselines measure nothing while training: they are shown what coupled credit would have been.
@@ -49,25 +50,25 @@ def examples(
             {
                 "label": task.label(instances[i]),
                 "prompt": prompt,
-                "before": before.texts[i],
-                "right_before": before.correct[i],
-                "right": after.correct[i],
+                "before": first[i].text,
+                "right_before": first[i].correct,
+                "right": last[i].correct,
                 "mode": credit.settings.mode,
-                "tokens": tokenizer.convert_ids_to_tokens(after.tokens[i]),
+                "tokens": tokenizer.convert_ids_to_tokens(last[i].tokens),
                 **{name: _rounded(x[mask]) for name, x in measured.items()},
             }
         )
     return shown
 
 
-def _choose(before: Evaluation, after: Evaluation) -> list[int]:
+def _choose(before: Sequence[Response], after: Sequence[Response]) -> list[int]:
     """Indices of responses: of readable length first, and of those first what became right, then what stayed right."""
 
     def rank(i: int) -> tuple[bool, bool, bool, int]:
-        readable = SHORTEST <= len(after.tokens[i]) <= LONGEST
-        return not readable, not after.correct[i], before.correct[i], i
+        readable = SHORTEST <= len(after[i].tokens) <= LONGEST
+        return not readable, not after[i].correct, before[i].correct, i
 
-    order = sorted((i for i in range(len(after.correct)) if after.tokens[i]), key=rank)
+    order = sorted((i for i in range(len(after)) if after[i].tokens), key=rank)
     return order[:SHOWN]
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from .formats import unpack
 from .reading import misfit, read_json, read_yaml
 from .recipe import Recipe, RecipeError
 
@@ -33,7 +34,7 @@ try:
 except ImportError:  # Windows: two runs at once in one folder are not refused there
     fcntl = None  # type: ignore[assignment]
 
-CONFIG, METRICS, RESULT, REPORT, HEADS, MODEL, CHECKPOINTS, EVALUATION = (
+CONFIG, METRICS, RESULT, REPORT, HEADS, MODEL, CHECKPOINTS, EVALUATION, RESPONSES, STATE = (
     "config.yaml",
     "metrics.jsonl",
     "result.json",
@@ -42,11 +43,13 @@ CONFIG, METRICS, RESULT, REPORT, HEADS, MODEL, CHECKPOINTS, EVALUATION = (
     "model",
     "checkpoints",
     "evaluation.json",
+    "responses.jsonl",
+    "responses.state",
 )
 PREVIOUS = "previous"  # the earlier run, until the new one has finished
 _PARTIAL = ".partial"  # suffix of a file that is being written, and of `previous` while it is filled
 _REMOVED = "previous.removed"  # a `previous` that is being removed
-_MOVED = (RESULT, EVALUATION, REPORT, HEADS, MODEL, METRICS, CHECKPOINTS, CONFIG)  # in this order
+_MOVED = (RESULT, EVALUATION, STATE, RESPONSES, REPORT, HEADS, MODEL, METRICS, CHECKPOINTS, CONFIG)  # in this order
 _ANSWERS = {"instances": int, "accuracy": float, "standard_error": float, "tokens": float, "right": str}
 _BOTH = {"sampled": _ANSWERS, "greedy": _ANSWERS}
 _RESULT = {  # the keys that compare and evaluate read
@@ -117,11 +120,13 @@ def _of_result(result: Any) -> str:
         return said
     for when in ("before", "after"):
         for kind, found in result[when].items():
-            if kind in _BOTH and not (
-                set(found["right"]) <= {"0", "1"} and len(found["right"]) == found["instances"] > 0
-            ):
+            if kind not in _BOTH:
+                continue
+            try:
+                unpack(found["right"], found["instances"])
+            except ValueError:
                 right = reprlib.repr(found["right"])
-                return f"{when}.{kind}.right must be a 0 or 1 for each of the instances, got {right}"
+                return f"{when}.{kind}.right must be a 0 or 1 for each response to each of the instances, got {right}"
     return ""
 
 
@@ -226,7 +231,7 @@ def open_run(folder: Path) -> Iterator[Callable[[], str]]:
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
+        with lock(folder):
             _check(folder)
             with TemporaryFile(dir=folder):
                 pass  # refuses a folder that cannot be written, before anything is done
@@ -247,8 +252,8 @@ def open_run(folder: Path) -> Iterator[Callable[[], str]]:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Keep a second run out. The system releases the lock however the process ends."""
+def lock(folder: Path) -> Iterator[None]:
+    """Keep a second run or evaluation out. The system releases the lock however the process ends."""
     if fcntl is None:
         yield
         return
@@ -257,7 +262,7 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RecipeError(f"{folder}: another run is writing there; choose another output.path") from None
+            raise RecipeError(f"{folder}: another run or evaluation is writing there; choose another folder") from None
         except OSError:
             pass  # a file system without locks
         yield

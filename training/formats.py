@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def share(summary: Mapping[str, Any]) -> str:
     """The accuracy of an evaluation's summary and its binomial standard error."""
     return f"{summary['accuracy']:.1%} ± {summary['standard_error']:.1%}"
+
+
+def estimate(summary: Mapping[str, Any]) -> str:
+    """What the accuracy of an evaluation's summary is called in papers."""
+    samples = summary.get("samples", 1)
+    if isinstance(samples, int):
+        return "pass@1" if samples == 1 else f"avg@{samples}"
+    return f"avg@{min(samples)} to avg@{max(samples)}"
 
 
 def points(difference: float) -> str:
@@ -41,3 +49,21 @@ def p_value(p: float) -> str:
 
 def credit_name(mode: str) -> str:
     return "plain GRPO" if mode == "uniform" else f"GRPO with {mode} credit"
+
+
+def pack(verdicts: Sequence[Sequence[bool]]) -> str:
+    """Verdicts as text, 1 is right: a digit an instance, or with several responses a word an instance, "0110 1111"."""
+    words = ["".join("01"[right] for right in some) for some in verdicts]
+    return ("" if all(len(word) == 1 for word in words) else " ").join(words)
+
+
+def unpack(text: str, instances: int) -> list[list[bool]]:
+    """The verdicts of which `pack` made a text.
+
+    Raises:
+        ValueError: for a text that is none of so many instances.
+    """
+    words = list(text) if len(text) == instances else text.split(" ")
+    if len(words) != instances or not all(words) or not set(text) <= set("01 ") or " " in words:
+        raise ValueError(f"it must hold a 0 or 1 for each response to {instances} instances")
+    return [[digit == "1" for digit in word] for word in words]

@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .evaluate import generate
+from .generate import generate
 from .reading import misfit, read_json
 from .recipe import ROOT, Recipe, RecipeError
 from .stand_in import stand_in

@@ -63,7 +63,11 @@ class Eval:
 
     split: SplitName = "test"
     size: int | None = 512  # instances; null: all of the split
+    samples: int | dict[str, int] = 1  # sampled responses an instance; by test set, those not named there 1
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    max_tokens: int | None = None  # the longest response; None: grpo.max_completion_length
     batch_size: int = 256
     seed: int = 1234
 
@@ -117,11 +121,16 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     if not isinstance(content, dict):
         found = type(content).__name__
         raise RecipeError(f"{path}: a recipe must be a mapping with the sections {', '.join(_SECTIONS)}, got {found}")
-    for override in overrides:
-        name, equals, text = override.partition("=")
+    return parse_recipe(override(content, overrides))
+
+
+def override(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The nested dictionary of a recipe with overrides such as `grpo.max_steps=2` applied, in place."""
+    for one in overrides:
+        name, equals, text = one.partition("=")
         section, dot, key = name.partition(".")
         if not (equals and dot and key):
-            raise RecipeError(f"an override must be section.key=value, got {override!r}; example: grpo.max_steps=2")
+            raise RecipeError(f"an override must be section.key=value, got {one!r}; example: grpo.max_steps=2")
         _known(section, _SECTIONS, "section")
         content[section] = _settings(section, content)
         try:

@@ -37,14 +37,19 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda x: isinstance(x, str) or x >= 1,
         "eval.batch_size grpo.max_steps grpo.per_device_train_batch_size grpo.steps_per_generation "
         "grpo.gradient_accumulation_steps grpo.max_completion_length grpo.num_iterations grpo.ref_model_sync_steps "
-        "grpo.num_completions_to_print grpo.pad_to_multiple_of grpo.dataloader_prefetch_factor",
+        "grpo.num_completions_to_print grpo.pad_to_multiple_of grpo.dataloader_prefetch_factor eval.max_tokens",
+    ),
+    (
+        "at least 1 and at most 10000, or a mapping of such by test set",
+        lambda x: all(1 <= count <= 10_000 for count in ([x] if isinstance(x, int) else x.values())),
+        "eval.samples",
     ),
     ("at least 2", lambda x: x >= 2, "grpo.num_generations"),
     (
         "at least 0",
         lambda x: x >= 0,
         "grpo.learning_rate grpo.weight_decay grpo.max_grad_norm grpo.beta grpo.adam_epsilon grpo.epsilon "
-        "grpo.epsilon_high grpo.delta grpo.top_k grpo.dataloader_num_workers grpo.neftune_noise_alpha",
+        "grpo.epsilon_high grpo.delta grpo.top_k eval.top_k grpo.dataloader_num_workers grpo.neftune_noise_alpha",
     ),
     (
         "at least 0, and a whole number of steps, or below 1 a share of them",
@@ -57,7 +62,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "grpo.temperature grpo.repetition_penalty grpo.save_steps grpo.sapo_temperature_pos grpo.sapo_temperature_neg",
     ),
     ("at least 0, where 0 is greedy", lambda x: x >= 0, "eval.temperature"),
-    ("above 0 and at most 1", lambda x: 0 < x <= 1, "grpo.top_p"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "grpo.top_p eval.top_p"),
     (
         "at least 0 and at most 1",
         lambda x: 0 <= x <= 1,
@@ -200,6 +205,11 @@ def _coerce(value: Any, kind: Any) -> Any:
             if abs(value) >= 2**63:
                 raise ValueError("a whole number below 2**63")
             return value
+    elif origin is dict and isinstance(value, dict) and arguments:
+        try:
+            return {_coerce(key, arguments[0]): _coerce(item, arguments[1]) for key, item in value.items()}
+        except ValueError:
+            pass
     elif isinstance(value, origin or kind):
         return value
     raise ValueError
@@ -227,5 +237,7 @@ def _in_words(kind: Any) -> str:
         return f"a list, each entry {arguments[0]}"
     if origin is tuple:
         return f"a list of {len(arguments)}: {', '.join(arguments)}"
+    if origin is dict and Any not in typing.get_args(kind):
+        return f"a mapping of {arguments[0]} to {arguments[1]}"
     kinds = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", type(None): "null"}
     return kinds.get(kind, "a mapping" if dict in (kind, origin) else str(kind))

@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
 
 Z95 = 1.959964
+_FINEST = 100_000  # a share right is a fraction of at most so many responses: its float gives it back exactly
+_MOST_SUMS, _MOST_WORK = 10**7, 3 * 10**9  # of the exact test: numbers kept, and additions
 
 
 def standard_error(successes: int, trials: int) -> float:
@@ -17,6 +22,19 @@ def standard_error(successes: int, trials: int) -> float:
     return math.sqrt(share * (1 - share) / trials)
 
 
+def mean_error(means: Sequence[float]) -> float:
+    """Standard error of the mean of numbers in [0, 1], each the share right of one question.
+
+    By the variance between questions, p (1 - p) - mean(m (1 - m)), over their number. Where every share is 0 or 1, as
+    with one response a question, it is the binomial standard error, bit for bit; 0 where there are none.
+    """
+    n = len(means)
+    if n == 0:
+        return 0.0
+    share, within = math.fsum(means) / n, math.fsum(m * (1 - m) for m in means) / n
+    return math.sqrt(max(0.0, share * (1 - share) - within) / n)
+
+
 @dataclass(frozen=True)
 class PairedDifference:
     """How two sets of answers to the same questions differ.
@@ -24,8 +42,10 @@ class PairedDifference:
     Attributes:
         difference: share right after, minus share right before.
         low, high: its 95% interval, from the variance of the paired differences.
-        p_value: exact two-sided McNemar test (is it as often right-to-wrong as wrong-to-right?).
-        gained, lost: questions that became right, and that became wrong.
+        p_value: exact two-sided sign-flip test: how often the difference would be as large, if each question's were as
+            likely to have the other sign. With one response a question this is McNemar's exact test.
+        gained, lost: questions of which a larger share became right, and a smaller one; with one response a question,
+            those that became right, and that became wrong.
     """
 
     difference: float
@@ -36,24 +56,29 @@ class PairedDifference:
     lost: int
 
 
-def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> PairedDifference:
+def paired_difference(before: Sequence[float], after: Sequence[float]) -> PairedDifference:
     """Compare two runs question by question.
+
+    Args:
+        before, after: of each question, whether the answer was right, or the share of several that were.
 
     Raises:
         ValueError: for sequences that are empty or of different lengths.
     """
-    if not before or len(before) != len(after):
+    if len(before) == 0 or len(before) != len(after):
         raise ValueError(f"before and after must have one length, at least 1, got {len(before)} and {len(after)}")
-    gained = sum(not b and a for b, a in zip(before, after))
-    lost = sum(b and not a for b, a in zip(before, after))
+    one, two = ([Fraction(share).limit_denominator(_FINEST) for share in shares] for shares in (before, after))
+    changes = [a - b for b, a in zip(one, two)]
+    gained, lost = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
     n = len(before)
-    difference = (gained - lost) / n
-    error = math.sqrt(max(0.0, (gained + lost) / n - difference**2) / n)
+    difference = float(sum(changes) / n)
+    error = math.sqrt(max(0.0, float(sum(change**2 for change in changes) / n) - difference**2) / n)
+    binary = all(change.denominator == 1 for change in changes)
     return PairedDifference(
         difference=difference,
         low=difference - Z95 * error,
         high=difference + Z95 * error,
-        p_value=_mcnemar(gained, lost),
+        p_value=_mcnemar(gained, lost) if binary else _sign_flips(changes),
         gained=gained,
         lost=lost,
     )
@@ -67,6 +92,31 @@ def _mcnemar(gained: int, lost: int) -> float:
         for k in range(fewer + 1)
     )
     return min(1.0, 2 * tail)
+
+
+def _sign_flips(changes: Sequence[Fraction]) -> float:
+    """P(|sum of the changes with random signs| >= |their sum|), exactly.
+
+    Shares of k responses are multiples of 1 / k, so sums are whole numbers of some unit, and the chance of each is had
+    by adding one question after another. Where the unit is so fine that there are more than `_MOST_SUMS` sums (test
+    sets with sample counts that have no common measure), the normal distribution of the same variance stands in.
+    """
+    unit = math.lcm(*(change.denominator for change in changes))
+    steps = [abs(int(change * unit)) for change in changes if change]
+    total, observed = sum(steps), abs(int(sum(changes) * unit))
+    if observed == 0:
+        return 1.0
+    if total > _MOST_SUMS or total * len(steps) > _MOST_WORK:
+        return math.erfc(observed / math.sqrt(2 * math.fsum(step**2 for step in steps)))
+    # Of the steps that are positive the sum is t with chance[t]; the sum with signs is then 2 t - total.
+    chance, reached = np.zeros(total + 1), 0
+    chance[0] = 1.0
+    for step in sorted(steps):
+        reached += step
+        moved = chance[: reached + 1 - step].copy()
+        chance[: reached + 1] /= 2
+        chance[step : reached + 1] += moved / 2
+    return min(1.0, 2 * float(chance[(total + observed) // 2 :].sum()))
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
-from tqdm.auto import tqdm
 
 import rhythm_kernels
 
-from .evaluate import Evaluation, evaluate
+from .evaluate import evaluate_both, samples_of
+from .evaluation import differences, questions
 from .examples import examples
 from .folder import CHECKPOINTS, CONFIG, HEADS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
 from .formats import credit_name, interval, points, share, size
@@ -27,8 +24,7 @@ from .grpo import Recorder, build_trainer, trainer_config
 from .models import check_model, load
 from .recipe import Recipe, RecipeError
 from .report import write_report
-from .statistics import paired_difference
-from .task import Instance, Task, check_rewards, instances_of, make, texts
+from .task import Task, check_rewards, instances_of, make, texts
 
 
 def run(recipe: Recipe, task: Task | None = None) -> Path:
@@ -48,6 +44,7 @@ def run(recipe: Recipe, task: Task | None = None) -> Path:
     check_rewards(task, recipe.grpo.rewards)
     held_out = instances_of(task, recipe.eval.split, recipe.eval.size)
     check_groups(recipe)
+    samples_of(held_out, recipe.eval.samples)  # refuses test sets that are not there
     folder = Path(recipe.output.path)
     checkpoints = folder / CHECKPOINTS
     with open_run(folder) as begin, TemporaryDirectory() as scratch:
@@ -85,14 +82,12 @@ def run(recipe: Recipe, task: Task | None = None) -> Path:
             "seed": recipe.grpo.seed,
             "steps": trainer.state.global_step,
             "split": recipe.eval.split,
+            "questions": questions(held_out),
             "parameters": sum(p.numel() for p in model.parameters()),
             "versions": versions(),
             "before": {kind: e.summary() for kind, e in before.items()},
             "after": {kind: e.summary() for kind, e in after.items()},
-            "difference": {
-                kind: dataclasses.asdict(paired_difference(before[kind].correct, after[kind].correct))
-                for kind in before
-            },
+            "difference": {kind: differences(before[kind], after[kind]) for kind in before},
             "remark": task.remark(*(e.summary() for e in sampled)) if sampled[0].figures else "",
             "cost": cost(recorder.lines),
             "seconds": {
@@ -124,33 +119,6 @@ def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
     with replacing(path) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-
-
-def evaluate_both(
-    model: Any, tokenizer: Any, task: Task, instances: list[Instance], recipe: Recipe, when: str
-) -> dict[str, Evaluation]:
-    """Evaluate twice, sampled and greedy: one response to every instance in each."""
-    results = {}
-    for kind, temperature in (("sampled", recipe.eval.temperature), ("greedy", 0.0)):
-        with _bar(f"{when}, {kind}", len(instances)) as bar:
-            results[kind] = evaluate(
-                model,
-                tokenizer,
-                task,
-                instances,
-                recipe.eval,
-                max_new_tokens=recipe.grpo.max_completion_length,
-                temperature=temperature,
-                progress=bar.update,
-            )
-            bar.set_postfix({"right": f"{results[kind].summary()['accuracy']:.1%}"})
-    return results
-
-
-@contextmanager
-def _bar(name: str, total: int) -> Iterator[Any]:
-    with tqdm(total=total, desc=f"{name:16}", unit="answer", dynamic_ncols=True) as bar:
-        yield bar
 
 
 def cost(lines: list[dict[str, float]]) -> dict[str, Any]:

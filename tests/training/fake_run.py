@@ -14,8 +14,8 @@ import yaml
 from training import evaluate_run as evaluating
 from training import train as training
 from training.compare import compare_runs
-from training.evaluate import Evaluation
 from training.evaluate_run import evaluate_run
+from training.evaluation import Evaluation, Response
 from training.recipe import RecipeError, load_recipe
 from training.report import write_report
 
@@ -38,7 +38,8 @@ class FakeModel:
 
 
 def evaluation(right):
-    return Evaluation(["x"] * 8, [[1, 2]] * 8, [i < right for i in range(8)], {}, 1.0)
+    rewards = [{"correctness": float(i < right)} for i in range(8)]
+    return Evaluation([Response(i, 0, "x", 2, True, rewards[i], [1, 2]) for i in range(8)])
 
 
 def interrupt(*_):
@@ -92,6 +93,7 @@ def replace_slow_parts(monkeypatch):
     monkeypatch.setattr(training, "examples", lambda *_: [])
     monkeypatch.setattr(evaluating, "load", load_saved)
     monkeypatch.setattr(evaluating, "check_model", lambda *_: None)
+    monkeypatch.setattr(evaluating, "identity_of", lambda recipe, *_: {"seed": recipe.grpo.seed})
     monkeypatch.setattr(evaluating, "evaluate_both", lambda *_: {"sampled": evaluation(1), "greedy": evaluation(1)})
     return loaded
 
