@@ -121,7 +121,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     if not isinstance(content, dict):
         found = type(content).__name__
         raise RecipeError(f"{path}: a recipe must be a mapping with the sections {', '.join(_SECTIONS)}, got {found}")
-    return parse_recipe(override(content, overrides))
+    return override(content, overrides)
 
 
 def override(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
