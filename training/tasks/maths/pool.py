@@ -1,0 +1,214 @@
+"""A few processes that judge, each of which may be killed at any time: a bad text costs its own answer and no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+_WORKER = Path(__file__).with_name("worker.py")
+_START = 120.0  # seconds that a worker may take to import math-verify
+_ATTEMPTS = 3  # starts in a row that may fail
+_MEMORY = 2 << 30  # bytes of address space of a worker; it begins with a tenth of them
+_CHUNK = 16  # requests that a worker has at a time
+
+
+class Verdict(Enum):
+    RIGHT = "right"
+    WRONG = "wrong"
+    LATE = "timed out"
+    DIED = "ended its worker"
+
+
+class Request(NamedTuple):
+    """A question of equality.
+
+    Attributes:
+        gold: answers of which one must be met.
+        answer: what was answered.
+        boxed: whether `answer` is an answer alone, not text to find one in.
+    """
+
+    gold: tuple[str, ...]
+    answer: str
+    boxed: bool
+
+
+class Pool:
+    """Worker processes, started when first needed and kept until `close`, or until this process ends.
+
+    They are programs of their own, not forks, so threads and CUDA contexts of this process do not matter to them.
+
+    Args:
+        workers: how many, at most.
+        timeout: seconds of wall clock that an answer may take; then its worker is killed and started again.
+        memory: bytes of address space of a worker.
+    """
+
+    def __init__(self, workers: int, timeout: float, memory: int = _MEMORY) -> None:
+        self.timeout = timeout
+        self._memory = memory
+        self._workers: list[_Worker | None] = [None] * workers
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+
+    def judge(self, requests: Sequence[Request]) -> list[Verdict]:
+        """A verdict for each request, in their order, in bounded time.
+
+        Raises:
+            RuntimeError: where no worker can be started.
+        """
+        with self._lock:
+            if self._owner != os.getpid():  # a fork: the workers are its parent's
+                self._workers, self._owner = [None] * len(self._workers), os.getpid()
+            try:
+                return self._judge(requests)
+            except BaseException:  # of Ctrl-C among others: replies that nobody has read must not answer the next call
+                self._end()
+                raise
+
+    def close(self) -> None:
+        """End the workers. The pool may be used again."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        for worker in self._workers:
+            if worker is not None:
+                worker.end()
+        self._workers = [None] * len(self._workers)
+
+    def _judge(self, requests: Sequence[Request]) -> list[Verdict]:
+        verdicts: list[Verdict] = [Verdict.WRONG] * len(requests)
+        waiting = deque(range(len(requests)))
+        failed = 0
+        died: set[int] = set()
+        with selectors.DefaultSelector() as selector:
+            while waiting or any(worker and worker.asked for worker in self._workers):
+                for place, worker in enumerate(self._workers):
+                    if not waiting:
+                        break
+                    if worker is None:
+                        worker = self._workers[place] = _Worker(self.timeout, self._memory)
+                    if not worker.asked:
+                        size = max(1, min(_CHUNK, len(waiting) // len(self._workers)))
+                        worker.ask([waiting.popleft() for _ in range(size)], requests)
+                busy = [worker for worker in self._workers if worker and worker.asked]
+                for worker in busy:
+                    worker.register(selector)
+                wait = min(worker.deadline for worker in busy) - time.monotonic()
+                events = selector.select(max(0.0, wait))
+                for worker in busy:
+                    worker.unregister(selector)
+                heard = {key.data for key, mask in events if mask & selectors.EVENT_READ}
+                for key, mask in events:
+                    if mask & selectors.EVENT_WRITE:
+                        key.data.write()
+                for worker in busy:
+                    place = self._workers.index(worker)
+                    ended = not worker.read(verdicts) if worker in heard else False
+                    late = not ended and worker not in heard and time.monotonic() >= worker.deadline
+                    if not (ended or late):
+                        continue
+                    self._workers[place] = None
+                    worker.end()
+                    if worker.ready:
+                        failed = 0
+                        if late:
+                            verdicts[worker.asked.popleft()] = Verdict.LATE
+                        elif worker.asked and not worker.retired:
+                            first = worker.asked[0]  # asked once more, as others may have ended the worker
+                            if first in died:
+                                verdicts[worker.asked.popleft()] = Verdict.DIED
+                            died.add(first)
+                    elif (failed := failed + 1) >= _ATTEMPTS:
+                        raise RuntimeError(
+                            f"processes that judge by math-verify do not start: try {sys.executable} {_WORKER} 0 60"
+                        )
+                    waiting.extendleft(reversed(worker.asked))
+        return verdicts
+
+
+class _Worker:
+    """One process, and what it was asked."""
+
+    def __init__(self, timeout: float, memory: int) -> None:
+        self.ready = self.retired = False
+        self.asked: deque[int] = deque()  # requests without a reply, by number
+        self.deadline = time.monotonic() + _START
+        self._timeout = timeout
+        self._unread = b""
+        self._unsent = memoryview(b"")
+        self._process = subprocess.Popen(
+            [sys.executable, str(_WORKER), str(memory), str(2 * timeout + 10)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,  # a terminal sends Ctrl-C to all of a session's group; the parent's end suffices
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},  # the order of sympy's sets, always the same
+        )
+        os.set_blocking(self._process.stdin.fileno(), False)
+        self.end = weakref.finalize(self, _kill, self._process, os.getpid())  # also when this process ends
+
+    def ask(self, numbers: list[int], requests: Sequence[Request]) -> None:
+        self.asked.extend(numbers)
+        self._unsent = memoryview(b"".join(json.dumps(requests[n]).encode() + b"\n" for n in numbers))
+        if self.ready:
+            self.deadline = time.monotonic() + self._timeout
+
+    def register(self, selector: selectors.BaseSelector) -> None:
+        selector.register(self._process.stdout, selectors.EVENT_READ, self)
+        if self._unsent:
+            selector.register(self._process.stdin, selectors.EVENT_WRITE, self)
+
+    def unregister(self, selector: selectors.BaseSelector) -> None:
+        selector.unregister(self._process.stdout)
+        with suppress(KeyError):
+            selector.unregister(self._process.stdin)
+
+    def write(self) -> None:
+        try:
+            self._unsent = self._unsent[os.write(self._process.stdin.fileno(), self._unsent) :]
+        except BlockingIOError:
+            pass
+        except OSError:  # it has ended, which reading will tell
+            self._unsent = memoryview(b"")
+
+    def read(self, verdicts: list[Verdict]) -> bool:
+        """Take the replies that are there; False where the process has ended."""
+        data = os.read(self._process.stdout.fileno(), 1 << 16)
+        *replies, self._unread = (self._unread + data).split(b"\n")
+        for reply in replies:
+            if reply == b"+":
+                self.ready = True
+            elif reply == b"-":
+                self.retired = True
+            elif self.asked:
+                verdicts[self.asked.popleft()] = Verdict.RIGHT if reply == b"1" else Verdict.WRONG
+        if replies:
+            self.deadline = time.monotonic() + self._timeout
+        return bool(data)
+
+
+def _kill(process: subprocess.Popen[bytes], owner: int) -> None:
+    if os.getpid() != owner:  # a fork ends; the process is its parent's
+        return
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe:
+            with suppress(OSError):
+                pipe.close()
