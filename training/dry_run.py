@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 from textwrap import indent, shorten
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from .cut_down import PROMPTS, check_sizes, cut_down, few, left_out
@@ -26,9 +25,9 @@ from .folder import read_run
 from .formats import credit_name, size
 from .grpo import trainer_config
 from .models import load, place
-from .recipe import ROOT, Output, Recipe, RecipeError, parse_recipe, read_recipe
+from .recipe import Output, Recipe, RecipeError, parse_recipe, read_recipe
 from .rows import Unreachable, unreachable
-from .stand_in import byte_tokenizer, causal_class, class_of, parameters, random_model, small_config, stand_in
+from .stand_in import causal_class, class_of, parameters, random_model, small_config, stand_in
 from .task import CORRECTNESS, Instance, Task, check_rewards, instances_of, make, texts
 from .train import check_groups, run
 
@@ -94,7 +93,9 @@ def dry_run(path: str, overrides: Sequence[str] = ()) -> str:
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("nothing was changed") from error
     found.unchecked.append(("speed", "and the memory of activations and generation, which depend on the device"))
-    return f"\n{path}: nothing was found that would stop it.\n{found}\nTook {time.perf_counter() - started:.0f} seconds."
+    return (
+        f"\n{path}: nothing was found that would stop it.\n{found}\nTook {time.perf_counter() - started:.0f} seconds."
+    )
 
 
 def _carry_out(recipe: Recipe, scratch: Path, found: _Findings) -> None:
@@ -287,7 +288,9 @@ def _describe(small: Recipe, folder: Path, held_out: list[Instance], model: _Mod
     gamma = f"mean gamma {last['gamma_mean']:.3f}" if "gamma_mean" in last else "nothing is measured"
     found.checked.append(("credit", f"{credit}: {gamma}"))
     count = sum(samples_of(held_out, small.eval.samples))
-    found.checked.append(("evaluation", f"{len(held_out)} instances before and after, {count} responses and the greedy"))
+    found.checked.append(
+        ("evaluation", f"{len(held_out)} instances before and after, {count} responses and the greedy")
+    )
     load(small, folder / "model")
     pages = sum((folder / name).stat().st_size for name in ("report.html",))
     found.checked.append(("report", f"written, {size(pages)}"))
