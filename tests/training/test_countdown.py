@@ -1,5 +1,6 @@
 """The Countdown task: verifier (hand cases, hostile input, fuzz), splits, solver, prompts."""
 
+import json
 import time
 from fractions import Fraction
 
@@ -278,3 +279,57 @@ def test_prompts() -> None:
     assert message["content"] in base
     prompts = {tiny_prompt(i["numbers"], i["target"]) for i in split("train", 60, (3, 4), level="tiny")}
     assert {len(prompt.split()) for prompt in prompts} == {7, 8, 10, 12}  # so batches are really padded
+
+
+RAW = [{"nums": [44, 19, 35], "target": 98}, {"nums": [63, 95, 96], "target": 64}, {"nums": [1, 2, 3, 4], "target": 24}]
+VERL = [
+    {
+        "data_source": "countdown",
+        "prompt": [{"role": "user", "content": f"make {row['target']}"}],
+        "reward_model": {"style": "rule", "ground_truth": {"target": row["target"], "numbers": row["nums"]}},
+    }
+    for row in RAW
+]
+
+
+def countdown_on(folder, rows: list[dict], **settings) -> Countdown:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Countdown(Countdown.Settings("countdown", **{"train": str(path), "prompt": "base"} | settings))
+
+
+@pytest.mark.parametrize("rows", [RAW, VERL])
+def test_rows_of_tinyzero(tmp_path, rows: list[dict]) -> None:
+    task = countdown_on(tmp_path, rows, test=str(tmp_path / "rows.jsonl"))
+    assert sorted(i["target"] for i in task.instances("test", None)) == [24, 64, 98]
+    assert task.prompt(task.instances("test", 3)[0]).startswith("What follows is a dialogue.")
+    with pytest.raises(ValueError, match="train must hold questions that test do not"):
+        task.instances("train", None)
+    four = countdown_on(tmp_path, rows, test=str(tmp_path / "rows.jsonl"), numbers=[4])
+    assert four.instances("test", None) == [{"numbers": [1, 2, 3, 4], "target": 24}]
+    with pytest.raises(ValueError, match="test must have 2 puzzles of 4 numbers, got 1"):
+        four.instances("test", 2)
+
+
+def test_one_file_is_divided_by_its_numbers(tmp_path) -> None:
+    rows = [{"nums": [a, b, c], "target": a + b * c} for a in range(1, 9) for b in range(1, 9) for c in range(1, 9)]
+    task = countdown_on(tmp_path, rows)
+    parts = {name: task.instances(name, None) for name in ("train", "validation", "test")}
+    multisets = [{tuple(sorted(i["numbers"])) for i in part} for part in parts.values()]
+    assert all(parts.values()) and not (multisets[0] & multisets[1] | multisets[0] & multisets[2])
+    assert all(split_of(i["numbers"]) == name for name, part in parts.items() for i in part)
+    assert task.instances("test", 2) == parts["test"][:2]
+
+
+def test_prompts_of_rows(tmp_path) -> None:
+    task = countdown_on(tmp_path, VERL, prompt="rows")
+    instance = task.instances(split_of([44, 19, 35]), 1)[0]
+    assert task.prompt(instance) == [{"role": "user", "content": f"make {instance['target']}"}]
+    right = task.rewards["correctness"](["<answer>44 + 19 + 35</answer>"], [{"numbers": [44, 19, 35], "target": 98}])
+    assert right == [1.0]
+    with pytest.raises(ValueError, match=r"row 1: it must have chat messages as prompt, got None"):
+        countdown_on(tmp_path, RAW, prompt="rows").instances("train", 1)
+    with pytest.raises(ValueError, match="row 1: it must have whole numbers nums"):
+        countdown_on(tmp_path, [{"nums": "1 2", "target": 3}]).instances("train", 1)
+    with pytest.raises(ValueError, match="prompt must be one of tiny, base, chat without files, got 'rows'"):
+        Countdown.Settings("countdown", prompt="rows")

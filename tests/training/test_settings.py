@@ -71,7 +71,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ("task.numbers=[9]", "numbers must be between 2 and 6, got [9]"),
         ("task.numbers=[0]", "numbers must be between 2 and 6, got [0]"),
         ("task.name=chess", "or module:Class for your own, got 'chess'"),
-        ("task.prompt=short", "task.prompt must be one of tiny, base, chat, got 'short'"),
+        ("task.prompt=short", "task.prompt must be one of tiny, base, chat, rows, got 'short'"),
         ("task.level=hard", "task.level must be one of paper, tiny, got 'hard'"),
         ("grpo.rewards=[]", "grpo.rewards must be a list of at least one, got []"),
         ("grpo.rewards=[corectness]", "must hold only score, correctness, format, answered, got 'corectness'"),
