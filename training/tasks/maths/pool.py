@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import selectors
@@ -11,11 +12,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _WORKER = Path(__file__).with_name("worker.py")
 _START = 120.0  # seconds that a worker may take to import math-verify
@@ -45,6 +46,10 @@ class Request(NamedTuple):
     boxed: bool
 
 
+def _verdict(reply: bytes) -> Verdict:
+    return Verdict.RIGHT if reply == b"1" else Verdict.WRONG
+
+
 class Pool:
     """Worker processes, started when first needed and kept until `close`, or until this process ends.
 
@@ -54,17 +59,27 @@ class Pool:
         workers: how many, at most.
         timeout: seconds of wall clock that an answer may take; then its worker is killed and started again.
         memory: bytes of address space of a worker.
+        script: the program of a worker; `worker.py` here is the pattern.
+        read: what a reply of its says.
     """
 
-    def __init__(self, workers: int, timeout: float, memory: int = _MEMORY) -> None:
+    def __init__(
+        self,
+        workers: int,
+        timeout: float,
+        memory: int = _MEMORY,
+        script: Path = _WORKER,
+        read: Callable[[bytes], Any] = _verdict,
+    ) -> None:
         self.timeout = timeout
-        self._memory = memory
+        self._script = script
+        self._start = functools.partial(_Worker, timeout, memory, script, read)
         self._workers: list[_Worker | None] = [None] * workers
         self._lock = threading.Lock()
         self._owner = os.getpid()
 
-    def judge(self, requests: Sequence[Request]) -> list[Verdict]:
-        """A verdict for each request, in their order, in bounded time.
+    def judge(self, requests: Sequence[Any]) -> list[Any]:
+        """What is replied to each request, in their order, in bounded time; `LATE` or `DIED` where nothing is.
 
         Raises:
             RuntimeError: where no worker can be started.
@@ -89,8 +104,8 @@ class Pool:
                 worker.end()
         self._workers = [None] * len(self._workers)
 
-    def _judge(self, requests: Sequence[Request]) -> list[Verdict]:
-        verdicts: list[Verdict] = [Verdict.WRONG] * len(requests)
+    def _judge(self, requests: Sequence[Any]) -> list[Any]:
+        verdicts: list[Any] = [Verdict.WRONG] * len(requests)
         waiting = deque(range(len(requests)))
         failed = 0
         died: set[int] = set()
@@ -100,7 +115,7 @@ class Pool:
                     if not waiting:
                         break
                     if worker is None:
-                        worker = self._workers[place] = _Worker(self.timeout, self._memory)
+                        worker = self._workers[place] = self._start()
                     if not worker.asked:
                         size = max(1, min(_CHUNK, len(waiting) // len(self._workers)))
                         worker.ask([waiting.popleft() for _ in range(size)], requests)
@@ -134,7 +149,7 @@ class Pool:
                             died.add(first)
                     elif (failed := failed + 1) >= _ATTEMPTS:
                         raise RuntimeError(
-                            f"processes that judge by math-verify do not start: try {sys.executable} {_WORKER} 0 60"
+                            f"processes that judge do not start: try {sys.executable} {self._script} 0 60"
                         )
                     waiting.extendleft(reversed(worker.asked))
         return verdicts
@@ -143,15 +158,15 @@ class Pool:
 class _Worker:
     """One process, and what it was asked."""
 
-    def __init__(self, timeout: float, memory: int) -> None:
+    def __init__(self, timeout: float, memory: int, script: Path, read: Callable[[bytes], Any]) -> None:
         self.ready = self.retired = False
         self.asked: deque[int] = deque()  # requests without a reply, by number
         self.deadline = time.monotonic() + _START
-        self._timeout = timeout
+        self._timeout, self._read = timeout, read
         self._unread = b""
         self._unsent = memoryview(b"")
         self._process = subprocess.Popen(
-            [sys.executable, str(_WORKER), str(memory), str(2 * timeout + 10)],
+            [sys.executable, str(script), str(memory), str(2 * timeout + 10)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -163,7 +178,7 @@ class _Worker:
         os.set_blocking(self._process.stdin.fileno(), False)
         self.end = weakref.finalize(self, _kill, self._process, os.getpid())  # also when this process ends
 
-    def ask(self, numbers: list[int], requests: Sequence[Request]) -> None:
+    def ask(self, numbers: list[int], requests: Sequence[Any]) -> None:
         self.asked.extend(numbers)
         self._unsent = memoryview(b"".join(json.dumps(requests[n]).encode() + b"\n" for n in numbers))
         if self.ready:
@@ -187,7 +202,7 @@ class _Worker:
         except OSError:  # it has ended, which reading will tell
             self._unsent = memoryview(b"")
 
-    def read(self, verdicts: list[Verdict]) -> bool:
+    def read(self, verdicts: list[Any]) -> bool:
         """Take the replies that are there; False where the process has ended."""
         data = os.read(self._process.stdout.fileno(), 1 << 16)
         *replies, self._unread = (self._unread + data).split(b"\n")
@@ -197,7 +212,7 @@ class _Worker:
             elif reply == b"-":
                 self.retired = True
             elif self.asked:
-                verdicts[self.asked.popleft()] = Verdict.RIGHT if reply == b"1" else Verdict.WRONG
+                verdicts[self.asked.popleft()] = self._read(reply)
         if replies:
             self.deadline = time.monotonic() + self._timeout
         return bool(data)

@@ -1,10 +1,10 @@
 """The sets of the package reasoning_gym, each by its name: questions that are drawn and judged by a program.
 
-`zebra_puzzles` is the nearest to ZebraLogic, on which the paper of the rhythm trains its 4B model: the same kind of puzzle
-(houses in a row, a property of each kind in each house, clues), but the question is who lives in one house. ZebraLogic
-(allenai/ZebraLogicBench) asks for the whole grid, or one cell of it as multiple choice, over 2 to 6 houses and as many
-properties; here `options: {num_people: 5, num_characteristics: 5}` sets both. `gsm_symbolic` asks word problems of the kind
-of GSM8K, with names and numbers drawn anew, and needs no download.
+`zebra_puzzles` is the nearest to ZebraLogic, on which the paper trains Qwen3-4B: the same kind of puzzle (houses in a
+row, a property of each kind in each, clues), but one question is asked, who lives in one house. ZebraLogic
+(allenai/ZebraLogicBench) asks for the whole grid, or for one cell as multiple choice, over 2 to 6 houses and as many
+properties; here `options: {num_people: 5, num_characteristics: 5}` sets both. `gsm_symbolic` asks word problems of the
+kind of GSM8K, with names and numbers drawn anew, and needs no download.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class ReasoningGymSettings(TaskSettings):
 class ReasoningGym(Task):
     """Questions of a set of reasoning_gym.
 
-    The answer of a response is the text of its last `<answer>...</answer>`, which is the package's convention; the set's
-    own scorer judges it, in a process that is killed where it takes too long. Some scorers evaluate answers as Python;
-    in that process they read literals and expressions only (`worker.py`).
+    The answer of a response is the text of its last `<answer>...</answer>`, which is the package's convention. The
+    set's own scorer judges it, in a process that is killed where it takes too long. Some scorers evaluate answers as
+    Python; in that process they read literals and expressions only (`worker.py`).
 
     Raises:
-        ValueError: where the package or the set does not exist, the set does not take the options, or does not give its own
-            answers the score 1: then no response could be right.
+        ValueError: where the package or the set does not exist, the set does not take the options, or does not give its
+            own answers the score 1: then no response could be right.
     """
 
     Settings: ClassVar[type[TaskSettings]] = ReasoningGymSettings
@@ -101,8 +101,8 @@ class ReasoningGym(Task):
 
     @property
     def rewards(self) -> Mapping[str, Reward]:
-        """`correctness`, 1.0 for an answer that its set gives the score 1; `score`, the set's score, of which many sets give
-        a part for an answer that is near, or well-formed; `format`, 1.0 for a response that has an answer."""
+        """By name: `correctness`, 1.0 for an answer whose score is 1; `score`, the score that the set gives, of which many
+        give a part to what is near, or well-formed; `format`, 1.0 for a response that has an answer."""
         return {
             CORRECTNESS: lambda responses, instances: [float(one == 1.0) for one in self._scores(responses, instances)],
             "score": self._scores,
@@ -159,16 +159,18 @@ class ReasoningGym(Task):
         return known.entry
 
     def _check_truth(self) -> None:
-        dataset = self.settings.dataset
         sample = self._questions.first("train", _CHECKED)
-        asked = [(*self._questions.scored_as, answer_of(f"{_OPEN}{one.answer}{_CLOSE}") or "", one.entry) for one in sample]
+        truths = [answer_of(f"{_OPEN}{one.answer}{_CLOSE}") or "" for one in sample]
+        asked = [(*self._questions.scored_as, truth, one.entry) for truth, one in zip(truths, sample)]
         for one, score in zip(sample, ask("score", asked, _JUDGES, SECONDS)):
-            if one.answer is None or score != 1.0:
-                why = "has no answer of its own to" if one.answer is None else f"scores {score or 0.0:g} for its own answer to"
-                raise ValueError(
-                    f"dataset must be a set that gives its own answers the score 1, got {dataset!r}, which {why} question "
-                    f"{one.number}"
-                )
+            if one.answer is None:
+                what = f"which gives no answer to its question {one.number}"
+            elif score != 1.0:
+                what = f"which scores {score or 0.0:g} for its own answer to question {one.number}"
+            else:
+                continue
+            wanted = "a set that gives its own answers the score 1"
+            raise ValueError(f"dataset must be {wanted}, got {self.settings.dataset!r}, {what}")
 
 
 def answer_of(response: str) -> str | None:

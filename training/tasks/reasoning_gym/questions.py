@@ -72,8 +72,8 @@ def split_of(question: str) -> SplitName:
 class Questions:
     """The questions of a set with some options, by split, in the order in which they are drawn.
 
-    A text that was drawn before is dropped. Draws are made by processes of their own, whose hash seed is always the same:
-    the questions of some sets depend on it.
+    A text that was drawn before is dropped. Processes of their own draw, whose hash seed is always the same: the
+    questions of some sets depend on it.
 
     Args:
         dataset: the set's name.
@@ -111,7 +111,7 @@ class Questions:
                 self._say_how_long(needed)
             if not found and self._failed:
                 dataset, options = self._what
-                raise ValueError(f"options must be such that {dataset} can make questions, got {options}: {self._failed}")
+                raise ValueError(f"options must let {dataset} make questions, got {options!r}: {self._failed}")
             return found[:size]
 
     def numbered(self, number: int) -> Question | None:

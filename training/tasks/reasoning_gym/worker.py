@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 READY = b"+\n"
-CHUNK = 500  # questions of one seed of a set. Some sets make all of a seed's at once, and the package takes 500 for granted
+CHUNK = 500  # questions of one seed: what the package takes for granted; some sets make all of a seed's at once
 
 
 def check(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +62,8 @@ def make(name: str, options: dict[str, Any], seed: int, index: int) -> dict[str,
 def score(name: str, options: dict[str, Any], seed: int, answer: str, entry: str) -> float:
     """The set's own score of an answer, in [0, 1]; 0 where its scorer fails."""
     _disarm()
-    value = float(_questions(name, json.dumps(options), seed).score_answer(answer, pickle.loads(base64.b64decode(entry))))
+    known = pickle.loads(base64.b64decode(entry))
+    value = float(_questions(name, json.dumps(options), seed).score_answer(answer, known))
     return min(1.0, max(0.0, value)) if math.isfinite(value) else 0.0
 
 
@@ -88,8 +89,8 @@ _EXPRESSION = re.compile(r"[A-Za-z0-9_\s+\-*/^().,!|]*", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _ATTRIBUTE = re.compile(r"\.\s*[A-Za-z_]", re.ASCII)
 _FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth asinh acosh atanh exp log ln sqrt cbrt "
-    "Abs abs sign pi oo Rational Integer Float erf Si Ci Ei li".split()
+    ["sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "acot", "asec", "acsc", "sinh", "cosh", "tanh"]
+    + ["coth", "asinh", "acosh", "atanh", "exp", "log", "ln", "sqrt", "cbrt", "Abs", "abs", "sign", "pi", "oo", "erf"]
 )
 _TRUSTED = ("reasoning_gym.arithmetic.bitwise_arithmetic",)  # evaluates its own question, never an answer
 
@@ -98,15 +99,16 @@ _TRUSTED = ("reasoning_gym.arithmetic.bitwise_arithmetic",)  # evaluates its own
 def _disarm() -> None:
     """Take from the package's scorers the means to run an answer as a program.
 
-    Several call `eval`, or `parse_expr` of sympy, which evaluates too, on what a model wrote. Here `eval` reads literals
-    and nothing else, `exec` does nothing, and `parse_expr` reads expressions of numbers, letters and functions.
+    Several call `eval`, or `parse_expr` of sympy, which evaluates too, on what a model wrote. Here `eval` reads
+    literals, `exec` does nothing, and `parse_expr` reads expressions of numbers, letters and functions. sympy itself,
+    which reads names of its own when parts of it are imported, keeps what it has.
     """
     import sympy
     from sympy.parsing import sympy_parser
 
     plain = sympy_parser.parse_expr
     reader = _reader(plain)
-    sympy.parse_expr = sympy_parser.parse_expr = reader
+    sympy.parse_expr = reader
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "reasoning_gym" and name not in _TRUSTED:
             module.eval, module.exec = _literal, _nothing  # type: ignore[attr-defined]
