@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 from .recipe import Recipe, RecipeError
@@ -35,8 +36,11 @@ def left_out(content: dict[str, Any]) -> list[str]:
     return found
 
 
-def check_sizes(recipe: Recipe, train: int) -> str:
-    """What the recipe's numbers come to, in words; `train` is the number of instances to train on.
+def check_sizes(recipe: Recipe, train: int | None) -> str:
+    """What the recipe's numbers come to, in words.
+
+    Args:
+        train: the number of instances to train on; None where that is not known.
 
     Raises:
         RecipeError: where a batch would take more prompts than there are, so that no step could be made.
@@ -44,19 +48,22 @@ def check_sizes(recipe: Recipe, train: int) -> str:
     grpo = recipe.grpo
     batch = grpo.per_device_train_batch_size * grpo.steps_per_generation  # TRL refuses one that groups do not divide
     prompts = batch // grpo.num_generations
-    if prompts > train:
+    if train is not None and prompts > train:
+        most = train * grpo.num_generations // grpo.steps_per_generation
         raise RecipeError(
-            f"grpo.per_device_train_batch_size must be at most {train * grpo.num_generations // grpo.steps_per_generation}"
-            f", got {grpo.per_device_train_batch_size}: a batch of responses would answer {prompts} prompts, and there "
-            f"are {train}"
+            f"grpo.per_device_train_batch_size must be at most {most}, got {grpo.per_device_train_batch_size}: a batch of "
+            f"responses would answer {prompts} prompts, and there are {train} to train on"
         )
     repeats = int(grpo.more.get("num_iterations", 1))
     steps = grpo.steps_per_generation * repeats / grpo.gradient_accumulation_steps  # optimizer steps a batch
-    passes = grpo.max_steps / steps * prompts / train
-    seen = f"each prompt is seen {passes:.3g} times" if passes >= 1 else f"{passes:.0%} of the prompts are seen"
+    total = grpo.max_steps / steps * prompts
+    seen = f"{total:,.0f} prompts are answered"
+    if train is not None:
+        passes = total / train
+        seen = f"each prompt is seen {passes:.3g} times" if passes >= 1 else f"{passes:.0%} of the prompts are seen"
     return (
         f"{batch:,} responses a batch, {grpo.num_generations} to each of {prompts} prompts, make {steps:g} optimizer "
-        f"steps; in {grpo.max_steps:,} steps {seen}"
+        f"step{'s' * (steps != 1)}; in {grpo.max_steps:,} steps {seen}"
     )
 
 
@@ -86,9 +93,8 @@ def cut_down(recipe: Recipe, *, random: bool, attention: str) -> Recipe:
     if "dataloader_num_workers" in grpo.more:
         grpo.more["dataloader_num_workers"] = min(int(grpo.more["dataloader_num_workers"]), 1)
     if random:
-        small.rhythm.groups = None
-        if not isinstance(small.rhythm.layers, str):
-            small.rhythm.layers = "middle5"
+        layers = small.rhythm.layers if isinstance(small.rhythm.layers, str) else "middle5"
+        small.rhythm = replace(small.rhythm, groups=None, layers=layers)
     evaluation.batch_size = min(evaluation.batch_size, ALONE)
     small.model.dtype, small.model.attn_implementation = "float32", attention
     _few_samples(evaluation)

@@ -32,9 +32,12 @@ from .task import CORRECTNESS, Instance, Task, check_rewards, instances_of, make
 from .train import check_groups, run
 
 _SMALL = 64 * 2**20  # bytes of weights, up to which a model is used itself
+_OWN = "of its own"
 _LOOKED_AT = 2000  # prompts whose length is counted
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_ANSWERS = ("", "The answer is 42.", r"First \boxed{B}, then (1 + 2) * 3")  # responses that are judged, of our own
+# Responses that are judged: any, and the ways in which tasks here want an answer, X, to be written
+_ANSWERS = ("", "The answer is 42.")
+_FORMS = (r"So it is \boxed{X}.", "<answer>X</answer>", "The answer is X")
 
 
 @dataclass
@@ -102,10 +105,10 @@ def _carry_out(recipe: Recipe, scratch: Path, found: _Findings) -> None:
     recipe = replace(recipe, output=Output(str(scratch / "run")))
     trainer_config(recipe)
     found.checked.append(("settings", "every section, and what TRL makes of the section grpo"))
-    task, train, held_out = _rows(recipe, found)
+    task, train, held_out, own = _rows(recipe, found)
     try:
         check_rewards(task, recipe.grpo.rewards)
-        found.checked.append(("sizes", check_sizes(recipe, len(train))))
+        found.checked.append(("sizes", check_sizes(recipe, len(train) if own else recipe.task.train_size)))
         model = _model(recipe, scratch, found)
         _check_prompts(recipe, task, [*held_out, *train], model, found)
         _check_judges(recipe, task, held_out[0], found)
@@ -120,10 +123,10 @@ def _carry_out(recipe: Recipe, scratch: Path, found: _Findings) -> None:
         task.close()
 
 
-def _rows(recipe: Recipe, found: _Findings) -> tuple[Task, list[Instance], list[Instance]]:
-    """The task, its training set and its held-out instances; the rows that it brings, where its own cannot be had."""
+def _rows(recipe: Recipe, found: _Findings) -> tuple[Task, list[Instance], list[Instance], bool]:
+    """The task, its training set, its held-out instances, and whether these are its own, not rows that stand in."""
     task = make(recipe.task)
-    split, where = recipe.eval.split, "of its own"
+    split, where = recipe.eval.split, _OWN
     try:
         train = instances_of(task, "train", recipe.task.train_size)
         held_out = instances_of(task, split, recipe.eval.size)
@@ -141,7 +144,7 @@ def _rows(recipe: Recipe, found: _Findings) -> tuple[Task, list[Instance], list[
     told = f" ({', '.join(sets)})" if sets else ""
     rows = f"{len(train):,} to train on and {len(held_out):,} of split {split}{told}, {where}"
     found.checked.append(("rows", rows))
-    return task, train, held_out
+    return task, train, held_out, where == _OWN
 
 
 def _in_sets(recipe: Recipe, instances: list[Instance]) -> list[Instance]:
@@ -255,16 +258,24 @@ def _memory(recipe: Recipe, count: int) -> str:
 
 
 def _check_judges(recipe: Recipe, task: Task, instance: Instance, found: _Findings) -> None:
-    """Reward a few responses of ours to one instance."""
-    lines = []
-    for name in dict.fromkeys([*recipe.grpo.rewards, CORRECTNESS]):
-        rewards = list(task.rewards[name](_ANSWERS, [instance] * len(_ANSWERS)))
-        if len(rewards) != len(_ANSWERS) or not all(isinstance(r, int | float) and math.isfinite(r) for r in rewards):
+    """Reward a few responses of ours to one instance, among them its answer, where it has one under that name."""
+    answer = instance.get("answer")
+    answer = answer[0] if isinstance(answer, list | tuple) and answer else answer
+    responses = [*_ANSWERS, *([form.replace("X", str(answer)) for form in _FORMS] if answer is not None else [])]
+    names = list(dict.fromkeys([*recipe.grpo.rewards, CORRECTNESS]))
+    columns = []
+    for name in names:
+        rewards = list(task.rewards[name](responses, [instance] * len(responses)))
+        if len(rewards) != len(responses) or not all(isinstance(r, int | float) and math.isfinite(r) for r in rewards):
             raise RecipeError(
                 f"task: its reward {name} must give a finite number for each response, got {shorten(str(rewards), 100)}"
             )
-        lines.append(f"{name} {', '.join(f'{r:g}' for r in rewards)}")
-    found.checked.append(("rewards", f"of the responses {', '.join(map(repr, _ANSWERS))}: {'; '.join(lines)}"))
+        columns.append(rewards)
+    lines = [
+        f"{', '.join(f'{reward:g}' for reward in row):>{4 * len(names)}}  for {shorten(response, 60)!r}"
+        for row, response in zip(zip(*columns), responses)
+    ]
+    found.checked.append(("rewards", "\n".join([f"{', '.join(names)} of responses made up here:", *lines])))
 
 
 def _describe(small: Recipe, folder: Path, held_out: list[Instance], model: _Model, found: _Findings) -> None:

@@ -79,11 +79,11 @@ class FileTask(Task):
         super().__init__(settings)
         self._splits: dict[str, dict[bytes, Instance]] = {}
 
-    def parse(self, row: _Row) -> Instance | None:
-        """The instance that a row holds; None for one that is dropped, as published files have some without an answer.
+    def parse(self, row: _Row) -> Instance:
+        """The instance that a row holds.
 
         Raises:
-            ValueError: where it cannot be read; file and row are added to the message.
+            ValueError: where it holds none; file and row are added to the message.
         """
         raise NotImplementedError
 
@@ -111,7 +111,7 @@ class FileTask(Task):
         ahead: dict[SplitName, tuple[SplitName, ...]] = {"test": (), "validation": ("test",)}
         others = [o for o in ahead.get(split, ("validation", "test")) if getattr(self.settings, o) is not None]
         taken = {other: self._split(other).keys() for other in others}
-        dropped = dict.fromkeys(("again", *taken, "none"), 0)
+        dropped = dict.fromkeys(("again", *taken), 0)
         sets = []
         for name, path in files.items() if isinstance(files, dict) else [("", files)]:
             kept: dict[bytes, Instance] = {}
@@ -119,9 +119,7 @@ class FileTask(Task):
                 if row is None:
                     dropped["again"] += 1
                     continue
-                if (instance := self._parse(path, number, row)) is None:
-                    dropped["none"] += 1
-                    continue
+                instance = self._parse(path, number, row)
                 key = _key(self.question(instance))
                 if reason := next((other for other in taken if key in taken[other]), "again" if key in kept else ""):
                     dropped[reason] += 1
@@ -134,23 +132,17 @@ class FileTask(Task):
         if said:
             print(f"{split}: {len(found)} questions of {_named(files)}; dropped rows: {', '.join(said)}", flush=True)
         if not found:
-            which = f"questions that {' and '.join(taken)} do not hold" if taken else "questions with answers"
-            raise ValueError(f"{split} must hold {which}, got {_named(files)}")
+            raise ValueError(f"{split} must hold questions that {' and '.join(taken)} do not, got {_named(files)}")
         return found
 
-    def _parse(self, path: str, number: int, row: _Row) -> Instance | None:
+    def _parse(self, path: str, number: int, row: _Row) -> Instance:
         try:
             return self.parse(row)
         except ValueError as error:
             raise ValueError(f"{path}, row {number}: {error}") from error
 
 
-_SAID = {
-    "again": "ask what an earlier one asks",
-    "validation": "validation asks too",
-    "test": "test asks too",
-    "none": "have no answer",
-}
+_SAID = {"again": "ask what an earlier one asks", "validation": "validation asks too", "test": "test asks too"}
 
 
 def _named(files: str | dict[str, str]) -> str:
@@ -307,7 +299,7 @@ def _download(path: str, repository: str, file: str, revision: str | None) -> Pa
         raise ValueError(f'{path}: to read the hub, install huggingface_hub: pip install "rhythm-kernels[train]"')
     from huggingface_hub import errors, hf_hub_download
 
-    why = unreachable()
+    why = _unreachable()
     try:
         return Path(
             hf_hub_download(repository, file, repo_type="dataset", revision=revision, local_files_only=bool(why))
@@ -319,7 +311,7 @@ def _download(path: str, repository: str, file: str, revision: str | None) -> Pa
 
 
 @functools.cache
-def unreachable() -> str:
+def _unreachable() -> str:
     """Why the hub does not answer; empty where it does. Its client would try for half a minute, for each file."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
