@@ -81,7 +81,7 @@ $(VENV)/.train: $(VENV)/.package
 	touch $@
 
 $(VENV)/.test: $(VENV)/.package
-	$(PIP) "rhythm-kernels[train,test]"
+	$(PIP) "rhythm-kernels[train,tasks,test]"
 	touch $@ $(VENV)/.train
 
 $(VENV)/.dev: $(VENV)/.test

@@ -11,7 +11,7 @@ shift || true
 names=("$@")
 [ ${#names[@]} -gt 0 ] || names=(torch-oldest trl-oldest triton-3.6 triton-3.9 peers abi gpu-machine)
 torch=${TORCH:-torch==2.13.0}
-extras="[train,test]"
+extras="[train,tasks,test]"
 export OMP_NUM_THREADS=1
 
 # environment NAME PACKAGE... : the package with its extras, then the versions that make the row.

@@ -2,8 +2,8 @@ r"""Maths problems from files, as published or your own, judged by math-verify.
 
 A response is judged by its last `\boxed{...}` alone, as the graders of MATH and of verl judge it; math-verify then says
 whether what it holds equals the right answer, `0.5` and `\frac{1}{2}` alike. With `boxed_only: false`, a response
-without a box is judged by what math-verify finds in its end: what follows "final answer is" or "answer:", else the last
-formula or number. That is kinder to base models, and pays for guesses: the last number of a response that was cut off
+without a box is judged by what follows its last `####`, as GSM8K marks answers, else by what math-verify finds in its
+last 2,000 characters: what follows "final answer is" or "answer:", else the last formula or number. That is kinder to base models, and pays for guesses: the last number of a response that was cut off
 may be right by chance.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from ...rows import FileSettings, FileTask
 from ...task import CORRECTNESS, Figure, Instance, Prompt, Reward, one_by_one
-from .answers import ANSWERS, LONGEST, QUESTIONS, at, bare, boxed, gold, pick, plain
+from .answers import ANSWERS, DEEPEST, LONGEST, QUESTIONS, at, bare, boxed, depth, gold, marked, pick, plain
 from .pool import Pool, Request, Verdict
 
 _ASK = "Reason step by step, and put the final answer within \\boxed{}."
@@ -146,7 +146,9 @@ class Maths(FileTask):
         right = tuple(instance["answer"])
         answer = boxed(response)
         if answer is None and not self.settings.boxed_only:
-            return Request(right, response[-LONGEST:], False)
+            answer = marked(response)
+            if answer is None:
+                return Request(right, response[-LONGEST:], False)
         return Request(right, plain(answer or ""), True)
 
     def label(self, instance: Instance) -> str:
@@ -188,14 +190,16 @@ class Maths(FileTask):
 
 
 def _at_sight(request: Request) -> Verdict | None:
-    """The verdict where nobody needs to compute: the same text but for white space, or none at all."""
+    """The verdict where nothing needs to be computed: for equal text, for none, and for a maze of brackets."""
     given = "".join(request.answer.split())
-    if not given:
+    if not given or depth(given) > DEEPEST:
         return Verdict.WRONG
     return Verdict.RIGHT if request.boxed and given in {"".join(one.split()) for one in request.gold} else None
 
 
 def _question(value: Any) -> str:
+    if not isinstance(value, str | list):
+        raise ValueError(f"question must be text or chat messages, got {value!r}")
     text = value if isinstance(value, str) else _messages(value)[-1]["content"]
     if not (text := bare(text)):
         raise ValueError("question must be text, got nothing")

@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-LONGEST = 2000  # characters of an answer that is judged; the longest of the published sets named here has 204
+# What an answer may have to be judged. Those of the published sets have at most 204 characters, nested 4 deep.
+LONGEST = 2000  # characters
+DEEPEST = 20  # brackets in one another: math-verify takes seconds for ten more
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -52,6 +54,22 @@ def boxed(text: str) -> str | None:
     return None
 
 
+def marked(text: str) -> str | None:
+    """What follows the last `####` of a text in its line, as GSM8K marks answers; None where there is none."""
+    _, mark, rest = text.rpartition("####")
+    answer = rest.strip().partition("\n")[0][:LONGEST] if mark else ""
+    return re.sub(r"(?<=\d),(?=\d{3})", "", answer) or None
+
+
+def depth(text: str) -> int:
+    """How many brackets of any kind are open at once, at most."""
+    now = most = 0
+    for character in text:
+        now = now + 1 if character in "([{" else max(0, now - (character in ")]}"))
+        most = max(most, now)
+    return most
+
+
 def plain(answer: str) -> str:
     """An answer without the dollar signs of its formulas and without white space around it."""
     return re.sub(r"(?<!\\)\$", "", answer).strip()
@@ -73,12 +91,8 @@ def gold(value: Any) -> list[str]:
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     text = str(value)
-    _, marked, last = text.rpartition("####")
-    if marked:
-        text = re.sub(r"(?<=\d),(?=\d{3})", "", last)
-    elif (inside := boxed(text)) is not None:
-        text = inside
-    text = plain(text)
+    inside = marked(text) or boxed(text)
+    text = plain(text if inside is None else inside)
     if len(text) > LONGEST:
         raise ValueError(f"must hold an answer after #### or in \\boxed{{...}}, or be one, got {str(value)[:80]!r}")
     return [text] if text else []

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 _WORKER = Path(__file__).with_name("worker.py")
 _START = 120.0  # seconds that a worker may take to import math-verify
+_ALONE = 5.0  # seconds beyond twice the timeout after which a worker ends itself, should nobody be left to kill it
 _ATTEMPTS = 3  # starts in a row that may fail
 _MEMORY = 2 << 30  # bytes of address space of a worker; it begins with a tenth of them
 _CHUNK = 16  # requests that a worker has at a time
@@ -166,7 +167,7 @@ class _Worker:
         self._unread = b""
         self._unsent = memoryview(b"")
         self._process = subprocess.Popen(
-            [sys.executable, str(script), str(memory), str(2 * timeout + 10)],
+            [sys.executable, str(script), str(memory), str(2 * timeout + _ALONE)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
