@@ -19,7 +19,7 @@ PATIENCE = 1000  # draws in a row without a new question of a split, after which
 _PERCENT: dict[SplitName, int] = {"test": 15, "validation": 15, "train": 70}
 _CHUNK = 500  # questions of one seed, as in `worker.py`
 _BLOCK, _FIRST = 1000, 20  # draws that are asked for at a time; and at first, to see how long they take
-_SLOW = 0.02  # seconds of a draw from which on more processes help
+_SLOW = 5.0  # seconds of drawing from which on more processes help
 _LIMIT = 120.0  # seconds that a draw may take
 _MEMORY = 4 << 30  # bytes of address space of a process
 _PROCESSES = max(1, min(8, os.cpu_count() or 1))
@@ -29,7 +29,7 @@ _pools: dict[tuple[bool, int, float], Pool] = {}
 
 
 def ask(what: str, requests: Sequence[Sequence[Any]], number: int = 1, seconds: float = _LIMIT) -> list[Any]:
-    """The replies of `worker.py` to requests; None for one that took too long or ended its process.
+    """The replies of `worker.py` to requests; None for one that took over `seconds`, or ended its process.
 
     All tasks share the processes, which know no set before they are asked. Those that score do nothing else.
     """
@@ -51,13 +51,13 @@ class Question(NamedTuple):
 
     Attributes:
         number: of the draw, from 0.
-        text: what is asked.
+        question: what is asked.
         answer: the set's own; None where it has none.
         entry: what the set's scorer reads, for a process that scores.
     """
 
     number: int
-    text: str
+    question: str
     answer: str | None
     entry: str
 
@@ -107,6 +107,7 @@ class Questions:
         with self._lock:
             while len(found) < size and not self._ended(split):
                 needed = (size - len(found)) * 100 // _PERCENT[split] + 1
+                self._number = _PROCESSES if needed * self._pace > _SLOW else 1
                 self._draw(min(max(needed, 8), _BLOCK if self._drawn else _FIRST))
                 self._say_how_long(needed)
             if not found and self._failed:
@@ -127,7 +128,7 @@ class Questions:
             self._drawn = number + 1
             if question is None:
                 continue
-            split, key = split_of(question.text), _key(question.text)
+            split, key = split_of(question.question), _key(question.question)
             if key not in self._texts and number - self._last(split) <= PATIENCE:
                 self._texts.add(key)
                 self._found[split].append(question)
@@ -140,21 +141,21 @@ class Questions:
         wanted = [(self._first + number - number % _CHUNK, number % _CHUNK) for number in numbers]
         begin = time.monotonic()
         replies = ask("make", [(dataset, options, seed, index) for seed, index in wanted], self._number)
-        self._pace = (time.monotonic() - begin) / len(numbers)
-        if self._pace > _SLOW:
-            self._number = _PROCESSES
+        self._pace = (time.monotonic() - begin) / len(numbers) * self._number
         made: list[Question | None] = []
         for number, reply in zip(numbers, replies):
-            if isinstance(reply, dict) and "question" in reply:
-                made.append(Question(number, reply["question"], reply["answer"], reply["entry"]))
-            else:
-                self._failed = reply["error"] if isinstance(reply, dict) else f"a question took over {_LIMIT:g} seconds"
-                made.append(None)
+            if not isinstance(reply, dict):  # to pass over it would give other questions on another machine
+                raise ValueError(
+                    f"options must let {dataset} make a question within {_LIMIT:g} seconds and {_MEMORY >> 30} GiB, "
+                    f"got {options!r}"
+                )
+            self._failed = reply.get("error", self._failed)
+            made.append(None if "error" in reply else Question(number, **reply))
         return made
 
     def _say_how_long(self, draws: int) -> None:
-        minutes = draws * self._pace / 60
-        if self._pace > _SLOW and minutes > 2 and not self._said:
+        minutes = draws * self._pace / self._number / 60
+        if minutes > 2 and self._number == _PROCESSES and not self._said:
             self._said = True
             print(f"{self._what[0]}: drawing questions takes about {minutes:.0f} minutes", flush=True)
 
