@@ -51,8 +51,8 @@ def check_sizes(recipe: Recipe, train: int | None) -> str:
     if train is not None and prompts > train:
         most = train * grpo.num_generations // grpo.steps_per_generation
         raise RecipeError(
-            f"grpo.per_device_train_batch_size must be at most {most}, got {grpo.per_device_train_batch_size}: a batch of "
-            f"responses would answer {prompts} prompts, and there are {train} to train on"
+            f"grpo.per_device_train_batch_size must be at most {most}, got {grpo.per_device_train_batch_size}: a batch "
+            f"of responses would answer {prompts} prompts, and there are {train} to train on"
         )
     repeats = int(grpo.more.get("num_iterations", 1))
     steps = grpo.steps_per_generation * repeats / grpo.gradient_accumulation_steps  # optimizer steps a batch

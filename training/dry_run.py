@@ -26,12 +26,13 @@ from .formats import credit_name, size
 from .grpo import trainer_config
 from .models import load, place
 from .recipe import Output, Recipe, RecipeError, parse_recipe, read_recipe
-from .rows import Unreachable, unreachable
+from .row_files import Unreachable, unreachable
 from .stand_in import causal_class, class_of, parameters, random_model, small_config, stand_in
-from .task import CORRECTNESS, Instance, Task, check_rewards, instances_of, make, texts
+from .task import CORRECTNESS, Instance, SplitName, Task, check_rewards, instances_of, make, texts
 from .train import check_groups, run
 
 _SMALL = 64 * 2**20  # bytes of weights, up to which a model is used itself
+_FIRST, _PATIENCE = 32, 15.0  # rows, and seconds that all of them may take
 _OWN = "of its own"
 _LOOKED_AT = 2000  # prompts whose length is counted
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -108,12 +109,16 @@ def _carry_out(recipe: Recipe, scratch: Path, found: _Findings) -> None:
     task, train, held_out, own = _rows(recipe, found)
     try:
         check_rewards(task, recipe.grpo.rewards)
-        found.checked.append(("sizes", check_sizes(recipe, len(train) if own else recipe.task.train_size)))
+        found.checked.append(("sizes", check_sizes(recipe, len(train) if own and recipe.task.train_size is None else recipe.task.train_size)))
         model = _model(recipe, scratch, found)
         _check_prompts(recipe, task, [*held_out, *train], model, found)
         _check_judges(recipe, task, held_out[0], found)
         given = {"train": train[:PROMPTS], recipe.eval.split: few(held_out)}
         task.instances = lambda split, _: given[split]  # type: ignore[method-assign]
+        if model.attention != recipe.model.attn_implementation:
+            found.unchecked.append(("attention", f"{recipe.model.attn_implementation}; stood in: {model.attention}"))
+        if recipe.model.dtype != "float32":
+            found.unchecked.append(("numbers", f"{recipe.model.dtype}; stood in: float32"))
         small = cut_down(recipe, random=not model.is_real, attention=model.attention)
         small.model.path = model.path
         with redirect_stdout(io.StringIO()):  # it speaks of files that are gone in a moment
@@ -124,12 +129,14 @@ def _carry_out(recipe: Recipe, scratch: Path, found: _Findings) -> None:
 
 
 def _rows(recipe: Recipe, found: _Findings) -> tuple[Task, list[Instance], list[Instance], bool]:
-    """The task, its training set, its held-out instances, and whether these are its own, not rows that stand in."""
+    """The task, its training set, its held-out instances, and whether these are its own rows."""
     task = make(recipe.task)
     split, where = recipe.eval.split, _OWN
     try:
-        train = instances_of(task, "train", recipe.task.train_size)
-        held_out = instances_of(task, split, recipe.eval.size)
+        train, left = _some(task, "train", recipe.task.train_size)
+        held_out, also = _some(task, split, recipe.eval.size)
+        if left or also:
+            found.unchecked.append(("data", " and ".join(filter(None, (left, also)))))
     except RecipeError as error:
         task.close()
         other = task.stand_in() if isinstance(error.__cause__, Unreachable) else None
@@ -145,6 +152,18 @@ def _rows(recipe: Recipe, found: _Findings) -> tuple[Task, list[Instance], list[
     rows = f"{len(train):,} to train on and {len(held_out):,} of split {split}{told}, {where}"
     found.checked.append(("rows", rows))
     return task, train, held_out, where == _OWN
+
+
+def _some(task: Task, split: SplitName, wanted: int | None) -> tuple[list[Instance], str]:
+    """The instances of a split; the first ones, and a word about the rest, where all would take long to make."""
+    if wanted is not None and wanted > 2 * _FIRST:
+        instances_of(task, split, _FIRST)
+        started = time.perf_counter()  # what comes with the first ones, such as reading a file, is not counted
+        first = instances_of(task, split, 2 * _FIRST)
+        seconds = (time.perf_counter() - started) / _FIRST * wanted
+        if seconds > _PATIENCE:
+            return first, f"{wanted:,} rows of split {split}, which take about {seconds / 60:.0f} minutes to make"
+    return instances_of(task, split, wanted), ""
 
 
 def _in_sets(recipe: Recipe, instances: list[Instance]) -> list[Instance]:
@@ -284,7 +303,7 @@ def _describe(small: Recipe, folder: Path, held_out: list[Instance], model: _Mod
     steps = len(done.lines)
     if steps < small.grpo.max_steps:
         raise RecipeError(f"grpo.max_steps: the trainer stopped after {steps} of {small.grpo.max_steps} steps")
-    last = done.lines[-1]
+    gammas = [line["gamma_mean"] for line in done.lines if "gamma_mean" in line]  # of steps that were measured
     grpo = small.grpo
     loss = ", ".join(f"{line['loss']:.3g}" for line in done.lines)
     trained = model.name or "the recipe's own model"
@@ -296,7 +315,7 @@ def _describe(small: Recipe, folder: Path, held_out: list[Instance], model: _Mod
         )
     )
     credit = credit_name(small.rhythm.mode)
-    gamma = f"mean gamma {last['gamma_mean']:.3f}" if "gamma_mean" in last else "nothing is measured"
+    gamma = f"mean gamma {sum(gammas) / len(gammas):.3f}" if gammas else "nothing is measured"
     found.checked.append(("credit", f"{credit}: {gamma}"))
     count = sum(samples_of(held_out, small.eval.samples))
     found.checked.append(
