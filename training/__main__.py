@@ -51,7 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         "runs", nargs="+", type=Path, metavar="RUN", help="folders that `train` left; the first is the base"
     )
     compare.add_argument("--output", type=Path, default=Path("runs/compare.html"), help="default: %(default)s")
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (options.command != "train" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "train":
+        options.overrides += rest  # argparse takes none that follow --dry-run
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± must not fail a run that is done

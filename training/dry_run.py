@@ -32,7 +32,7 @@ from .task import CORRECTNESS, Instance, SplitName, Task, check_rewards, instanc
 from .train import check_groups, run
 
 _SMALL = 64 * 2**20  # bytes of weights, up to which a model is used itself
-_FIRST, _PATIENCE = 32, 15.0  # rows, and seconds that all of them may take
+_FIRST, _PATIENCE = 32, 10.0  # rows to begin with, and seconds after which no more are made
 _OWN = "of its own"
 _LOOKED_AT = 2000  # prompts whose length is counted
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -109,7 +109,12 @@ def _carry_out(recipe: Recipe, scratch: Path, found: _Findings) -> None:
     task, train, held_out, own = _rows(recipe, found)
     try:
         check_rewards(task, recipe.grpo.rewards)
-        found.checked.append(("sizes", check_sizes(recipe, len(train) if own and recipe.task.train_size is None else recipe.task.train_size)))
+        found.checked.append(
+            (
+                "sizes",
+                check_sizes(recipe, len(train) if own and recipe.task.train_size is None else recipe.task.train_size),
+            )
+        )
         model = _model(recipe, scratch, found)
         _check_prompts(recipe, task, [*held_out, *train], model, found)
         _check_judges(recipe, task, held_out[0], found)
@@ -155,14 +160,13 @@ def _rows(recipe: Recipe, found: _Findings) -> tuple[Task, list[Instance], list[
 
 
 def _some(task: Task, split: SplitName, wanted: int | None) -> tuple[list[Instance], str]:
-    """The instances of a split; the first ones, and a word about the rest, where all would take long to make."""
-    if wanted is not None and wanted > 2 * _FIRST:
-        instances_of(task, split, _FIRST)
-        started = time.perf_counter()  # what comes with the first ones, such as reading a file, is not counted
-        first = instances_of(task, split, 2 * _FIRST)
-        seconds = (time.perf_counter() - started) / _FIRST * wanted
-        if seconds > _PATIENCE:
-            return first, f"{wanted:,} rows of split {split}, which take about {seconds / 60:.0f} minutes to make"
+    """The instances of a split; the first ones, and a word about the rest, where all take long to make."""
+    started, count = time.perf_counter(), _FIRST
+    while wanted is not None and count < wanted:
+        first = instances_of(task, split, count)
+        if time.perf_counter() - started > _PATIENCE:
+            return first, f"{wanted - count:,} more rows of split {split}, which take long to make"
+        count *= 2
     return instances_of(task, split, wanted), ""
 
 
