@@ -1,4 +1,4 @@
-"""`python -m training train RECIPE [section.key=value ...]`, `evaluate RUN`, `compare RUN RUN ...`."""
+"""`python -m training train RECIPE [section.key=value ...]`, `evaluate RUN or RECIPE`, `compare RUN RUN ...`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ EPILOGUE = """examples:
   python -m training train training/recipes/dapo_4b_1k.yaml --dry-run
   python -m training train training/recipes/countdown_tiny.yaml rhythm.mode=uniform output.path=runs/plain
   python -m training evaluate runs/demo eval.split=validation
+  python -m training evaluate training/recipes/countdown_tiny.yaml eval.samples=8
+  python -m training evaluate --model Qwen/Qwen3-0.6B --task my_tasks:Puzzles eval.size=null model.dtype=bfloat16
   python -m training compare runs/plain runs/demo
 """
 
@@ -43,19 +45,36 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="check the recipe end to end in under two minutes, without a GPU, with stand-ins for what is not here",
     )
-    evaluate = commands.add_parser("evaluate", help="measure the accuracy of a run's final model again")
-    evaluate.add_argument("run", type=Path, help="a folder that `train` left")
-    evaluate.add_argument("overrides", nargs="*", metavar="eval.key=value", help="for example eval.split=validation")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure the accuracy of a run's final model, of a recipe's first one, or of any model on any task",
+        description="What was cut off goes on where it was, by the same command.",
+    )
+    evaluate.add_argument(
+        "words",
+        nargs="*",
+        metavar="RUN or RECIPE, and section.key=value",
+        help="a folder that `train` left, or a YAML file; then settings, for example eval.split=validation",
+    )
+    evaluate.add_argument("--model", help="in place of a run or a recipe: a folder, or a name of the hub")
+    evaluate.add_argument("--task", help="its task: one of training/tasks, or module:Class")
+    evaluate.add_argument(
+        "--output", type=Path, help="a folder; default: the run's, otherwise runs/evaluate/TASK-MODEL"
+    )
+    evaluate.add_argument("--overwrite", action="store_true", help="remove another evaluation that is there")
     compare = commands.add_parser("compare", help="a table and a page of several runs")
     compare.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="folders that `train` left; the first is the base"
     )
     compare.add_argument("--output", type=Path, default=Path("runs/compare.html"), help="default: %(default)s")
     options, rest = parser.parse_known_args(arguments)
-    if rest and (options.command != "train" or any(word.startswith("-") for word in rest)):
+    if rest and options.command != "compare":  # argparse takes words before the first option, and not those after it
+        (options.overrides if options.command == "train" else options.words).extend(
+            word for word in rest if not word.startswith("-")
+        )
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if options.command == "train":
-        options.overrides += rest  # argparse takes none that follow --dry-run
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± must not fail a run that is done
@@ -70,9 +89,10 @@ def main(arguments: list[str] | None = None) -> int:
 
             run(load_recipe(options.recipe, options.overrides))
         elif options.command == "evaluate":
-            from .evaluate_run import evaluate_run
+            from .evaluate_run import carry_out, subject
 
-            evaluate_run(options.run, options.overrides)
+            named = subject(options.words, options.model, options.task, options.output)
+            carry_out(named, options.overwrite)
         else:
             from .compare import compare_runs
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
+from textwrap import wrap
 
 WIDTH, HEIGHT = 320, 190
 LEFT, RIGHT, TOP, BOTTOM = 42, 10, 12, 30
+_SHORT, _WIDE, _MOST, _LEAD = 16, 50, 3, 17  # of names: letters beside a line, letters above one, lines of text, height
 
 
 def curve(
@@ -66,17 +69,15 @@ def curves(
 
 def forest(entries: Sequence[tuple[str, float, float]]) -> str:
     """Shares with 95% whiskers, one line each: (name, share, its standard error)."""
-    width, line, right = 440, 30, 52
-    left = 16 + 7 * max(len(name) for name, _, _ in entries)
-    height = TOP + line * len(entries) + BOTTOM
+    width, right = 440, 52
+    lines = _lines([name for name, _, _ in entries], 30)
     low = min(v - 2 * e for _, v, e in entries)
     high = max(v + 2 * e for _, v, e in entries)
     ticks = nice_ticks(max(0.0, low), high)
-    x = _scale(ticks[0], ticks[-1], left, width - right)
-    parts = [_open(width, height, "accuracy with 95% intervals"), *_vertical_grid(ticks, x, height)]
-    for i, (name, value, error) in enumerate(entries):
-        at = TOP + line * (i + 0.5)
-        parts += [_name(left, at, name), f'<g class="s{i % 5}">{_share_whisker(x, value, error, at)}']
+    x = _scale(ticks[0], ticks[-1], lines.left, width - right)
+    parts = [_open(width, lines.height, "accuracy with 95% intervals"), *_vertical_grid(ticks, x, lines.spans)]
+    for i, ((_, value, error), name, at) in enumerate(zip(entries, lines.names, lines.middles)):
+        parts += [name, f'<g class="s{i % 5}">{_share_whisker(x, value, error, at)}']
         parts.append(f'<circle class="point" cx="{x(value):.1f}" cy="{at:.1f}" r="4.5"/></g>')
     return "".join([*parts, "</svg>"])
 
@@ -106,19 +107,18 @@ def strip(
     low = max(min(*dots, *(entry[3] for entry in kept)), min(dots) - margin)
     high = min(max(*dots, *(entry[4] for entry in kept)), max(dots) + margin)
     ticks = nice_ticks(low, high)
-    width, line, right = 440, 44, 24
-    left = 16 + 8 * max(len(entry[0]) for entry in kept)
-    height = TOP + line * len(kept) + BOTTOM
-    x = _scale(ticks[0], ticks[-1], left, width - right)
-    parts = [_open(width, height, label), *_vertical_grid(ticks, x, height, tick)]
+    width, right = 440, 24
+    lines = _lines([entry[0] for entry in kept], 44)
+    x = _scale(ticks[0], ticks[-1], lines.left, width - right)
+    parts = [_open(width, lines.height, label), *_vertical_grid(ticks, x, lines.spans, tick)]
     if zero:
-        parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-    at = TOP + line / 2
-    for i, entry in enumerate(entries):
-        if entry is None:
-            continue
-        name, values, mean, *ends = entry
-        parts += [_name(left, at, name), f'<g class="s{i % 5}">']
+        parts += [
+            f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+            for top, bottom in lines.spans
+        ]
+    colours = [i % 5 for i, entry in enumerate(entries) if entry is not None]
+    for (_, values, mean, *ends), colour, name, at in zip(kept, colours, lines.names, lines.middles):
+        parts += [name, f'<g class="s{colour}">']
         if ends[0] < ends[1]:
             low, high = (min(max(end, ticks[0]), ticks[-1]) for end in ends)
             parts.append(_whisker(x(low), x(high), at, [x(end) for end in ends if end in (low, high)]))
@@ -129,7 +129,6 @@ def strip(
         ]
         text = f'<text class="value" x="{x(mean):.1f}" y="{at - 11:.1f}" text-anchor="middle">{show(mean)}</text></g>'
         parts.append(text)
-        at += line
     return "".join([*parts, "</svg>"])
 
 
@@ -140,7 +139,8 @@ def before_after(entries: Sequence[tuple[str, float, float, float, float]]) -> s
     top = max(max(b + 2 * eb, a + 2 * ea) for _, b, eb, a, ea in entries)
     ticks = nice_ticks(0.0, min(1.0, top * 1.02))
     x = _scale(ticks[0], ticks[-1], left, width - right)
-    parts = [_open(width, height, "accuracy before and after, with 95% intervals"), *_vertical_grid(ticks, x, height)]
+    parts = [_open(width, height, "accuracy before and after, with 95% intervals")]
+    parts += _vertical_grid(ticks, x, [(TOP, height - BOTTOM)])
     for i, (name, before, before_error, after, after_error) in enumerate(entries):
         middle = TOP + line * (i + 0.5)
         parts.append(_name(left, middle, name))
@@ -192,15 +192,16 @@ def _axes(
 def _vertical_grid(
     ticks: Sequence[float],
     x: Callable[[float], float],
-    height: float,
+    spans: Sequence[tuple[float, float]],
     show: Callable[[float], str] = "{:.0%}".format,
 ) -> list[str]:
-    """Lines and values of a horizontal axis, percentages where nothing else is said."""
-    parts = []
+    """Lines through spans of heights, and values below, of a horizontal axis; percentages if nothing else is said."""
+    parts, below = [], spans[-1][1] + BOTTOM - 12
     for tick in ticks:
         at = x(tick)
-        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{height - 12}" text-anchor="middle">{show(tick)}</text>')
+        for top, bottom in spans:
+            parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{below:.1f}" text-anchor="middle">{show(tick)}</text>')
     return parts
 
 
@@ -219,11 +220,55 @@ def _share_whisker(x: Callable[[float], float], value: float, error: float, at: 
     return _whisker(low, high, at, (low, high)) + text
 
 
+@dataclass(frozen=True)
+class _Lines:
+    """Where the lines of a chart are.
+
+    Attributes:
+        left: the left edge of the chart.
+        height: of the drawing.
+        names: as drawn.
+        middles: of each line.
+        spans: top and bottom of what the grid is drawn through.
+    """
+
+    left: float
+    height: float
+    names: list[str]
+    middles: list[float]
+    spans: list[tuple[float, float]]
+
+
+def _lines(names: Sequence[str], line: float) -> _Lines:
+    """Lines of a height, by name.
+
+    Short names stand to the left of their lines. Where one is long they stand above, broken into several lines of text
+    where they must be, so that they never take the room of the chart; the whole name is the tooltip.
+    """
+    longest = max(map(len, names))
+    if longest <= _SHORT:
+        left, height = 16.0 + 8 * longest, TOP + line * len(names) + BOTTOM
+        middles = [TOP + line * (i + 0.5) for i in range(len(names))]
+        drawn = [_name(left, at, name) for name, at in zip(names, middles)]
+        return _Lines(left, height, drawn, middles, [(TOP, height - BOTTOM)])
+    at, drawn, middles, spans = float(TOP), [], [], []
+    for name in names:
+        texts = wrap(name, _WIDE, break_on_hyphens=False, max_lines=_MOST, placeholder=" ...") or [""]
+        rows = [(at + _LEAD * (row + 1) - 4, escape(text)) for row, text in enumerate(texts)]
+        spread = "".join(f'<tspan x="8" y="{y:.1f}">{text}</tspan>' for y, text in rows)
+        drawn.append(f'<text class="name">{spread}<title>{escape(name)}</title></text>')
+        at += _LEAD * len(texts)
+        spans.append((at, at + line))
+        middles.append(at + line / 2)
+        at += line
+    return _Lines(24.0, at + BOTTOM, drawn, middles, spans)
+
+
 def _name(left: float, at: float, name: str) -> str:
     return f'<text class="name" x="{left - 12}" y="{at + 4:.1f}" text-anchor="end">{escape(name)}</text>'
 
 
-def _open(width: int, height: int, label: str) -> str:
+def _open(width: float, height: float, label: str) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from .accuracies import aligned
 from .arms import ARM_HEAD, KINDS, Arm, arm_lines, caution, collect_arms
+from .by_set import Group, against, pass_lines, set_lines
 from .charts import curves, forest, strip
 from .folder import MODEL, Run, read_run, write_text
-from .formats import interval, points, share
+from .formats import interval, points, responses, share
 from .recipe import RecipeError
 from .report import CURVES, figures, page, section, table
-from .statistics import PairedDifference, paired_difference, spread
+from .statistics import spread
 
 
 def compare_runs(folders: Sequence[Path], output: Path) -> Path:
@@ -27,9 +30,8 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Path:
     runs = [read_run(folder) for folder in folders]
     base = runs[0]
     for run in runs[1:]:
-        for key, one in _asked(base).items():
-            if one != (two := _asked(run).get(key)):
-                raise RecipeError(f"{run.folder}: evaluated on {key} {two}, {base.folder} on {one}")
+        if said := _other_questions(base, run):
+            raise RecipeError(said)
     arms, repeated = collect_arms(runs)
     if all(len(arm.runs) == 1 for arm in arms):
         arms = []
@@ -40,27 +42,45 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Path:
     else:
         write_text(output.resolve(), _page(runs, arms, notes))
     if arms:
-        print(_text([_SHORT_HEAD, *_short_lines(runs)]), _text([ARM_HEAD, *arm_lines(arms)]), sep="\n\n")
+        tables = [[_SHORT_HEAD, *_short_lines(runs)], [ARM_HEAD, *arm_lines(arms)]]
     else:
-        print(_text([_HEAD, *_run_lines(runs)]))
+        tables = [[_HEAD, *_run_lines(runs)]]
+    tables += [lines for lines in _further(runs, arms) if lines]
+    print("\n\n".join(map(_text, tables)))
     print(*notes, f"\n  page     {output}", sep="\n")
     return output
 
 
-def against(base: Run, run: Run, kind: str) -> PairedDifference:
-    """How the final model of `run` differs from that of `base`, instance by instance."""
-    right = [[c == "1" for c in r.result["after"][kind]["right"]] for r in (base, run)]
-    return paired_difference(*right)
-
-
-def _asked(run: Run) -> dict[str, object]:
-    """What decides which instances a run was evaluated on."""
-    task = {f"task.{key}": value for key, value in run.config["task"].items() if key not in ("train_size", "prompt")}
-    return {"split": run.result["split"], "instances": _instances(run), **task}
+def _other_questions(base: Run, run: Run) -> str:
+    """How the instances that two runs were evaluated on differ, in words; empty where they are the same."""
+    asked = [{"split": r.result["split"], "instances": _instances(r)} for r in (base, run)]
+    known = [r.result.get("questions") for r in (base, run)]
+    if asked[0] == asked[1] and known[0] == known[1] is not None:
+        return ""
+    for r, found in zip((base, run), asked):
+        task = {f"task.{key}": value for key, value in r.config["task"].items() if key not in ("train_size", "prompt")}
+        found |= task
+    keys = [key for key in dict.fromkeys([*asked[0], *asked[1]]) if asked[0].get(key) != asked[1].get(key)]
+    one, two = (", ".join(f"{key} {found.get(key)}" for key in keys) for found in asked)
+    if keys:
+        return f"{run.folder}: evaluated on {two}; {base.folder} on {one}"
+    if known[0] != known[1]:
+        return (
+            f"{run.folder}: evaluated on other instances than {base.folder}, though the settings of the task are the "
+            "same: its data changed between them"
+        )
+    return ""
 
 
 def _instances(run: Run) -> int:
     return run.result["after"]["sampled"]["instances"]
+
+
+def _further(runs: Sequence[Run], arms: Sequence[Arm]) -> list[list[list[str]]]:
+    """Tables by test set and by pass@k, each with its head; empty where there is nothing to say."""
+    groups: list[Group] = [(arm.name, arm.runs) for arm in arms]
+    groups = groups or [(str(run.folder), {run.result["seed"]: run}) for run in runs]
+    return [set_lines(groups), pass_lines(groups)]
 
 
 _HEAD = ["run", "mode", "seed", "", "before", "after", "against the first", "tokens", "minutes"]
@@ -125,8 +145,7 @@ def _notes(runs: Sequence[Run], arms: Sequence[Arm], repeated: Sequence[Run]) ->
 
 def _text(lines: list[list[str]]) -> str:
     """A table whose first line is its head."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    texts = aligned(lines)
     return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
 
 
@@ -135,11 +154,35 @@ def _page(runs: Sequence[Run], arms: Sequence[Arm], notes: Sequence[str]) -> str
     warnings = "".join(f'<p class="wrong">{escape(note)}</p>' for note in notes)
     body = f"<header><p class='kicker'>rhythm-kernels</p><h1>{escape(title)}</h1></header>"
     if arms:
-        short = table(_SHORT_HEAD, _escaped(_short_lines(runs)))
-        body += section("Arms", _arm_charts(arms, runs[0]) + warnings) + section("Runs", short)
+        body += section("Arms", _arm_charts(arms, runs[0]) + warnings)
     else:
         body += section("Final models", _run_charts(runs) + warnings)
+    for (heading, note), lines in zip(_FURTHER.items(), _further(runs, arms)):
+        if lines:
+            body += section(heading, table(*_escaped([lines[0]]), _escaped(lines[1:])) + f'<p class="note">{note}</p>')
+    if arms:
+        body += section("Runs", table(_SHORT_HEAD, _escaped(_short_lines(runs))))
     return page(title, body + section("Learning", _learning(runs, arms)))
+
+
+_FURTHER = {
+    "Test sets": (
+        "In the mean of sets each set counts alike, however many instances it has. Over several seeds: "
+        "mean (standard deviation); otherwise ± is one standard error. Differences are those of the mean of sets, "
+        "paired by seed where there are several, otherwise by instance, with 95% intervals."
+    ),
+    "Several responses": (
+        "pass@k is the chance that at least one of k responses is right, estimated without bias from "
+        "all of them. Over several seeds: mean (standard deviation). Each run's report has the 95% intervals."
+    ),
+}
+
+
+def _short_names(runs: Sequence[Run]) -> list[str]:
+    """The runs' folders without what all of them begin with."""
+    folders = [run.folder.absolute() for run in runs]
+    top = os.path.commonpath([folder.parent for folder in folders])
+    return [str(folder.relative_to(top)) for folder in folders]
 
 
 def _escaped(lines: list[list[str]]) -> list[list[str]]:
@@ -148,19 +191,24 @@ def _escaped(lines: list[list[str]]) -> list[list[str]]:
 
 def _questions(run: Run) -> str:
     split = escape(run.result["split"])
-    return f"{_instances(run)} instances of the {split} split, answered once by each final model. "
+    return f"{_instances(run)} instances of the {split} split, {_answered(run)} by each final model. "
+
+
+def _answered(run: Run) -> str:
+    found = run.result["after"][KINDS[0]]
+    return "answered once" if found.get("samples", 1) == 1 else f"{responses(found)} to each sampled and one greedy"
 
 
 def _run_charts(runs: Sequence[Run]) -> str:
     note = _questions(runs[0]) + (
-        "± is one binomial standard error. Differences are paired by instance, with 95% intervals; they say how sure "
-        "the two models differ, not how sure the two methods do: for that, train several seeds of each."
+        "± is one standard error over instances. Differences are paired by instance, with 95% intervals; they say how "
+        "sure the two models differ, not how sure the two methods do: for that, train several seeds of each."
     )
     bars = {
         kind: forest(
             [
-                (str(r.folder), r.result["after"][kind]["accuracy"], r.result["after"][kind]["standard_error"])
-                for r in runs
+                (name, r.result["after"][kind]["accuracy"], r.result["after"][kind]["standard_error"])
+                for name, r in zip(_short_names(runs), runs)
             ]
         )
         for kind in KINDS
@@ -205,7 +253,9 @@ def _interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _learning(runs: Sequence[Run], arms: Sequence[Arm]) -> str:
     """Training curves: a line for each run, or for each arm the mean over its seeds at the steps that all have."""
-    sets = [(arm.name, list(arm.runs.values())) for arm in arms] or [(str(run.folder), [run]) for run in runs]
+    sets = [(arm.name, list(arm.runs.values())) for arm in arms] or [
+        (name, [run]) for name, run in zip(_short_names(runs), runs)
+    ]
     names = [name for name, _ in sets]
     charts = {}
     for key in ("accuracy", "response_tokens", "entropy"):

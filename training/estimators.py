@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
-def bootstrap(strata: Sequence[np.ndarray], weights: Sequence[float], resamples: int = RESAMPLES) -> list[Estimate]:
+def bootstrap(strata: Sequence[Any], weights: Sequence[float], resamples: int = RESAMPLES) -> list[Estimate]:
     """Weighted sums of the strata's means, with percentile intervals, every stratum resampled by itself.
 
     A resample draws as many questions as a stratum has, putting each back. Questions with the same values are alike, so
@@ -77,12 +78,13 @@ def bootstrap(strata: Sequence[np.ndarray], weights: Sequence[float], resamples:
             f"{len(weights)} weights"
         )
     random = np.random.default_rng(_SEED)
-    columns = np.asarray(strata[0]).shape[1]
+    tables = [np.asarray(values, dtype=float) for values in strata]
+    columns = tables[0].shape[1]
     means, drawn = np.zeros(columns), np.zeros((resamples, columns))
-    for values, weight in zip(strata, weights):
-        kinds, counts = np.unique(np.asarray(values, dtype=float), axis=0, return_counts=True)
-        n = int(counts.sum())
-        means += weight * np.asarray(values, dtype=float).mean(axis=0)
+    for table, weight in zip(tables, weights):
+        kinds, counts = np.unique(table, axis=0, return_counts=True)
+        n = len(table)
+        means += weight * table.mean(axis=0)
         drawn += weight * (random.multinomial(n, counts / n, size=resamples) @ kinds) / n
     low, high = np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
     return [Estimate(float(m), float(a), float(b)) for m, a, b in zip(means, low, high)]

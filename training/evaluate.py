@@ -2,8 +2,8 @@
 
 The sampled responses come in this order: the first to every instance, the instances with short prompts first; then the
 further ones to the same instances, as one list that is by length again. Each kind, sampled and greedy, draws from one
-stream of random numbers that begins at `eval.seed`, so `eval.samples: 16` has the responses of `eval.samples: 1` for its
-first, as long as `eval.batch_size` is the same.
+stream of random numbers that begins at `eval.seed`. So the first responses of `eval.samples: 16` are those of
+`eval.samples: 1`, as long as `eval.batch_size` is the same.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from .accuracies import lines_of
 from .evaluate import evaluate_both, limit, samples_of
 from .evaluation import KINDS, digest, questions
 from .folder import CONFIG, EVALUATION, RESPONSES, Interrupted, Run, lock, read_run, saved_model
-from .formats import estimate, share
 from .models import check_model, load
 from .recipe import Recipe, RecipeError, load_recipe, override, parse_recipe
 from .record import Record, finished
@@ -32,7 +32,7 @@ _OF_RECIPE = ("eval.", "task.", "model.", "grpo.max_completion_length=")
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated.
+    """What is evaluated, and where the evaluation is left.
 
     Attributes:
         recipe: its sections task, model and eval, and grpo.max_completion_length; nothing else is heeded.
@@ -47,11 +47,28 @@ class Subject:
     run: Run | None = None
 
 
+def subject(words: Sequence[str], model: str | None, task: str | None, output: Path | None) -> Subject:
+    """What the words and options of the command name.
+
+    Raises:
+        RecipeError: where they name nothing, or something that cannot be evaluated.
+    """
+    if model is not None or task is not None:
+        if model is None or task is None:
+            raise RecipeError("--model and --task must be given together, or a run or recipe in their place")
+        return of_model(model, task, words, output)
+    if not words or "=" in words[0]:
+        raise RecipeError("evaluate must be given a run, a recipe, or --model PATH --task NAME")
+    path, overrides = Path(words[0]), words[1:]
+    is_recipe = path.is_file() or (path.suffix in (".yaml", ".yml") and not path.is_dir())
+    return (of_recipe if is_recipe else of_run)(path, overrides, output)
+
+
 def of_run(folder: Path, overrides: Sequence[str] = (), output: Path | None = None) -> Subject:
     """The final model of the run in `folder`.
 
     Raises:
-        RecipeError: where no finished run is in `folder`, or for overrides of settings that an evaluation does not read.
+        RecipeError: where no finished run is in `folder`, or for overrides that an evaluation does not read.
     """
     _check(overrides, _OF_RUN)
     run = read_run(folder)
@@ -95,7 +112,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
     return carry_out(of_run(folder, overrides))
 
 
-def carry_out(subject: Subject, overwrite: bool = False) -> Path:
+def carry_out(what: Subject, overwrite: bool = False) -> Path:
     """Evaluate; prints the figures and returns the file that holds them.
 
     Where it was cut off before, it goes on after the last whole batch; where it is done already, it only prints.
@@ -105,12 +122,12 @@ def carry_out(subject: Subject, overwrite: bool = False) -> Path:
             writes there, where another run takes the place of the one evaluated, or for settings that do not fit.
         Interrupted: for a `KeyboardInterrupt` once there are responses; it says what is kept.
     """
-    recipe, folder = subject.recipe, subject.folder
+    recipe, folder = what.recipe, what.folder
     task, made, started = make(recipe.task), not folder.exists(), time.perf_counter()
     try:
         instances = instances_of(task, recipe.eval.split, recipe.eval.size)
         samples_of(instances, recipe.eval.samples)
-        model, tokenizer = load(recipe, subject.source)
+        model, tokenizer = load(recipe, what.source)
         check_model(recipe, model, tokenizer, lambda: texts(task, instances, tokenizer))
         identity = identity_of(recipe, model, tokenizer, instances, texts(task, instances, tokenizer))
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,14 +138,14 @@ def carry_out(subject: Subject, overwrite: bool = False) -> Path:
                 record = Record(folder, identity, overwrite)
                 if record.lines:
                     print(f"{record.path}: going on after the {len(record.lines)} responses that it holds")
-                found = _measure(subject, model, tokenizer, task, instances, record, identity)
+                found = _measure(what, model, tokenizer, task, instances, record, identity)
                 took = f"{time.perf_counter() - started:.0f} s"
     finally:
         task.close()
         if made:
             with suppress(OSError):
                 folder.rmdir()  # where nothing was written
-    model_name = subject.run.folder if subject.run is not None else recipe.model.path
+    model_name = what.run.folder if what.run is not None else recipe.model.path
     about = f"{model_name} on {task.describe()}, {len(instances)} {recipe.eval.split} instances"
     print(f"\n{about} ({took}):", *lines_of(found), sep="\n")
     print(f"  responses  {folder / RESPONSES}\n  details    {folder / EVALUATION}")
@@ -136,7 +153,7 @@ def carry_out(subject: Subject, overwrite: bool = False) -> Path:
 
 
 def _measure(
-    subject: Subject,
+    what: Subject,
     model: Any,
     tokenizer: Any,
     task: Any,
@@ -145,7 +162,7 @@ def _measure(
     identity: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Draw what is missing and write `evaluation.json`; returns what it holds."""
-    recipe = subject.recipe
+    recipe = what.recipe
     try:
         both = evaluate_both(model, tokenizer, task, instances, recipe, "final", record, list(task.rewards))
     except KeyboardInterrupt as error:
@@ -154,7 +171,7 @@ def _measure(
         kept = f"kept: {len(record.lines)} responses in {record.path}; the same command goes on from there"
         raise Interrupted(kept) from error
     found = {
-        "model": str(subject.source or recipe.model.path),
+        "model": str(what.source or recipe.model.path),
         "task": task.describe(),
         "split": recipe.eval.split,
         "questions": questions(instances),
@@ -163,9 +180,9 @@ def _measure(
     }
     for kind in KINDS:
         del found[kind]["seconds"]  # one that was cut off and went on ends in the same file as one that was not
-    if subject.run is not None and read_run(subject.run.folder) != subject.run:
+    if what.run is not None and read_run(what.run.folder) != what.run:
         raise RecipeError(
-            f"{subject.run.folder}: another run took this one's place while it was evaluated; nothing was written"
+            f"{what.run.folder}: another run took this one's place while it was evaluated; nothing was written"
         )
     record.finish(json.dumps(found, indent=1) + "\n")
     return found
@@ -209,32 +226,3 @@ def weights_digest(model: Any) -> str:
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()[:16]
-
-
-def lines_of(found: Mapping[str, Any]) -> list[str]:
-    """The figures of an evaluation as lines of text."""
-    lines = []
-    for kind in KINDS:
-        summary = found[kind]
-        name = estimate(summary) if kind == KINDS[0] else ""
-        lines.append(
-            f"  {kind:8} {share(summary):>13}   {_interval(summary)}   {summary['tokens']:.0f} tokens, "
-            f"{summary['cut_off']:.1%} cut off{f'   ({name})' if name else ''}"
-        )
-        passes = [(k, found) for k, found in summary["pass"].items() if k != "1"]
-        lines += [f"    pass@{k:<5} {one['value']:>6.1%}        {_low_high(one)}" for k, one in passes]
-        for name, of in summary.get("sets", {}).items():
-            lines.append(
-                f"    {name:16} {share(of):>13}   {_interval(of)}   {estimate(of)}, {of['instances']} instances"
-            )
-        if mean := summary.get("mean_of_sets"):
-            lines.append(f"    {'mean of sets':16} {share(mean):>13}   {_low_high(mean)}")
-    return lines
-
-
-def _interval(summary: Mapping[str, Any]) -> str:
-    return _low_high(summary["pass"]["1"])
-
-
-def _low_high(found: Mapping[str, float]) -> str:
-    return f"({found['low']:.1%} to {found['high']:.1%})"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .estimators import Estimate, bootstrap, pass_estimates
+from .estimators import bootstrap, pass_estimates
 from .formats import pack
 from .statistics import Z95, PairedDifference, mean_error, paired_difference
 from .task import CORRECTNESS, Figure, Instance
@@ -69,12 +69,12 @@ class Evaluation:
     @property
     def first(self) -> list[Response]:
         """The first response to each instance."""
-        return [responses[0] for responses in self._of.values()]
+        return [self._of[i][0] for i in range(len(self._of))]
 
     @property
     def verdicts(self) -> list[list[bool]]:
         """Of each instance, which of its responses are right."""
-        return [[response.correct for response in responses] for responses in self._of.values()]
+        return [self._right(i) for i in range(len(self._of))]
 
     @property
     def shares(self) -> list[float]:
@@ -82,7 +82,7 @@ class Evaluation:
         return shares(self.verdicts)
 
     def by_set(self) -> dict[str, list[int]]:
-        """Indices of the instances of each test set, in order of appearance; one without a name where there are none."""
+        """Indices of the instances of each test set, in order of appearance; of one called "" where there are none."""
         found: dict[str, list[int]] = {}
         for i in range(len(self._of)):
             found.setdefault(self.sets[i] if self.sets else "", []).append(i)
@@ -95,7 +95,7 @@ class Evaluation:
         alike; the other figures are of all instances together.
         """
         members = self.by_set()
-        result = self._figures({name: of for name, of in members.items()})
+        result = self._figures(members)
         result["seconds"] = round(self.seconds, 2)
         result["right"] = pack(self.verdicts)
         if self.figures:
@@ -106,15 +106,15 @@ class Evaluation:
         return result
 
     def _figures(self, members: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-        verdicts, of = self.verdicts, [i for indices in members.values() for i in indices]
-        responses = [response for i in sorted(of) for response in self._of[i]]
-        means = [sum(verdicts[i]) / len(verdicts[i]) for i in sorted(of)]
-        counts = sorted({len(verdicts[i]) for i in of})
-        passes = pass_estimates(
-            {name: [(len(verdicts[i]), sum(verdicts[i])) for i in ix] for name, ix in members.items()}
-        )
+        """The figures of all instances of some test sets."""
+        verdicts = {name: [self._right(i) for i in of] for name, of in members.items()}
+        every = sorted(i for of in members.values() for i in of)
+        means = shares([self._right(i) for i in every])
+        counts = sorted({len(self._of[i]) for i in every})
+        responses = [response for i in every for response in self._of[i]]
+        passes = pass_estimates({name: [(len(v), sum(v)) for v in some] for name, some in verdicts.items()})
         return {
-            "instances": len(means),
+            "instances": len(every),
             "samples": counts[0] if len(counts) == 1 else counts,
             "accuracy": math.fsum(means) / len(means),
             "standard_error": mean_error(means),
@@ -125,8 +125,8 @@ class Evaluation:
 
     def _mean_of_sets(self, members: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """Each set's accuracy over all its samples, averaged, as papers do that sample the small sets more often."""
-        means = [[sum(v) / len(v) for v in (self.verdicts[i] for i in of)] for of in members.values()]
-        found = _mean(means)
+        means = [shares([self._right(i) for i in of]) for of in members.values()]
+        found = bootstrap([[[value] for value in some] for some in means], [1 / len(means)] * len(means))[0]
         return {
             "accuracy": math.fsum(math.fsum(some) / len(some) for some in means) / len(means),
             "standard_error": math.sqrt(math.fsum(mean_error(some) ** 2 for some in means)) / len(means),
@@ -134,9 +134,8 @@ class Evaluation:
             "high": found.high,
         }
 
-
-def _mean(means: Sequence[Sequence[float]]) -> Estimate:
-    return bootstrap([[[value] for value in some] for some in means], [1 / len(means)] * len(means))[0]
+    def _right(self, instance: int) -> list[bool]:
+        return [response.correct for response in self._of[instance]]
 
 
 def shares(verdicts: Sequence[Sequence[bool]]) -> list[float]:

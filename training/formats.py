@@ -13,11 +13,19 @@ def share(summary: Mapping[str, Any]) -> str:
 
 
 def estimate(summary: Mapping[str, Any]) -> str:
-    """What the accuracy of an evaluation's summary is called in papers."""
+    """What papers call the accuracy of an evaluation's summary, or how many responses it is of."""
     samples = summary.get("samples", 1)
     if isinstance(samples, int):
         return "pass@1" if samples == 1 else f"avg@{samples}"
-    return f"avg@{min(samples)} to avg@{max(samples)}"
+    return f"{responses(summary)} each"
+
+
+def responses(summary: Mapping[str, Any]) -> str:
+    """How many responses each instance has in an evaluation's summary."""
+    samples = summary.get("samples", 1)
+    if isinstance(samples, int):
+        return "1 response" if samples == 1 else f"{samples} responses"
+    return f"{min(samples)} to {max(samples)} responses"
 
 
 def points(difference: float) -> str:
@@ -67,3 +75,20 @@ def unpack(text: str, instances: int) -> list[list[bool]]:
     if len(words) != instances or not all(words) or not set(text) <= set("01 ") or " " in words:
         raise ValueError(f"it must hold a 0 or 1 for each response to {instances} instances")
     return [[digit == "1" for digit in word] for word in words]
+
+
+def ranges(indices: Sequence[int]) -> str:
+    """Rising indices as text: "0-29 35"."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def indices_of(text: str) -> list[int]:
+    """The indices of which `ranges` made a text."""
+    ends = [[int(end) for end in part.split("-")] for part in text.split()]
+    return [i for end in ends for i in range(end[0], end[-1] + 1)]

@@ -95,10 +95,16 @@ def check_model(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[]
         given = getattr(recipe.task, "prompt", recipe.task.name)  # not every task has words to choose from
         raise RecipeError(f"task.prompt must suit the tokenizer, got {given!r}: {error}") from error
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest + recipe.grpo.max_completion_length > positions:
+    limits = {
+        "grpo.max_completion_length": recipe.grpo.max_completion_length,
+        "eval.max_tokens": recipe.eval.max_tokens,
+    }
+    for name, limit in limits.items():
+        if positions is None or limit is None or longest + limit <= positions:
+            continue
         raise RecipeError(
-            f"grpo.max_completion_length must be at most {positions - longest}, got "
-            f"{recipe.grpo.max_completion_length}: the model has {positions} positions, a prompt up to {longest} tokens"
+            f"{name} must be at most {positions - longest}, got {limit}: the model has {positions} positions, "
+            f"a prompt up to {longest} tokens"
         )
     try:
         generate(

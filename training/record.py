@@ -10,6 +10,7 @@ unless told to, removed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -42,46 +43,45 @@ class Record:
     def __init__(self, folder: Path, identity: Identity, overwrite: bool = False) -> None:
         self.path, self._state = folder / RESPONSES, folder / STATE
         self._identity = json.loads(json.dumps(identity))
-        self.lines: list[dict[str, Any]] = []
-        self.random: dict[str, str] | None = None
-        self._valid = 0  # bytes
-        self._begun = False
-        self._clear = overwrite and not self._continues()
-        if not self._clear:
-            self._read()
-
-    def _continues(self) -> bool:
+        self._begun = self._clear = False
+        self._forget()
         try:
             self._read()
         except RecipeError:
-            return False
-        return True
+            if not overwrite:
+                raise
+            self._forget()
+            self._clear = True
+
+    def _forget(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.random: dict[str, str] | None = None
+        self._valid, self._hash = 0, hashlib.sha256()  # bytes, and of them
 
     def _read(self) -> None:
         """Take over what was left here."""
-        self.lines, self.random, self._valid = [], None, 0
         if not self._state.exists():
-            if self.path.exists() or (self.path.parent / EVALUATION).exists():
-                found = self.path if self.path.exists() else self.path.parent / EVALUATION
-                raise RecipeError(f"{found} is of another evaluation{_ADVICE}")
+            evaluation = self.path.parent / EVALUATION
+            if found := [path for path in (evaluation, self.path) if path.exists()]:
+                known = _identity(evaluation)
+                change = f": {differs(known, self._identity)}" if known else ", it does not say of what"
+                raise RecipeError(f"{found[0]} is of another evaluation{change}{_ADVICE}")
             return
         try:
             state = read_json(self._state.read_text(encoding="utf-8"))
-            said = misfit(state, {"bytes": int, "identity": {}})
+            said = misfit(state, {"bytes": int, "sha256": str, "identity": {}})
         except ValueError as error:
             said = str(error)
         if said:
             raise RecipeError(f"{self._state} cannot be read: {said}{_ADVICE}")
         if change := differs(state["identity"], self._identity):
             raise RecipeError(f"{self.path} is of another evaluation: {change}{_ADVICE}")
-        content = self.path.read_bytes() if self.path.exists() else b""
-        if len(content) < state["bytes"]:
-            raise RecipeError(f"{self.path} is shorter than {self._state} says{_ADVICE}")
+        content = self.path.read_bytes()[: state["bytes"]] if self.path.exists() else b""
+        self._hash = hashlib.sha256(content)
+        if self._hash.hexdigest() != state["sha256"]:
+            raise RecipeError(f"{self.path} is not what this evaluation wrote{_ADVICE}")
         self._valid, self.random = state["bytes"], state.get("random")
-        try:
-            self.lines = [read_json(line) for line in content[: self._valid].decode("utf-8").split("\n")[:-1]]
-        except ValueError as error:
-            raise RecipeError(f"{self.path} cannot be read: {error}{_ADVICE}") from error
+        self.lines = [read_json(line) for line in content.decode("utf-8").split("\n")[:-1]]
 
     def add(self, lines: Sequence[Mapping[str, Any]], random: Mapping[str, str]) -> None:
         """Append the responses of a batch, after which the random numbers are where `random` says."""
@@ -95,6 +95,7 @@ class Record:
             os.fsync(file.fileno())
         self.lines += map(dict, lines)
         self.random, self._valid = dict(random), self._valid + len(content)
+        self._hash.update(content)
         self._save()
 
     def finish(self, evaluation: str) -> None:
@@ -119,7 +120,8 @@ class Record:
         self._begun = True
 
     def _save(self) -> None:
-        state = {"bytes": self._valid, "random": self.random, "identity": self._identity}
+        found = {"bytes": self._valid, "sha256": self._hash.hexdigest()}
+        state = found | {"random": self.random, "identity": self._identity}
         write_text(self._state, json.dumps(state) + "\n")
 
 
@@ -139,13 +141,16 @@ def differs(one: Any, two: Any, name: str = "") -> str:
 def finished(folder: Path, identity: Identity) -> dict[str, Any] | None:
     """The finished evaluation in `folder`, if it is the one of `identity`."""
     path = folder / EVALUATION
-    if not path.exists():
+    if _identity(path) != json.loads(json.dumps(identity)):
         return None
+    (folder / STATE).unlink(missing_ok=True)  # left where the evaluation was cut off at its very end
+    return read_json(path.read_text(encoding="utf-8"))
+
+
+def _identity(path: Path) -> dict[str, Any] | None:
+    """Of what a finished evaluation is; None where it does not say so, or is not there."""
     try:
         found = read_json(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return None
-    same = isinstance(found, dict) and found.get("identity") == json.loads(json.dumps(identity))
-    if same:
-        (folder / STATE).unlink(missing_ok=True)  # left where the evaluation was cut off at its very end
-    return found if same else None
+    return found["identity"] if not misfit(found, {"identity": {}}) else None

@@ -10,9 +10,11 @@ from typing import Any
 
 import yaml
 
+from .accuracies import change_lines, pass_lines
 from .charts import before_after, curve
+from .evaluation import MEAN_OF_SETS
 from .folder import REPORT, read_run, write_text
-from .formats import credit_name, interval, p_value, points, share, size
+from .formats import credit_name, interval, p_value, points, responses, share, size
 from .style import STYLE
 
 GLOSSARY = {
@@ -90,11 +92,8 @@ def _lead(result: dict[str, Any], config: dict[str, Any]) -> str:
     moved = "" if verb.startswith("did") else f" {verb}"
     spent = result["cost"]
     tiles = [
-        ("held-out, sampled", f"{before['accuracy']:.1%} → {after['accuracy']:.1%}"),
-        (
-            "held-out, greedy",
-            f"{result['before']['greedy']['accuracy']:.1%} → {result['after']['greedy']['accuracy']:.1%}",
-        ),
+        ("held-out, sampled", _moved_accuracy(before, after)),
+        ("held-out, greedy", _moved_accuracy(*(result[key]["greedy"] for key in ("before", "after")))),
     ]
     if spent.get("measuring_seconds"):
         tiles.append(("of a step spent measuring", f"{spent['measuring_share']:.1%}"))
@@ -102,9 +101,15 @@ def _lead(result: dict[str, Any], config: dict[str, Any]) -> str:
     sentence = (
         f"Sampled accuracy on {before['instances']} held-out instances{moved or ' ' + verb}: "
         f"{points(change['difference'])} points (95% interval {interval(change['low'], change['high'])}); "
-        f"{change['gained']} became right, {change['lost']} became wrong. "
+        f"{_gained(before, change)}. "
         f"Greedy: {points(greedy['difference'])} points ({interval(greedy['low'], greedy['high'])})."
     )
+    if mean := change.get("mean_of_sets"):
+        tiles[0] = (f"{MEAN_OF_SETS}, sampled", _moved_accuracy(before["mean_of_sets"], after["mean_of_sets"]))
+        sentence += (
+            f" The mean of the {len(before['sets'])} test sets, sampled: {points(mean['difference'])} points "
+            f"({interval(mean['low'], mean['high'])})."
+        )
     return (
         f"<header><p class='kicker'>rhythm-kernels · {escape(result['name'])}</p>"
         f"<h1>{escape(_capital(result['task']))}, {escape(credit_name(result['mode']))}</h1>"
@@ -114,6 +119,17 @@ def _lead(result: dict[str, Any], config: dict[str, Any]) -> str:
     )
 
 
+def _moved_accuracy(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    return f"{before['accuracy']:.1%} → {after['accuracy']:.1%}"
+
+
+def _gained(before: dict[str, Any], change: dict[str, Any]) -> str:
+    """How many questions became better, and how many worse."""
+    if before["samples"] == 1:
+        return f"{change['gained']} became right, {change['lost']} became wrong"
+    return f"{change['gained']} questions are answered rightly more often than before, {change['lost']} less often"
+
+
 def _accuracy(result: dict[str, Any]) -> str:
     bars, body = [], []
     for kind in result["before"]:
@@ -121,32 +137,62 @@ def _accuracy(result: dict[str, Any]) -> str:
         bars.append((kind, one["accuracy"], one["standard_error"], two["accuracy"], two["standard_error"]))
         moved = f"{points(change['difference'])} ({interval(change['low'], change['high'])})"
         body.append([kind, share(one), share(two), moved, p_value(change["p_value"])])
-    note = (
-        f"The {escape(result['split'])} split, {result['before']['sampled']['instances']} instances that cannot "
-        "occur in training, one response each. ± is one binomial standard error, whiskers are 95%; the difference is "
-        "paired by instance, p is McNemar's exact test."
-    )
+    before = result["before"]["sampled"]
+    note = f"The {escape(result['split'])} split, {before['instances']} instances that cannot occur in training, "
+    if before["samples"] != 1:
+        note += (
+            f"{responses(before)} each when sampled and one greedily. A question counts by the share of its responses "
+            "that are right. ± is one standard error over questions, whiskers are 95%; the difference is paired by "
+            "instance, p is the exact sign-flip test."
+        )
+    else:
+        note += (
+            "one response each. ± is one binomial standard error, whiskers are 95%; the difference is paired by "
+            "instance, p is McNemar's exact test."
+        )
     head = ["", "before", "after", "points (95%)", "p"]
-    return f'<figure class="wide">{before_after(bars)}</figure>{table(head, body)}<p class="note">{note}</p>'
+    drawn = f'<figure class="wide">{before_after(bars)}</figure>{table(head, body)}<p class="note">{note}</p>'
+    return drawn + _by_set(result) + _passes(result)
+
+
+def _by_set(result: dict[str, Any]) -> str:
+    """Each test set, and the mean in which each counts alike."""
+    drawn = ""
+    for kind in result["before"]:
+        if lines := change_lines(result, kind):
+            head = [f"{kind}, by test set", "before", "after", "points (95%)"]
+            drawn += table(head, [[escape(cell) for cell in line] for line in lines])
+    return drawn
+
+
+def _passes(result: dict[str, Any]) -> str:
+    """The chance that one of k responses is right."""
+    if not (lines := pass_lines(result, "sampled")):
+        return ""
+    note = (
+        "pass@k is the chance that at least one of k sampled responses is right, estimated without bias from all "
+        "responses (Chen et al. 2021); in brackets its 95% bootstrap interval over questions."
+    )
+    return f'{table(["sampled", "before", "after"], lines)}<p class="note">{note}</p>'
 
 
 def _curves(lines: list[dict[str, float]], config: dict[str, Any]) -> str:
     if not lines:
         return ""
     grpo = config["grpo"]
-    responses = grpo["per_device_train_batch_size"] * grpo["gradient_accumulation_steps"]
+    batch = grpo["per_device_train_batch_size"] * grpo["gradient_accumulation_steps"]
     charts = {}
     for key, (caption, show) in CURVES.items():
         kept = [line for line in lines if key in line]
         if not kept or (key == "reward" and grpo["rewards"] == ["correctness"]):
             continue  # the reward is the accuracy, shown already
         values = [line[key] for line in kept]
-        error = [math.sqrt(v * (1 - v) / responses) for v in values] if key == "accuracy" else None
+        error = [math.sqrt(v * (1 - v) / batch) for v in values] if key == "accuracy" else None
         floor = 1.0 if key == "gamma_mean" else 0.0
         steps = [line["step"] for line in kept]
         charts[caption] = curve(steps, values, label=caption, show=show, error=error, floor=floor)
     note = (
-        f"A dot is one step ({responses} sampled responses to training instances), the line a running mean of five; "
+        f"A dot is one step ({batch} sampled responses to training instances), the line a running mean of five; "
         "the band is one binomial standard error."
     )
     return f'{figures(charts)}<p class="note">{note}</p>'

@@ -23,8 +23,9 @@ section>p{max-width:58em}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:6px 0 6px 18px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th{color:var(--soft);font-weight:500;font-size:14px}
-th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal}
+th{color:var(--soft);font-weight:500;font-size:14px;white-space:normal;vertical-align:bottom}
+.scroll+.scroll,.note+.scroll,.figures+.scroll{margin-top:18px}
+th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal;min-width:9em}
 tbody tr:last-child td{border-bottom:0}
 thead:not(:has(th:not(:empty))){display:none}
 figure{margin:0}

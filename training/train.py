@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,11 +16,12 @@ import yaml
 
 import rhythm_kernels
 
+from .accuracies import aligned, change_lines
 from .evaluate import evaluate_both, samples_of
 from .evaluation import differences, questions
 from .examples import examples
 from .folder import CHECKPOINTS, CONFIG, HEADS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
-from .formats import credit_name, interval, points, share, size
+from .formats import credit_name, interval, points, ranges, share, size
 from .grpo import Recorder, build_trainer, trainer_config
 from .models import check_model, load
 from .recipe import Recipe, RecipeError
@@ -47,7 +49,7 @@ def run(recipe: Recipe, task: Task | None = None) -> Path:
     samples_of(held_out, recipe.eval.samples)  # refuses test sets that are not there
     folder = Path(recipe.output.path)
     checkpoints = folder / CHECKPOINTS
-    with open_run(folder) as begin, TemporaryDirectory() as scratch:
+    with closing(task), open_run(folder) as begin, TemporaryDirectory() as scratch:
         model, tokenizer = load(recipe)
         check_model(recipe, model, tokenizer, lambda: texts(task, held_out, tokenizer))
         recorder = Recorder(folder / METRICS, recipe.grpo.max_steps)
@@ -75,6 +77,7 @@ def run(recipe: Recipe, task: Task | None = None) -> Path:
             with replacing(folder / HEADS) as path:
                 trainer.rhythm_groups.save(path)
         sampled = before["sampled"], after["sampled"]
+        members = sampled[0].by_set()
         result = {
             "name": folder.name,
             "task": task.describe(),
@@ -83,6 +86,7 @@ def run(recipe: Recipe, task: Task | None = None) -> Path:
             "steps": trainer.state.global_step,
             "split": recipe.eval.split,
             "questions": questions(held_out),
+            "sets": {name: ranges(of) for name, of in members.items()} if len(members) > 1 else {},
             "parameters": sum(p.numel() for p in model.parameters()),
             "versions": versions(),
             "before": {kind: e.summary() for kind, e in before.items()},
@@ -174,6 +178,7 @@ def summary(result: dict[str, Any], folder: Path) -> str:
             f"  {kind:8} {share(one):>13}  ->  {share(two):>13}   ({points(change['difference'])} points, 95% "
             f"{interval(change['low'], change['high'])})"
         )
+        lines += [f"    {line}" for line in aligned(change_lines(result, kind))]
     spent = result["cost"]
     if spent.get("measuring_seconds"):
         lines.append(

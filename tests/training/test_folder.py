@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from training import evaluate_run as evaluating
+from training import folder as files
 from training import train as training
 from training.__main__ import main
 from training.evaluate_run import evaluate_run
@@ -23,7 +24,7 @@ def test_a_second_run_is_kept_out(fast, tmp_path, monkeypatch, capsys):
 
     def meanwhile(model, tokenizer, task, instances, recipe, when):
         if recipe.grpo.seed == 2 and when == "before":
-            with pytest.raises(RecipeError, match="another run is writing there"):
+            with pytest.raises(RecipeError, match="another run or evaluation is writing there"):
                 start(run, 3)
         return inner(model, tokenizer, task, instances, recipe, when)
 
@@ -33,7 +34,26 @@ def test_a_second_run_is_kept_out(fast, tmp_path, monkeypatch, capsys):
     start(run, 3)
 
 
+def test_a_run_is_kept_out_while_its_folder_is_evaluated(fast, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    start(run, 1)
+    inner = evaluating.evaluate_both
+
+    def meanwhile(*arguments):
+        for other in (lambda: start(run, 2), lambda: evaluate_run(run)):
+            with pytest.raises(RecipeError, match="another run or evaluation is writing there"):
+                other()
+        return inner(*arguments)
+
+    monkeypatch.setattr(evaluating, "evaluate_both", meanwhile)
+    evaluate_run(run)
+    assert whole(run, fast, tmp_path) == 1
+    start(run, 2)  # with which the evaluation moves away
+    assert not (run / "evaluation.json").exists() and not (run / "responses.jsonl").exists()
+
+
 def test_evaluate_does_not_write_into_another_run(fast, tmp_path, monkeypatch, capsys):
+    """On a system without locks."""
     run = tmp_path / "run"
     start(run, 1)
     inner = evaluating.evaluate_both
@@ -43,6 +63,7 @@ def test_evaluate_does_not_write_into_another_run(fast, tmp_path, monkeypatch, c
         return inner(*arguments)
 
     monkeypatch.setattr(evaluating, "evaluate_both", meanwhile)
+    monkeypatch.setattr(files, "fcntl", None)
     with pytest.raises(RecipeError, match="took this one's place"):
         evaluate_run(run)
     assert not (run / "evaluation.json").exists()

@@ -274,6 +274,7 @@ VARIANTS = [
     {"prompt": []},
     {"prompt": None},
     {"gold": {"all": ["1"], "n": 1}},
+    {"gold": {"all": ["12"], "n": 1}},
     {"gold": {"all": ["1", "2"], "n": 2}},
     {"gold": {"all": ["1", None], "n": 1}},
     {"gold": None},

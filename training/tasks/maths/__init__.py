@@ -3,8 +3,8 @@ r"""Maths problems from files, as published or your own, judged by math-verify.
 A response is judged by its last `\boxed{...}` alone, as the graders of MATH and of verl judge it; math-verify then says
 whether what it holds equals the right answer, `0.5` and `\frac{1}{2}` alike. With `boxed_only: false`, a response
 without a box is judged by what follows its last `####`, as GSM8K marks answers, else by what math-verify finds in its
-last 2,000 characters: what follows "final answer is" or "answer:", else the last formula or number. That is kinder to base models, and pays for guesses: the last number of a response that was cut off
-may be right by chance.
+last 2,000 characters: what follows "final answer is" or "answer:", else the last formula or number. That is kinder to
+base models, and pays for guesses: the last number of a response that was cut off may be right by chance.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import selectors
@@ -12,11 +11,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 _WORKER = Path(__file__).with_name("worker.py")
 _START = 120.0  # seconds that a worker may take to import math-verify
@@ -47,10 +46,6 @@ class Request(NamedTuple):
     boxed: bool
 
 
-def _verdict(reply: bytes) -> Verdict:
-    return Verdict.RIGHT if reply == b"1" else Verdict.WRONG
-
-
 class Pool:
     """Worker processes, started when first needed and kept until `close`, or until this process ends.
 
@@ -60,36 +55,26 @@ class Pool:
         workers: how many, at most.
         timeout: seconds of wall clock that an answer may take; then its worker is killed and started again.
         memory: bytes of address space of a worker.
-        script: the program of a worker; `worker.py` here is the pattern.
-        read: what a reply of its says.
     """
 
-    def __init__(
-        self,
-        workers: int,
-        timeout: float,
-        memory: int = _MEMORY,
-        script: Path = _WORKER,
-        read: Callable[[bytes], Any] = _verdict,
-    ) -> None:
+    def __init__(self, workers: int, timeout: float, memory: int = _MEMORY) -> None:
         self.timeout = timeout
-        self._script = script
-        self._start = functools.partial(_Worker, timeout, memory, script, read)
+        self._memory = memory
         self._workers: list[_Worker | None] = [None] * workers
         self._lock = threading.Lock()
         self._owner = os.getpid()
 
-    def judge(self, requests: Sequence[Any]) -> list[Any]:
-        """What is replied to each request, in their order, in bounded time; `LATE` or `DIED` where nothing is.
+    def judge(self, requests: Sequence[Request]) -> list[Verdict]:
+        """A verdict for each request, in their order, in bounded time.
 
         Raises:
             RuntimeError: where no worker can be started.
         """
+        if self._owner != os.getpid():  # a fork: the workers are its parent's, and so may the lock be
+            self._workers, self._owner, self._lock = [None] * len(self._workers), os.getpid(), threading.Lock()
         with self._lock:
-            if self._owner != os.getpid():  # a fork: the workers are its parent's
-                self._workers, self._owner = [None] * len(self._workers), os.getpid()
             try:
-                return self._judge(requests)
+                return self._judge(_Round(requests))
             except BaseException:  # of Ctrl-C among others: replies that nobody has read must not answer the next call
                 self._end()
                 raise
@@ -105,69 +90,80 @@ class Pool:
                 worker.end()
         self._workers = [None] * len(self._workers)
 
-    def _judge(self, requests: Sequence[Any]) -> list[Any]:
-        verdicts: list[Any] = [Verdict.WRONG] * len(requests)
-        waiting = deque(range(len(requests)))
-        failed = 0
-        died: set[int] = set()
+    def _judge(self, these: _Round) -> list[Verdict]:
         with selectors.DefaultSelector() as selector:
-            while waiting or any(worker and worker.asked for worker in self._workers):
-                for place, worker in enumerate(self._workers):
-                    if not waiting:
-                        break
-                    if worker is None:
-                        worker = self._workers[place] = self._start()
-                    if not worker.asked:
-                        size = max(1, min(_CHUNK, len(waiting) // len(self._workers)))
-                        worker.ask([waiting.popleft() for _ in range(size)], requests)
-                busy = [worker for worker in self._workers if worker and worker.asked]
+            while busy := self._busy(these):
                 for worker in busy:
                     worker.register(selector)
                 wait = min(worker.deadline for worker in busy) - time.monotonic()
                 events = selector.select(max(0.0, wait))
                 for worker in busy:
                     worker.unregister(selector)
-                heard = {key.data for key, mask in events if mask & selectors.EVENT_READ}
                 for key, mask in events:
                     if mask & selectors.EVENT_WRITE:
                         key.data.write()
+                heard = {key.data for key, mask in events if mask & selectors.EVENT_READ}
                 for worker in busy:
-                    place = self._workers.index(worker)
-                    ended = not worker.read(verdicts) if worker in heard else False
-                    late = not ended and worker not in heard and time.monotonic() >= worker.deadline
-                    if not (ended or late):
-                        continue
-                    self._workers[place] = None
-                    worker.end()
-                    if worker.ready:
-                        failed = 0
-                        if late:
-                            verdicts[worker.asked.popleft()] = Verdict.LATE
-                        elif worker.asked and not worker.retired:
-                            first = worker.asked[0]  # asked once more, as others may have ended the worker
-                            if first in died:
-                                verdicts[worker.asked.popleft()] = Verdict.DIED
-                            died.add(first)
-                    elif (failed := failed + 1) >= _ATTEMPTS:
-                        raise RuntimeError(
-                            f"processes that judge do not start: try {sys.executable} {self._script} 0 60"
-                        )
-                    waiting.extendleft(reversed(worker.asked))
-        return verdicts
+                    ended = worker in heard and not worker.read(these.verdicts)
+                    late = worker not in heard and time.monotonic() >= worker.deadline
+                    if ended or late:
+                        self._workers[self._workers.index(worker)] = None
+                        worker.end()
+                        these.take_back(worker, late)
+        return these.verdicts
+
+    def _busy(self, these: _Round) -> list[_Worker]:
+        """The workers that have requests, after those that have none were given some of what waits."""
+        for place, worker in enumerate(self._workers):
+            if these.waiting and worker is None:
+                worker = self._workers[place] = _Worker(self.timeout, self._memory)
+            if these.waiting and not worker.asked:
+                size = max(1, min(_CHUNK, len(these.waiting) // len(self._workers)))
+                worker.ask([these.waiting.popleft() for _ in range(size)], these.requests)
+        return [worker for worker in self._workers if worker and worker.asked]
+
+
+class _Round:
+    """The requests of a call: their verdicts, and those that wait for a worker, by number."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.verdicts: list[Verdict] = [Verdict.WRONG] * len(requests)
+        self.waiting = deque(range(len(requests)))
+        self._died: set[int] = set()  # requests that a worker ended at
+        self._failed = 0  # starts since the last one that succeeded
+
+    def take_back(self, worker: _Worker, late: bool) -> None:
+        """Of a worker that is no more: a verdict for what it was at, if that is to blame; the rest waits again."""
+        if not worker.ready:
+            self._failed += 1
+            if self._failed >= _ATTEMPTS:
+                tried = f"{sys.executable} {_WORKER} 0 60"
+                raise RuntimeError(f"processes that judge by math-verify do not start: try {tried}")
+        else:
+            self._failed = 0
+            if late:
+                self.verdicts[worker.asked.popleft()] = Verdict.LATE
+            elif worker.asked and not worker.retired:
+                first = worker.asked[0]  # asked once more, as others may have ended the worker
+                if first in self._died:
+                    self.verdicts[worker.asked.popleft()] = Verdict.DIED
+                self._died.add(first)
+        self.waiting.extendleft(reversed(worker.asked))
 
 
 class _Worker:
     """One process, and what it was asked."""
 
-    def __init__(self, timeout: float, memory: int, script: Path, read: Callable[[bytes], Any]) -> None:
+    def __init__(self, timeout: float, memory: int) -> None:
         self.ready = self.retired = False
         self.asked: deque[int] = deque()  # requests without a reply, by number
         self.deadline = time.monotonic() + _START
-        self._timeout, self._read = timeout, read
+        self._timeout = timeout
         self._unread = b""
         self._unsent = memoryview(b"")
         self._process = subprocess.Popen(
-            [sys.executable, str(script), str(memory), str(2 * timeout + _ALONE)],
+            [sys.executable, str(_WORKER), str(memory), str(2 * timeout + _ALONE)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -179,7 +175,7 @@ class _Worker:
         os.set_blocking(self._process.stdin.fileno(), False)
         self.end = weakref.finalize(self, _kill, self._process, os.getpid())  # also when this process ends
 
-    def ask(self, numbers: list[int], requests: Sequence[Any]) -> None:
+    def ask(self, numbers: list[int], requests: Sequence[Request]) -> None:
         self.asked.extend(numbers)
         self._unsent = memoryview(b"".join(json.dumps(requests[n]).encode() + b"\n" for n in numbers))
         if self.ready:
@@ -203,7 +199,7 @@ class _Worker:
         except OSError:  # it has ended, which reading will tell
             self._unsent = memoryview(b"")
 
-    def read(self, verdicts: list[Any]) -> bool:
+    def read(self, verdicts: list[Verdict]) -> bool:
         """Take the replies that are there; False where the process has ended."""
         data = os.read(self._process.stdout.fileno(), 1 << 16)
         *replies, self._unread = (self._unread + data).split(b"\n")
@@ -213,7 +209,7 @@ class _Worker:
             elif reply == b"-":
                 self.retired = True
             elif self.asked:
-                verdicts[self.asked.popleft()] = self._read(reply)
+                verdicts[self.asked.popleft()] = Verdict.RIGHT if reply == b"1" else Verdict.WRONG
         if replies:
             self.deadline = time.monotonic() + self._timeout
         return bool(data)
