@@ -190,7 +190,7 @@ def test_a_text_that_ends_its_worker_twice_is_wrong(monkeypatch, tmp_path):
 def test_workers_that_do_not_start_are_an_error(monkeypatch, tmp_path):
     (tmp_path / "worker.py").write_text("raise SystemExit(1)")
     monkeypatch.setattr(pools, "_WORKER", tmp_path / "worker.py")
-    with pytest.raises(RuntimeError, match=r"processes that judge by math-verify do not start: try .*worker\.py 0 60"):
+    with pytest.raises(RuntimeError, match=r"processes that judge do not start: try .*worker\.py 0 60"):
         Pool(workers=2, timeout=5.0).judge(EASY)
 
 

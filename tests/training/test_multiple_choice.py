@@ -26,6 +26,7 @@ def made(**settings) -> MultipleChoice:
         (r"\boxed{(B)}", "B", True),
         (r"\boxed{\text{B}}", "B", True),
         (r"$\boxed{\mathbf{(B)}}$", "B", True),
+        (r"\boxed{\text{b}}", "B", True),
         (r"\boxed{B. Paris}", "B", True),
         (r"\boxed{B: Paris}", "B", True),
         (r"\boxed{Option B}", "B", True),

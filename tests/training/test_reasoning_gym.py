@@ -151,9 +151,9 @@ def test_which_answer_is_read(response: str, expected: str | None) -> None:
 def test_format_and_figures() -> None:
     gym = made("lcm")
     (one,) = gym.instances("train", 1)
-    responses = [*answered([one]), "<answer>x</answer>", "no"]
-    assert gym.rewards["format"](responses, [one] * 3) == [1.0, 1.0, 0.0]
-    assert [gym.counts(response, one) for response in responses] == [{"answered": 1}, {"answered": 1}, {"answered": 0}]
+    responses = [*answered([one]), "<answer>x</answer>", "no", "<answer> </answer>"]
+    assert gym.rewards["format"](responses, [one] * 4) == [1.0, 1.0, 0.0, 0.0]
+    assert [gym.counts(response, one)["answered"] for response in responses] == [1, 1, 0, 0]
     figures = gym.figures({"answered": 2}, 3, right=1)
     assert [figures[key].value for key in ("answered", "right_of_answered")] == [2 / 3, 1 / 2]
     assert all(figure.value == 0 for figure in gym.figures({}, 0, 0).values())

@@ -11,11 +11,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _WORKER = Path(__file__).with_name("worker.py")
 _START = 120.0  # seconds that a worker may take to import math-verify
@@ -46,6 +46,10 @@ class Request(NamedTuple):
     boxed: bool
 
 
+def _verdict(reply: bytes) -> Verdict:
+    return Verdict.RIGHT if reply == b"1" else Verdict.WRONG
+
+
 class Pool:
     """Worker processes, started when first needed and kept until `close`, or until this process ends.
 
@@ -55,17 +59,26 @@ class Pool:
         workers: how many, at most.
         timeout: seconds of wall clock that an answer may take; then its worker is killed and started again.
         memory: bytes of address space of a worker.
+        script: the program of a worker. None: `worker.py` here, which is the pattern.
+        read: what a reply of its says.
     """
 
-    def __init__(self, workers: int, timeout: float, memory: int = _MEMORY) -> None:
+    def __init__(
+        self,
+        workers: int,
+        timeout: float,
+        memory: int = _MEMORY,
+        script: Path | None = None,
+        read: Callable[[bytes], Any] = _verdict,
+    ) -> None:
         self.timeout = timeout
-        self._memory = memory
+        self._memory, self._script, self._read = memory, script or _WORKER, read
         self._workers: list[_Worker | None] = [None] * workers
         self._lock = threading.Lock()
         self._owner = os.getpid()
 
-    def judge(self, requests: Sequence[Request]) -> list[Verdict]:
-        """A verdict for each request, in their order, in bounded time.
+    def judge(self, requests: Sequence[Any]) -> list[Any]:
+        """What is replied to each request, in their order, in bounded time; `LATE` or `DIED` where nothing is.
 
         Raises:
             RuntimeError: where no worker can be started.
@@ -90,7 +103,7 @@ class Pool:
                 worker.end()
         self._workers = [None] * len(self._workers)
 
-    def _judge(self, these: _Round) -> list[Verdict]:
+    def _judge(self, these: _Round) -> list[Any]:
         with selectors.DefaultSelector() as selector:
             while busy := self._busy(these):
                 for worker in busy:
@@ -116,7 +129,7 @@ class Pool:
         """The workers that have requests, after those that have none were given some of what waits."""
         for place, worker in enumerate(self._workers):
             if these.waiting and worker is None:
-                worker = self._workers[place] = _Worker(self.timeout, self._memory)
+                worker = self._workers[place] = _Worker(self.timeout, self._memory, self._script, self._read)
             if these.waiting and not worker.asked:
                 size = max(1, min(_CHUNK, len(these.waiting) // len(self._workers)))
                 worker.ask([these.waiting.popleft() for _ in range(size)], these.requests)
@@ -126,9 +139,9 @@ class Pool:
 class _Round:
     """The requests of a call: their verdicts, and those that wait for a worker, by number."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    def __init__(self, requests: Sequence[Any]) -> None:
         self.requests = requests
-        self.verdicts: list[Verdict] = [Verdict.WRONG] * len(requests)
+        self.verdicts: list[Any] = [Verdict.WRONG] * len(requests)
         self.waiting = deque(range(len(requests)))
         self._died: set[int] = set()  # requests that a worker ended at
         self._failed = 0  # starts since the last one that succeeded
@@ -138,8 +151,8 @@ class _Round:
         if not worker.ready:
             self._failed += 1
             if self._failed >= _ATTEMPTS:
-                tried = f"{sys.executable} {_WORKER} 0 60"
-                raise RuntimeError(f"processes that judge by math-verify do not start: try {tried}")
+                tried = f"{sys.executable} {worker.script} 0 60"
+                raise RuntimeError(f"processes that judge do not start: try {tried}")
         else:
             self._failed = 0
             if late:
@@ -155,15 +168,16 @@ class _Round:
 class _Worker:
     """One process, and what it was asked."""
 
-    def __init__(self, timeout: float, memory: int) -> None:
+    def __init__(self, timeout: float, memory: int, script: Path, read: Callable[[bytes], Any]) -> None:
         self.ready = self.retired = False
         self.asked: deque[int] = deque()  # requests without a reply, by number
         self.deadline = time.monotonic() + _START
-        self._timeout = timeout
+        self.script = script
+        self._timeout, self._read = timeout, read
         self._unread = b""
         self._unsent = memoryview(b"")
         self._process = subprocess.Popen(
-            [sys.executable, str(_WORKER), str(memory), str(2 * timeout + _ALONE)],
+            [sys.executable, str(script), str(memory), str(2 * timeout + _ALONE)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -175,7 +189,7 @@ class _Worker:
         os.set_blocking(self._process.stdin.fileno(), False)
         self.end = weakref.finalize(self, _kill, self._process, os.getpid())  # also when this process ends
 
-    def ask(self, numbers: list[int], requests: Sequence[Request]) -> None:
+    def ask(self, numbers: list[int], requests: Sequence[Any]) -> None:
         self.asked.extend(numbers)
         self._unsent = memoryview(b"".join(json.dumps(requests[n]).encode() + b"\n" for n in numbers))
         if self.ready:
@@ -199,7 +213,7 @@ class _Worker:
         except OSError:  # it has ended, which reading will tell
             self._unsent = memoryview(b"")
 
-    def read(self, verdicts: list[Verdict]) -> bool:
+    def read(self, verdicts: list[Any]) -> bool:
         """Take the replies that are there; False where the process has ended."""
         data = os.read(self._process.stdout.fileno(), 1 << 16)
         *replies, self._unread = (self._unread + data).split(b"\n")
@@ -209,7 +223,7 @@ class _Worker:
             elif reply == b"-":
                 self.retired = True
             elif self.asked:
-                verdicts[self.asked.popleft()] = Verdict.RIGHT if reply == b"1" else Verdict.WRONG
+                verdicts[self.asked.popleft()] = self._read(reply)
         if replies:
             self.deadline = time.monotonic() + self._timeout
         return bool(data)

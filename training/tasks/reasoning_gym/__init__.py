@@ -130,7 +130,7 @@ class ReasoningGym(Task):
         return {
             CORRECTNESS: lambda responses, instances: [float(one == 1.0) for one in self._scores(responses, instances)],
             "score": self._scores,
-            "format": lambda responses, _: [float(answer_of(response) is not None) for response in responses],
+            "format": lambda responses, _: [float(bool(answer_of(response))) for response in responses],
         }
 
     def correct(self, response: str, instance: Instance) -> bool:
@@ -144,7 +144,7 @@ class ReasoningGym(Task):
         return f"{self.settings.dataset} of reasoning_gym"
 
     def counts(self, response: str, instance: Instance) -> dict[str, int]:
-        return {"answered": int(answer_of(response) is not None)}
+        return {"answered": int(bool(answer_of(response)))}
 
     def figures(self, totals: Mapping[str, int], responses: int, right: int) -> dict[str, Figure]:
         answered = totals.get("answered", 0)
@@ -162,7 +162,7 @@ class ReasoningGym(Task):
         asked = []
         for place, (response, instance) in enumerate(zip(responses, instances, strict=True)):
             answer = answer_of(response)
-            if answer is not None and len(answer) <= MAX_ANSWER:
+            if answer and len(answer) <= MAX_ANSWER:
                 asked.append((place, answer, self._entry(instance)))
         requests = [(*self._questions.scored_as, answer, entry) for _, answer, entry in asked]
         for (place, *_), reply in zip(asked, ask("score", requests, _JUDGES, SECONDS) if asked else []):
