@@ -11,27 +11,24 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import indent, shorten
-from typing import Any
-
-from transformers import AutoConfig, AutoTokenizer
 
 from .cut_down import PROMPTS, check_sizes, cut_down, few, left_out
 from .evaluate import limit, samples_of
 from .folder import read_run
 from .formats import credit_name, size
 from .grpo import trainer_config
-from .models import load, place
+from .models import load, written
 from .recipe import Output, Recipe, RecipeError, parse_recipe, read_recipe
-from .row_files import Unreachable, unreachable
-from .stand_in import causal_class, class_of, parameters, random_model, small_config, stand_in
+from .row_files import Unreachable
+from .stand_in import parameters
 from .task import CORRECTNESS, Instance, SplitName, Task, check_rewards, instances_of, make, texts
 from .train import check_groups, run
+from .trial_model import Findings, TrialModel, trial_model
 
-_SMALL = 64 * 2**20  # bytes of weights, up to which a model is used itself
 _FIRST, _PATIENCE = 32, 10.0  # rows to begin with, and seconds after which no more are made
 _OWN = "of its own"
 _LOOKED_AT = 2000  # prompts whose length is counted
@@ -41,43 +38,6 @@ _ANSWERS = ("", "The answer is 42.")
 _FORMS = (r"So it is \boxed{X}.", "<answer>X</answer>", "The answer is X")
 
 
-@dataclass
-class _Findings:
-    """Lines for the list at the end, each under a word that says what it is about."""
-
-    checked: list[tuple[str, str]] = field(default_factory=list)
-    unchecked: list[tuple[str, str]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        parts = [("Checked:", self.checked), ("Not checked:", self.unchecked)]
-        return "\n".join(
-            "\n".join([title, *(f"  {about:12} {indent(said, ' ' * 15).strip()}" for about, said in lines)])
-            for title, lines in parts
-        )
-
-
-@dataclass
-class _Model:
-    """What is trained in place of a recipe's model.
-
-    Attributes:
-        path: of the model that is trained; None: the recipe's own random one.
-        config: of the recipe's model, where it is known.
-        is_real: whether the recipe's own model is trained.
-        reads: whether the tokenizer is the recipe's own.
-        name: of what stands in, in words.
-        attention: what computes attention.
-    """
-
-    path: str | None
-    tokenizer: Any
-    config: Any
-    is_real: bool
-    reads: bool
-    name: str
-    attention: str
-
-
 def dry_run(path: str, overrides: Sequence[str] = ()) -> str:
     """Check a recipe; returns the list of what was checked and what was not.
 
@@ -85,7 +45,7 @@ def dry_run(path: str, overrides: Sequence[str] = ()) -> str:
         RecipeError: for anything that would stop the recipe's run, as far as it shows here.
     """
     started = time.perf_counter()
-    found = _Findings()
+    found = Findings()
     content = read_recipe(path, overrides)
     for what in left_out(content):
         found.unchecked.append(("settings", f"{what}: left out here"))
@@ -102,7 +62,7 @@ def dry_run(path: str, overrides: Sequence[str] = ()) -> str:
     )
 
 
-def _carry_out(recipe: Recipe, scratch: Path, found: _Findings) -> None:
+def _carry_out(recipe: Recipe, scratch: Path, found: Findings) -> None:
     recipe = replace(recipe, output=Output(str(scratch / "run")))
     trainer_config(recipe)
     found.checked.append(("settings", "every section, and what TRL makes of the section grpo"))
@@ -115,7 +75,7 @@ def _carry_out(recipe: Recipe, scratch: Path, found: _Findings) -> None:
                 check_sizes(recipe, len(train) if own and recipe.task.train_size is None else recipe.task.train_size),
             )
         )
-        model = _model(recipe, scratch, found)
+        model = trial_model(recipe, scratch, found)
         _check_prompts(recipe, task, [*held_out, *train], model, found)
         _check_judges(recipe, task, held_out[0], found)
         given = {"train": train[:PROMPTS], recipe.eval.split: few(held_out)}
@@ -133,7 +93,7 @@ def _carry_out(recipe: Recipe, scratch: Path, found: _Findings) -> None:
         task.close()
 
 
-def _rows(recipe: Recipe, found: _Findings) -> tuple[Task, list[Instance], list[Instance], bool]:
+def _rows(recipe: Recipe, found: Findings) -> tuple[Task, list[Instance], list[Instance], bool]:
     """The task, its training set, its held-out instances, and whether these are its own rows."""
     task = make(recipe.task)
     split, where = recipe.eval.split, _OWN
@@ -180,71 +140,10 @@ def _in_sets(recipe: Recipe, instances: list[Instance]) -> list[Instance]:
     return [instances[i % len(instances)] | {"set": names[i % len(names)]} for i in range(count)]
 
 
-def _model(recipe: Recipe, scratch: Path, found: _Findings) -> _Model:
-    """What to train: the recipe's own model if it is small, else a random one of its class, saved in `scratch`."""
-    source, wanted = place(recipe), recipe.model.attn_implementation
-    attention = "sdpa" if "flash" in wanted or "/" in wanted else wanted
-    if source is None:
-        model, tokenizer = load(recipe)
-        return _Model(None, tokenizer, model.config, True, True, "", attention)
-    here, small = Path(source).is_dir(), False
-    if here:
-        weights = [path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".bin")]
-        small = bool(weights) and sum(path.stat().st_size for path in weights) <= _SMALL
-    silent = "" if here else unreachable()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", local_files_only=bool(silent))
-        config = AutoConfig.from_pretrained(source, local_files_only=bool(silent))
-    except Exception as error:  # of any kind: what the libraries raise over files that are no model's has no one type
-        if here or not silent:
-            raise RecipeError(f"model: {source} cannot be loaded: {error}") from error
-        tokenizer, config = None, None
-    if small:
-        return _Model(source, tokenizer, config, True, True, "", attention)
-
-    named = recipe.model.architecture
-    if config is None and named is None:
-        raise RecipeError(
-            f"model.architecture must name a class of transformers for a dry run, such as Qwen3ForCausalLM, got None: "
-            f"{source} cannot be reached: {silent}"
-        )
-    if config is None:
-        made, tokenizer = stand_in(str(named))
-        why = f"{source} cannot be reached ({silent})"
-    else:
-        kind = class_of(config)
-        if named is not None and causal_class(named) is not kind:
-            raise RecipeError(f"model.architecture must be {kind.__name__}, the class of {source}, got {named!r}")
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        made = random_model(kind, small_config(config, len(tokenizer), known=True), tokenizer)
-        why = f"those of {source} are not read"
-    if attention == "sdpa" != wanted and not getattr(made, "_supports_sdpa", True):
-        attention = "eager"
-    count = sum(p.numel() for p in made.parameters())
-    name = f"a random {type(made).__name__} of {count / 1e6:.2g}M parameters"
-    found.unchecked.append(("weights", f"{why}; stood in: {name}"))
-    if config is None:
-        found.unchecked.append(("tokenizer", "prompts' lengths, the chat template; stood in: a token a byte"))
-    layers = recipe.rhythm.layers
-    if not isinstance(layers, str):
-        total = getattr(config and config.get_text_config(decoder=True), "num_hidden_layers", None)
-        if total is not None and any(layer >= total for layer in layers):
-            raise RecipeError(f"rhythm.layers must be below {total}, the layers of {source}, got {list(layers)}")
-        found.unchecked.append(("layers", f"{list(layers)}; stood in: middle5 of the small model"))
-    if recipe.rhythm.groups is not None:
-        found.unchecked.append(("heads", f"that the model has those of {recipe.rhythm.groups}; stood in: its own"))
-    folder = scratch / "model"
-    made.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return _Model(str(folder), tokenizer, config, False, config is not None, name, attention)
-
-
-def _check_prompts(recipe: Recipe, task: Task, instances: list[Instance], model: _Model, found: _Findings) -> None:
+def _check_prompts(recipe: Recipe, task: Task, instances: list[Instance], model: TrialModel, found: Findings) -> None:
     """Write prompts as the model reads them, count their tokens and hold them against the model's positions."""
     tokenizer = model.tokenizer
-    prompts = texts(task, instances[:_LOOKED_AT], tokenizer)
-    lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    prompts, lengths = written(recipe, tokenizer, lambda: texts(task, instances[:_LOOKED_AT], tokenizer))
     longest, unit = max(lengths), "tokens" if model.reads else "bytes"
     of = f"of {len(prompts):,}, the longest has {longest:,}"
     shown = indent(prompts[0] if len(prompts[0]) <= 1200 else f"{prompts[0][:1200]} ...", "| ", lambda _: True)
@@ -280,7 +179,7 @@ def _memory(recipe: Recipe, count: int) -> str:
     return f"by arithmetic, {total} for {', '.join(parts)} in {recipe.model.dtype}"
 
 
-def _check_judges(recipe: Recipe, task: Task, instance: Instance, found: _Findings) -> None:
+def _check_judges(recipe: Recipe, task: Task, instance: Instance, found: Findings) -> None:
     """Reward a few responses of ours to one instance, among them its answer, where it has one under that name."""
     answer = instance.get("answer")
     answer = answer[0] if isinstance(answer, list | tuple) and answer else answer
@@ -301,7 +200,7 @@ def _check_judges(recipe: Recipe, task: Task, instance: Instance, found: _Findin
     found.checked.append(("rewards", "\n".join([f"{', '.join(names)} of responses made up here:", *lines])))
 
 
-def _describe(small: Recipe, folder: Path, held_out: list[Instance], model: _Model, found: _Findings) -> None:
+def _describe(small: Recipe, folder: Path, held_out: list[Instance], model: TrialModel, found: Findings) -> None:
     """What the small run did, from what it left."""
     done = read_run(folder)
     steps = len(done.lines)

@@ -81,6 +81,21 @@ def _check_files(folder: Path) -> None:
             raise RecipeError(f"model: {folder} cannot be loaded: {path}: {said}")
 
 
+def written(recipe: Recipe, tokenizer: Any, prompts: Callable[[], list[str]]) -> tuple[list[str], list[int]]:
+    """Prompts as the model reads them, and the tokens of each.
+
+    Raises:
+        RecipeError: for prompts that the tokenizer cannot write or pad.
+    """
+    try:
+        texts = prompts()
+        lengths = [sum(mask) for mask in tokenizer(texts, padding=True)["attention_mask"]]
+    except (ValueError, TypeError, TemplateError) as error:
+        given = getattr(recipe.task, "prompt", recipe.task.name)  # not every task has words to choose from
+        raise RecipeError(f"task.prompt must suit the tokenizer, got {given!r}: {error}") from error
+    return texts, lengths
+
+
 def check_model(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[], list[str]]) -> None:
     """Let a model that was loaded answer two prompts with three tokens, before anything depends on it.
 
@@ -88,12 +103,8 @@ def check_model(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[]
         RecipeError: for prompts that the tokenizer cannot write or pad, for responses longer than the model has
             positions, and for a model that loads but does not run with these settings.
     """
-    try:
-        texts = prompts()
-        longest = len(tokenizer(texts, padding=True)["input_ids"][0])
-    except (ValueError, TypeError, TemplateError) as error:
-        given = getattr(recipe.task, "prompt", recipe.task.name)  # not every task has words to choose from
-        raise RecipeError(f"task.prompt must suit the tokenizer, got {given!r}: {error}") from error
+    texts, lengths = written(recipe, tokenizer, prompts)
+    longest = max(lengths)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = {
         "grpo.max_completion_length": recipe.grpo.max_completion_length,

@@ -16,6 +16,7 @@ import yaml
 from transformers import Qwen3Config
 
 from training import dry_run as dry
+from training import row_files, trial_model
 from training import train as training
 from training.__main__ import main
 from training.cut_down import check_sizes, cut_down, few, left_out
@@ -63,7 +64,7 @@ class Sums(Task):
 @pytest.fixture
 def offline(monkeypatch):
     """No hub, whatever the machine has."""
-    for module in (dry, sys.modules["training.row_files"]):
+    for module in (trial_model, row_files):
         monkeypatch.setattr(module, "unreachable", lambda: "no hub in this test")
 
 
@@ -145,7 +146,7 @@ def test_a_large_model_on_this_machine_lends_its_tokenizer_and_sizes(own, tmp_pa
         vocab_size=258, num_hidden_layers=28, hidden_size=1024, max_position_embeddings=200, eos_token_id=256
     ).save_pretrained(folder)
     (folder / "model.safetensors").write_bytes(b"no weights")
-    monkeypatch.setattr(dry, "_SMALL", 5)
+    monkeypatch.setattr(trial_model, "SMALL", 5)
     wanted = [f"model.path={folder}", "model.dtype=bfloat16"]
     assert main(["train", own, *wanted, "--dry-run"]) == 0
     checked, unchecked = lines(capsys.readouterr().out)
@@ -185,6 +186,12 @@ def test_mistakes_end_in_one_line(own, overrides, message, offline, scratch, tmp
     assert message in error[0]
     assert list(scratch.iterdir()) == []
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_that_the_tokenizer_cannot_write(scratch, capsys):
+    assert main(["train", TINY, "task.prompt=chat", "--dry-run"]) == 2
+    assert "error: task.prompt must suit the tokenizer, got 'chat'" in capsys.readouterr().err
+    assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.parametrize("moment", ["load", "evaluate_both", "write_report"])
