@@ -265,9 +265,9 @@ def test_settings_that_need_a_gpu_are_left_out_by_name():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe(path, scratch, tmp_path, capsys):
     """Under two minutes of one core, whether or not the hub is there."""
-    started = time.process_time()
+    started = sum(os.times()[:4])  # of this process and those it has ended
     assert main(["train", str(path), "--dry-run", f"output.path={tmp_path / 'run'}"]) == 0
-    seconds = time.process_time() - started
+    seconds = sum(os.times()[:4]) - started
     checked, _ = lines(capsys.readouterr().out)
     assert {"rows", "prompt", "rewards", "training", "credit", "evaluation", "report", "saving"} <= set(checked)
     assert float(re.search(r"mean gamma ([\d.]+)", checked["credit"])[1]) > 1
