@@ -27,7 +27,8 @@ def against(base: Run, run: Run, kind: str) -> PairedDifference:
 
 def sets_of(run: Run) -> dict[str, list[int]]:
     """Indices of the instances of each test set; empty where there are fewer than two."""
-    return {name: indices_of(text) for name, text in run.result.get("sets", {}).items()}
+    count = run.result["after"][KINDS[0]]["instances"]
+    return {name: indices_of(text, count) for name, text in run.result.get("sets", {}).items()}
 
 
 def set_lines(groups: Sequence[Group]) -> Lines:
@@ -35,7 +36,7 @@ def set_lines(groups: Sequence[Group]) -> Lines:
     that is against the first group's. No line where there are no test sets.
     """
     base = next(iter(groups[0][1].values()))
-    if not sets_of(base):
+    if not sets_of(base) or any(sets_of(run) != sets_of(base) for _, runs in groups for run in runs.values()):
         return []
     after = base.result["after"][KINDS[0]]
     names = [f"{name}, {estimate(after['sets'][name])}" for name in sets_of(base)]

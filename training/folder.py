@@ -25,9 +25,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .formats import unpack
 from .reading import misfit, read_json, read_yaml
 from .recipe import Recipe, RecipeError
+from .result import fault
 
 try:
     import fcntl
@@ -50,16 +50,6 @@ PREVIOUS = "previous"  # the earlier run, until the new one has finished
 _PARTIAL = ".partial"  # suffix of a file that is being written, and of `previous` while it is filled
 _REMOVED = "previous.removed"  # a `previous` that is being removed
 _MOVED = (RESULT, EVALUATION, STATE, RESPONSES, REPORT, HEADS, MODEL, METRICS, CHECKPOINTS, CONFIG)  # in this order
-_ANSWERS = {"instances": int, "accuracy": float, "standard_error": float, "tokens": float, "right": str}
-_BOTH = {"sampled": _ANSWERS, "greedy": _ANSWERS}
-_RESULT = {  # the keys that compare and evaluate read
-    "mode": str,
-    "seed": int,
-    "split": str,
-    "before": _BOTH,
-    "after": _BOTH,
-    "seconds": {"training": float},
-}
 _CONFIG: dict[str, Any] = {field.name: {} for field in dataclasses.fields(Recipe)} | {"grpo": {"seed": int}}
 _WRITTEN = {*_MOVED, *(name + _PARTIAL for name in _MOVED)}
 
@@ -90,7 +80,7 @@ def read_run(folder: Path) -> Run:
         begun = f": the run in it has no {RESULT}, it was cut off or is still going" if _holds(folder) else ""
         raise RecipeError(f"{folder}: no finished run here{begun}{_earlier(folder)}")
     try:
-        result = _read(folder / RESULT, read_json, _of_result)
+        result = _read(folder / RESULT, read_json, fault)
         lines = _read(folder / METRICS, lambda text: [read_json(line) for line in text.splitlines()], _of_lines)
         config = _read(folder / CONFIG, read_yaml, _of_config)
     except OSError as error:
@@ -113,21 +103,6 @@ def _read(path: Path, reader: Callable[[str], Any], wrong: Callable[[Any], str])
     if said := wrong(content):
         raise ValueError(f"{path.name} is not that of a run: {said}")
     return content
-
-
-def _of_result(result: Any) -> str:
-    if said := misfit(result, _RESULT):
-        return said
-    for when in ("before", "after"):
-        for kind, found in result[when].items():
-            if kind not in _BOTH:
-                continue
-            try:
-                unpack(found["right"], found["instances"])
-            except ValueError:
-                right = reprlib.repr(found["right"])
-                return f"{when}.{kind}.right must be a 0 or 1 for each response to each of the instances, got {right}"
-    return ""
 
 
 def _of_config(config: Any) -> str:

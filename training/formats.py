@@ -88,7 +88,13 @@ def ranges(indices: Sequence[int]) -> str:
     return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def indices_of(text: str) -> list[int]:
-    """The indices of which `ranges` made a text."""
+def indices_of(text: str, count: int) -> list[int]:
+    """The indices of which `ranges` made a text.
+
+    Raises:
+        ValueError: for a text that is none of indices below `count`.
+    """
     ends = [[int(end) for end in part.split("-")] for part in text.split()]
+    if any(len(end) > 2 or not 0 <= end[0] <= end[-1] < count for end in ends):
+        raise ValueError(f"it must hold ranges of numbers below {count}, got {text!r}")
     return [i for end in ends for i in range(end[0], end[-1] + 1)]

@@ -82,7 +82,10 @@ def test_what_is_no_verdict(text, instances):
 def test_indices_as_text():
     for indices, text in (([0, 1, 2, 5], "0-2 5"), ([], ""), ([3], "3"), ([0, 2, 3], "0 2-3")):
         assert ranges(indices) == text
-        assert indices_of(text) == indices
+        assert indices_of(text, 9) == indices
+    for text in ("0-9", "9", "-1", "3-1", "0-1-2", "x", "1,2"):
+        with pytest.raises(ValueError):
+            indices_of(text, 9)
 
 
 def test_summary_by_hand():
@@ -133,6 +136,15 @@ def test_two_runs_by_set(tmp_path):
     assert lines[2][5].startswith(f"{gap:+.1f} (") and lines[0][5] == "-"
     whole = against(*runs, "sampled").difference
     assert whole == pytest.approx(found[1]["accuracy"] - found[0]["accuracy"])
+
+
+def test_runs_without_sets_beside_some_with(tmp_path, capsys):
+    one, two = (leave_sets(tmp_path / name, "uniform", 0, 0.5) for name in ("one", "two"))
+    result = json.loads((two / "result.json").read_text())
+    del result["sets"], result["after"]["sampled"]["sets"]
+    (two / "result.json").write_text(json.dumps(result))
+    assert main(["compare", str(one), str(two), "--output", str(tmp_path / "page.html")]) == 0
+    assert "mean of sets" not in capsys.readouterr().out
 
 
 def test_arms_by_set(tmp_path):
@@ -208,3 +220,24 @@ def test_other_questions_are_refused_by_what_differs(tmp_path, capsys):
     # settings that change no question, such as the words they are asked in, do not matter where the questions are known
     (two / "result.json").write_text(json.dumps(result | {"questions": "abc"}))
     assert main(words) == 0
+
+
+@pytest.mark.parametrize("name", ["sets", "sets.aime", "after.sampled.samples", "after.sampled.pass", "questions"])
+@pytest.mark.parametrize("value", [5, None, [], {}, "x", ["x"], {"1": 3}, "0-99999999999"])
+def test_a_result_by_another_hand(tmp_path, capsys, name, value):
+    """One value of it is something else: one line says so, or the runs are compared."""
+    one, two = (leave_sets(tmp_path / folder, "uniform", 0, 0.5) for folder in ("one", "two"))
+    result = json.loads((two / "result.json").read_text())
+    *path, last = name.split(".")
+    inner = result
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    (two / "result.json").write_text(json.dumps(result))
+    status = main(["compare", str(two), str(one), "--output", str(tmp_path / "page.html")])
+    error = capsys.readouterr().err
+    if status == 0:
+        assert (name, value) in (("sets", {}), ("after.sampled.pass", {}), ("after.sampled.samples", 5))
+    else:
+        assert status == 2 and error.startswith(f"error: {two if name != 'questions' else one}: ")
+        assert error.count("\n") == 1

@@ -73,3 +73,38 @@ def test_every_seed_has_its_ring():
     assert [sum(e.get("class") == "whisker" for e in g) for g in groups] == [3, 1]
     width = float(root.get("viewBox").split()[2])
     assert all(0 <= float(e.get(name, 0)) <= width for e in root.iter() for name in ("x1", "x2", "cx"))
+
+
+@pytest.mark.parametrize("chart", ["forest", "strip"])
+def test_long_names_take_no_room_from_the_chart(chart):
+    """They stand above their lines, whole words where they can, never wider than the drawing; the tooltip has all."""
+    names = ["grpo.learning_rate=1e-05, gamma_amp=1.2, window=8, eval.temperature=0.7", "x" * 400, "short", "a <b> & c"]
+    if chart == "forest":
+        svg = forest([(name, 0.4, 0.02) for name in names])
+    else:
+        rows = [(name, [0.3, 0.5], 0.4, 0.2, 0.6) for name in names]
+        svg = strip([None, *rows], label="x", show="{:.1%}".format, tick="{:g}".format, zero=True)
+    root = ElementTree.fromstring(svg)
+    height = float(root.get("viewBox").split()[3])
+    texts = [e for e in root if e.get("class") == "name"]
+    assert [next(e for e in text if e.tag == "title").text for text in texts] == names
+    points = [float(e.get("cy")) for e in root.iter() if e.get("class") == "point"]
+    rows = [[float(e.get("y")) for e in text if e.tag == "tspan"] for text in texts]
+    words = [[e.text for e in text if e.tag == "tspan"] for text in texts]
+    assert words[0] == ["grpo.learning_rate=1e-05, gamma_amp=1.2, window=8,", "eval.temperature=0.7"]
+    assert all(len(text) <= 50 for row in words for text in row) and max(map(len, words)) == 3
+    assert words[1][-1].endswith("...")
+    ends = [0.0, *points]
+    for before, row, point in zip(ends, rows, points):  # a name is below the line before and above its own
+        assert before < row[0] and row[-1] < point < height
+    spans = {(float(e.get("y1")), float(e.get("y2"))) for e in root.iter() if e.get("class") == "grid"}
+    assert not any(top < y < bottom for top, bottom in spans for row in rows for y in row)
+    left = min(float(e.get("x1")) for e in root.iter() if e.get("class") == "grid")
+    assert left < 40
+
+
+def test_short_names_stand_beside_their_lines():
+    root = ElementTree.fromstring(forest([("uniform", 0.4, 0.02), ("coupled", 0.5, 0.02)]))
+    assert [e.text for e in root if e.get("class") == "name"] == ["uniform", "coupled"]
+    left = min(float(e.get("x1")) for e in root.iter() if e.get("class") == "grid")
+    assert left == 16 + 8 * 7

@@ -114,12 +114,11 @@ def test_questions_that_hang_on_the_hash_seed_are_the_same_everywhere(monkeypatc
 def test_a_pool_that_is_too_small_is_refused_with_its_size() -> None:
     one_digit = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     gym = made("chain_sum", options=one_digit)
-    begin = time.monotonic()
     with pytest.raises(
         ValueError, match=r"at least 500 different questions for test, got chain_sum with (\d+)"
     ) as said:
         gym.instances("test", 500)
-    assert time.monotonic() - begin < 30
+    assert gym._questions._drawn < 10_000
     count = int(str(said.value).split(" with ")[1].split(":")[0])
     assert 5 < count < 100
     assert len(gym.instances("test", count)) == count

@@ -63,7 +63,7 @@ def test_an_open_horizon_and_one_sign(tmp_path):
         ("grpo.max_step=2", "'max_step' is not a key of grpo; did you mean max_steps"),
         ("rythm.mode=local", "'rythm' is not a section; did you mean rhythm?"),
         ("rhythm.mod=local", "did you mean mode?"),
-        ("eval.zzz=1", "'zzz' is not a key of eval; known: batch_size, max_tokens, samples"),
+        ("eval.zzz=1", "'zzz' is not a key of eval; known: batch_size, max_tokens, samples, seed"),
         ("grpo.output_dir=x", "grpo.output_dir must not be set, got 'x': the folder of a run is output.path"),
         ("max_steps=2", "an override must be section.key=value, got 'max_steps=2'"),
         ("grpo.max_steps", "an override must be section.key=value"),
