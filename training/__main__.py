@@ -14,6 +14,7 @@ from .recipe import RecipeError, load_recipe
 
 EPILOGUE = """examples:
   python -m training train training/recipes/countdown_tiny.yaml
+  python -m training train training/recipes/dapo_4b_1k.yaml --dry-run
   python -m training train training/recipes/countdown_tiny.yaml rhythm.mode=uniform output.path=runs/plain
   python -m training evaluate runs/demo eval.split=validation
   python -m training evaluate training/recipes/countdown_tiny.yaml eval.samples=8
@@ -39,6 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="carry out a recipe; leaves metrics, model and report in its folder")
     train.add_argument("recipe", help="a YAML file, for example training/recipes/countdown_tiny.yaml")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file's")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the recipe end to end in under two minutes, without a GPU, with stand-ins for what is not here",
+    )
     evaluate = commands.add_parser(
         "evaluate",
         help="measure the accuracy of a run's final model, of a recipe's first one, or of any model on any task",
@@ -62,8 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     compare.add_argument("--output", type=Path, default=Path("runs/compare.html"), help="default: %(default)s")
     options, rest = parser.parse_known_args(arguments)
-    if options.command == "evaluate":  # argparse takes words before the first option, and not those after it
-        options.words += [word for word in rest if not word.startswith("-")]
+    if rest and options.command != "compare":  # argparse takes words before the first option, and not those after it
+        (options.overrides if options.command == "train" else options.words).extend(
+            word for word in rest if not word.startswith("-")
+        )
         rest = [word for word in rest if word.startswith("-")]
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -72,7 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without ± must not fail a run that is done
     try:
         _quiet()
-        if options.command == "train":
+        if options.command == "train" and options.dry_run:
+            from .dry_run import dry_run
+
+            print(dry_run(options.recipe, options.overrides))
+        elif options.command == "train":
             from .train import run
 
             run(load_recipe(options.recipe, options.overrides))

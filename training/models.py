@@ -14,25 +14,59 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .generate import generate
 from .reading import misfit, read_json
 from .recipe import ROOT, Recipe, RecipeError
+from .stand_in import stand_in
 
 _FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 def load(recipe: Recipe, path: Path | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer of a recipe, or those saved at `path`, on the GPU where there is one."""
-    local = ROOT / recipe.model.path
-    source = str(path or (local if local.exists() else recipe.model.path))
-    _check_files(Path(source))
+    """Model and tokenizer of a recipe, or those saved at `path`, on the GPU where there is one.
+
+    Where the recipe's `model.path` is null, they are a small random model of `model.architecture` and a tokenizer of
+    bytes. A path that cannot be had is never replaced by that.
+
+    Raises:
+        RecipeError: for files that are no model's, and for a class that is not there or cannot be made small.
+    """
+    source = str(path or place(recipe) or "")
+    if source:
+        _check_files(Path(source))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, recipe.model.dtype), attn_implementation=recipe.model.attn_implementation
-        )
+        model, tokenizer = _saved(source, recipe) if source else _random(recipe)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    except RecipeError:
+        raise
     except Exception as error:  # of any kind: what the libraries raise over files that are no model's has no one type
-        raise RecipeError(f"model: {source} cannot be loaded: {error}") from error
+        raise RecipeError(f"model: {source or recipe.model.architecture} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def place(recipe: Recipe) -> str | None:
+    """The folder of a recipe's model, or its name on the hub; None where the model is a random one."""
+    if recipe.model.path is None:
+        return None
+    local = ROOT / recipe.model.path
+    return str(local) if local.exists() else recipe.model.path
+
+
+def _saved(source: str, recipe: Recipe) -> tuple[Any, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=getattr(torch, recipe.model.dtype), attn_implementation=recipe.model.attn_implementation
+    )
+    return model, tokenizer
+
+
+def _random(recipe: Recipe) -> tuple[Any, Any]:
+    if recipe.model.architecture is None:
+        raise RecipeError(
+            "model.path must be a folder or a name on the hub, got None: for a small random model, name its class, as "
+            "in model.architecture=Qwen3ForCausalLM"
+        )
+    model, tokenizer = stand_in(recipe.model.architecture, dtype=getattr(torch, recipe.model.dtype))
+    model.set_attn_implementation(recipe.model.attn_implementation)
     return model, tokenizer
 
 
@@ -47,6 +81,21 @@ def _check_files(folder: Path) -> None:
             raise RecipeError(f"model: {folder} cannot be loaded: {path}: {said}")
 
 
+def written(recipe: Recipe, tokenizer: Any, prompts: Callable[[], list[str]]) -> tuple[list[str], list[int]]:
+    """Prompts as the model reads them, and the tokens of each.
+
+    Raises:
+        RecipeError: for prompts that the tokenizer cannot write or pad.
+    """
+    try:
+        texts = prompts()
+        lengths = [sum(mask) for mask in tokenizer(texts, padding=True)["attention_mask"]]
+    except (ValueError, TypeError, TemplateError) as error:
+        given = getattr(recipe.task, "prompt", recipe.task.name)  # not every task has words to choose from
+        raise RecipeError(f"task.prompt must suit the tokenizer, got {given!r}: {error}") from error
+    return texts, lengths
+
+
 def check_model(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[], list[str]]) -> None:
     """Let a model that was loaded answer two prompts with three tokens, before anything depends on it.
 
@@ -54,11 +103,8 @@ def check_model(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[]
         RecipeError: for prompts that the tokenizer cannot write or pad, for responses longer than the model has
             positions, and for a model that loads but does not run with these settings.
     """
-    try:
-        texts = prompts()
-        longest = len(tokenizer(texts, padding=True)["input_ids"][0])
-    except (ValueError, TypeError, TemplateError) as error:
-        raise RecipeError(f"task.prompt must suit the tokenizer, got {recipe.task.prompt!r}: {error}") from error
+    texts, lengths = written(recipe, tokenizer, prompts)
+    longest = max(lengths)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = {
         "grpo.max_completion_length": recipe.grpo.max_completion_length,

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent  # paths in recipes are relative t
 class Model:
     """What is trained."""
 
-    path: str = "training/checkpoints/countdown_tiny"
+    path: str | None = "training/checkpoints/countdown_tiny"  # null: a small random model of `architecture`
+    architecture: str | None = None  # a class of transformers, which stands in where path is null and in dry runs
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     attn_implementation: str = "sdpa"
 
@@ -99,8 +100,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply overrides such as `grpo.max_steps=2` (values are YAML).
 
     Raises:
-        RecipeError: for a file that is no recipe, a name that does not exist (with those that are spelled like it) or
-            a value that its setting does not take.
+        RecipeError: as `read_recipe` and `parse_recipe` do.
+    """
+    return parse_recipe(read_recipe(path, overrides))
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The nested dictionary that a recipe's file holds, with overrides; `parse_recipe` checks what is in it.
+
+    Raises:
+        RecipeError: for a file that is no recipe, or an override that is none.
     """
     try:
         content = read_yaml(Path(path).read_text(encoding="utf-8"))
@@ -112,7 +121,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(content, dict):
         found = type(content).__name__
         raise RecipeError(f"{path}: a recipe must be a mapping with the sections {', '.join(_SECTIONS)}, got {found}")
-    return parse_recipe(override(content, overrides))
+    return override(content, overrides)
 
 
 def override(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -132,7 +141,12 @@ def override(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
 
 
 def parse_recipe(content: Mapping[str, Any]) -> Recipe:
-    """A recipe from the nested dictionary that its file, or `Recipe.to_dict`, holds."""
+    """A recipe from the nested dictionary that its file, or `Recipe.to_dict`, holds.
+
+    Raises:
+        RecipeError: for a name that does not exist (with those that are spelled like it) or a value that its setting
+            does not take.
+    """
     for section in content:
         _known(section, _SECTIONS, "section")
     given = {section: _settings(section, content) for section in _SECTIONS}

@@ -180,7 +180,7 @@ def _download(path: str, repository: str, file: str, revision: str | None) -> Pa
         raise ValueError(f'{path}: to read the hub, install huggingface_hub: pip install "rhythm-kernels[train]"')
     from huggingface_hub import errors, hf_hub_download
 
-    why = _unreachable()
+    why = unreachable()
     try:
         return Path(
             hf_hub_download(repository, file, repo_type="dataset", revision=revision, local_files_only=bool(why))
@@ -192,7 +192,7 @@ def _download(path: str, repository: str, file: str, revision: str | None) -> Pa
 
 
 @functools.cache
-def _unreachable() -> str:
+def unreachable() -> str:
     """Why the hub does not answer; empty where it does. Its client would try for half a minute, for each file."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session

@@ -29,8 +29,11 @@ from .report import write_report
 from .task import Task, check_rewards, instances_of, make, texts
 
 
-def run(recipe: Recipe) -> Path:
+def run(recipe: Recipe, task: Task | None = None) -> Path:
     """Carry a recipe out; returns the run's folder.
+
+    Args:
+        task: the one that the recipe describes, where the caller has made it.
 
     Raises:
         RecipeError: for settings that cannot be carried out, before anything is trained.
@@ -38,17 +41,13 @@ def run(recipe: Recipe) -> Path:
         Interrupted: for Ctrl-C, likewise.
     """
     started = time.perf_counter()
-    task = make(recipe.task)
+    task = task or make(recipe.task)
     config = trainer_config(recipe)
     check_rewards(task, recipe.grpo.rewards)
     held_out = instances_of(task, recipe.eval.split, recipe.eval.size)
+    check_groups(recipe)
     samples_of(held_out, recipe.eval.samples)  # refuses test sets that are not there
     folder = Path(recipe.output.path)
-    if recipe.rhythm.groups is not None and Path(recipe.rhythm.groups).resolve().is_relative_to(folder.resolve()):
-        raise RecipeError(
-            f"rhythm.groups must be outside of output.path, got {recipe.rhythm.groups!r}: this run moves the files "
-            "there away; copy it to another folder"
-        )
     checkpoints = folder / CHECKPOINTS
     with closing(task), open_run(folder) as begin, TemporaryDirectory() as scratch:
         model, tokenizer = load(recipe)
@@ -108,6 +107,16 @@ def run(recipe: Recipe) -> Path:
             _save_model(model, tokenizer, folder / MODEL)
     print(summary(result, folder))
     return folder
+
+
+def check_groups(recipe: Recipe) -> None:
+    """Raise `RecipeError` where the file of head groups is in the folder that a run empties."""
+    groups, folder = recipe.rhythm.groups, Path(recipe.output.path)
+    if groups is not None and Path(groups).resolve().is_relative_to(folder.resolve()):
+        raise RecipeError(
+            f"rhythm.groups must be outside of output.path, got {groups!r}: this run moves the files there away; copy "
+            "it to another folder"
+        )
 
 
 def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
