@@ -185,8 +185,11 @@ class Recorder(TrainerCallback):
         with saving(self._path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        shown = {"right": f"{line.get('accuracy', 0):.0%}", "tokens": f"{line.get('response_tokens', 0):.0f}"}
-        if "gamma_mean" in line:
-            shown["gamma"] = f"{line['gamma_mean']:.2f}"
+        told = (
+            ("right", "accuracy", "{:.0%}"),
+            ("tokens", "response_tokens", "{:.0f}"),
+            ("gamma", "gamma_mean", "{:.2f}"),
+        )
+        shown = {name: form.format(line[key]) for name, key, form in told if key in line}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(state.global_step - self._bar.n)
