@@ -159,6 +159,9 @@ _NAMES = {  # in metrics.jsonl: in TRL's log
 }
 
 
+_SHOWN = (("right", "accuracy", "{:.0%}"), ("tokens", "response_tokens", "{:.0f}"), ("gamma", "gamma_mean", "{:.2f}"))
+
+
 class Recorder(TrainerCallback):
     """Writes one line a step to `metrics.jsonl`, as it happens, and moves the progress bar."""
 
