@@ -7,7 +7,6 @@ says so: what was checked, and what was not. Nothing is written but in a tempora
 from __future__ import annotations
 
 import io
-import math
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -185,14 +184,7 @@ def _check_judges(recipe: Recipe, task: Task, instance: Instance, found: Finding
     answer = answer[0] if isinstance(answer, list | tuple) and answer else answer
     responses = [*_ANSWERS, *([form.replace("X", str(answer)) for form in _FORMS] if answer is not None else [])]
     names = list(dict.fromkeys([*recipe.grpo.rewards, CORRECTNESS]))
-    columns = []
-    for name in names:
-        rewards = list(task.rewards[name](responses, [instance] * len(responses)))
-        if len(rewards) != len(responses) or not all(isinstance(r, int | float) and math.isfinite(r) for r in rewards):
-            raise RecipeError(
-                f"task: its reward {name} must give a finite number for each response, got {shorten(str(rewards), 100)}"
-            )
-        columns.append(rewards)
+    columns = [task.rewards[name](responses, [instance] * len(responses)) for name in names]
     lines = [
         f"{', '.join(f'{reward:g}' for reward in row):>{4 * len(names)}}  for {shorten(response, 60)!r}"
         for row, response in zip(zip(*columns), responses)

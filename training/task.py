@@ -52,7 +52,10 @@ class Figure:
 
 
 class Task:
-    """What is trained on. Subclasses must have `instances`, `prompt`, and `correct` or `rewards`."""
+    """What is trained on. Subclasses must have `instances`, `prompt`, and `correct` or `rewards`.
+
+    A run holds them to what is said here (`checked.py`): a mistake is a line that names the task.
+    """
 
     Settings: ClassVar[type[TaskSettings]] = TaskSettings
 
@@ -62,7 +65,7 @@ class Task:
     def instances(self, split: SplitName, size: int | None) -> list[Instance]:
         """The first `size` instances of a split, always the same; all of them for None.
 
-        No question is in two splits, and a longer list begins with the shorter one.
+        No question is in two splits, none is held out twice (in one `set`), and a longer list begins with the shorter.
 
         Raises:
             ValueError: where the split has fewer, or no end and `size` is None.
@@ -115,7 +118,7 @@ def one_by_one(judge: Callable[[str, Instance], float]) -> Reward:
     """A reward from a function of one response and its instance."""
 
     def reward(responses: Sequence[str], instances: Sequence[Instance]) -> list[float]:
-        return [float(judge(response, instance)) for response, instance in zip(responses, instances, strict=True)]
+        return [judge(response, instance) for response, instance in zip(responses, instances, strict=True)]
 
     return reward
 
@@ -175,15 +178,19 @@ def _misfit(found: Any) -> str:
 
 
 def make(settings: TaskSettings) -> Task:
-    """The task that a recipe's section `task` describes.
+    """The task that a recipe's section `task` describes, held to what a task must give.
 
     Raises:
         RecipeError: for settings it does not take.
     """
+    from .checked import Checked, raised  # which extends `Task`
+
     try:
-        return find(settings.name)(settings)
+        return Checked(find(settings.name)(settings))
     except (ValueError, OSError) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"task.{error}") from error
+    except Exception as error:  # of any kind: the task may be anybody's
+        raise RecipeError(f"task.name: {settings.name} cannot be made: {raised(error)}") from error
 
 
 def instances_of(task: Task, split: SplitName, size: int | None) -> list[Instance]:

@@ -44,7 +44,8 @@ class Sums(Task):
     def instances(self, split, size):
         if not self.settings.reach:
             raise Unreachable("sums.jsonl: there is no such file")
-        rows = [{"a": i, "answer": i + 1} for i in range({"train": 40, "validation": 8, "test": 6}[split])]
+        first, end = {"test": (0, 6), "validation": (6, 14), "train": (20, 60)}[split]
+        rows = [{"a": i, "answer": i + 1} for i in range(first, end)]
         if split == "test":
             rows = [row | {"set": "even" if row["a"] % 2 == 0 else "odd"} for row in rows]
         if size is not None and size > len(rows):
@@ -175,7 +176,7 @@ def test_a_large_model_on_this_machine_lends_its_tokenizer_and_sizes(own, tmp_pa
         (["grpo.per_device_train_batch_size=512"], "grpo.per_device_train_batch_size must be at most 320, got 512"),
         (["eval.size=7"], "test has 6"),
         (["eval.samples={three: 2}"], "eval.samples must name test sets of the task (even, odd), got 'three'"),
-        (["task.broken=true"], "task: its reward correctness must give a finite number for each response"),
+        (["task.broken=true"], ":Sums: rewards['correctness'] must give a finite number for each response"),
         (["grpo.max_step=3"], "did you mean max_steps"),
     ],
 )

@@ -25,11 +25,11 @@ class Doubling(Task):
         largest: int = 9
 
     def instances(self, split, size):
-        start = {"train": 1, "validation": 100, "test": 200}[split]
+        start = {"train": 1, "validation": 30, "test": 60}[split]
         return [{"number": n, "odd": [n % 2 == 1, None, "x"]} for n in range(start, start + size)]
 
     def prompt(self, instance):
-        return f"make {instance['number'] % self.settings.largest} from"
+        return f"make {instance['number']} from {self.settings.largest}"
 
     def correct(self, response, instance):
         return len(response.split()) % 2 == 0
