@@ -43,7 +43,7 @@ class Maths(FileTask):
                 column `prompt` as they are; or a text of your own that holds `{question}`.
             system: a system message of `chat`.
             boxed_only: whether a response without a `\boxed{...}` is wrong.
-            timeout: seconds of wall clock to judge a response; one that takes longer is wrong.
+            timeout: seconds of a processor to judge a response; one that takes longer is wrong.
             workers: processes that judge.
         """
 
