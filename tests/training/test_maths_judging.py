@@ -61,6 +61,8 @@ def judged(task, right, response):
         ("18", "so \\boxed{18}", 1),
         ("18", "so \\boxed{18.0} dollars", 1),
         ("18", "so $\\boxed{\\$18}$.", 1),
+        ("18", "\\boxed{18.}", 1),
+        ("18", "\\boxed{$18.00.$}", 1),
         ("18", "\\boxed{19}", 0),
         ("1234", "\\boxed{1,234}", 1),
         ("\\frac{1}{2}", "\\boxed{0.5}", 1),

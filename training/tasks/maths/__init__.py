@@ -101,7 +101,7 @@ class Maths(FileTask):
         else:
             value = pick(row, "answer", self.settings.answer, [name for known in ANSWERS for name in known], gold)
         try:
-            return gold(value)
+            return [] if value is None else gold(value)
         except ValueError as error:
             raise ValueError(f"answer {error}") from None
 

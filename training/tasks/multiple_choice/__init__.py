@@ -18,10 +18,11 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
+from ...published import pick
 from ...rows import FileSettings, FileTask
 from ...task import CORRECTNESS, Figure, Instance, Prompt, Reward, one_by_one
 from .letters import chosen, spoken
-from .options import ANSWERS, LETTERS, QUESTIONS, answer_of, find, listed_in, options_of, question_of
+from .options import ANSWERS, LETTERS, QUESTIONS, answer_of, listed_in, options_of, question_of
 
 _ASK = "Reason step by step, and put the letter of the right option within \\boxed{}."
 _PROMPTS = {
@@ -87,7 +88,7 @@ class MultipleChoice(FileTask):
 
     def parse(self, row: dict[str, Any]) -> Instance | None:
         settings = self.settings
-        question = question_of(find(row, "question", settings.question, QUESTIONS))
+        question = question_of(pick(row, "question", settings.question, QUESTIONS))
         if own := options_of(row, settings.options):
             options, labels = own
             listed = list(listed_in(question).values()) == list(options.values())
@@ -97,7 +98,7 @@ class MultipleChoice(FileTask):
             labels, listed = list(options), True
         else:
             return None
-        value = find(row, "answer", settings.answer, ANSWERS)
+        value = pick(row, "answer", settings.answer, ANSWERS)
         try:
             answer = answer_of(value, options, labels, settings.answers, settings.first)
         except ValueError:
