@@ -137,7 +137,7 @@ class TestHub:
             assert ((repository, file, revision), repo_type, local_files_only) == (asked, "dataset", False)
             return write(tmp_path / file.rpartition("/")[2], ROWS)
 
-        monkeypatch.setattr(row_files, "_unreachable", lambda: "")
+        monkeypatch.setattr(row_files, "unreachable", lambda: "")
         monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
         assert read_rows(name) == ROWS
 
@@ -147,7 +147,7 @@ class TestHub:
         def download(*_, **__):
             raise EntryNotFoundError("404 Client Error.\n\nEntry not found")
 
-        monkeypatch.setattr(row_files, "_unreachable", lambda: "")
+        monkeypatch.setattr(row_files, "unreachable", lambda: "")
         monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
         with pytest.raises(OSError, match=r"test\.parquet: 404 Client Error\. Entry not found") as caught:
             read_rows(self.FILE)
