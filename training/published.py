@@ -60,6 +60,19 @@ def bare(question: str) -> str:
     return question
 
 
+def messages(value: Any) -> list[dict[str, str]]:
+    """Chat messages as verl's rows have them, in the column `prompt`.
+
+    Raises:
+        ValueError: where it is something else.
+    """
+    fits = isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value)
+    found = [{key: one.get(key) for key in ("role", "content")} for one in value] if fits else []
+    if not found or not all(isinstance(text, str) for one in found for text in one.values()):
+        raise ValueError(f"prompt must be chat messages of role and content, got {str(value)[:80]!r}")
+    return found
+
+
 def at(row: Mapping[str, Any], name: str) -> Any:
     """The value of a column; a dotted name reaches into mappings. None where it is not there, or empty."""
     if name in row:

@@ -6,6 +6,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from .row_files import Row, Unreachable, check, read_rows, rows
@@ -30,6 +31,14 @@ class FileSettings(TaskSettings):
             for name, path in files.items() if isinstance(files, dict) else [("", files)]:
                 if path is not None or name:
                     check(f"{split}.{name}" if name else split, path)
+
+    def files_in(self, folder: Path) -> dict[str, Any]:
+        """These settings with `SPLIT.jsonl` of a folder in place of each file."""
+        found: dict[str, Any] = {}
+        for split in ("train", "validation", "test"):
+            given, file = getattr(self, split), str(folder / f"{split}.jsonl")
+            found[split] = given and (dict.fromkeys(given, file) if isinstance(given, dict) else file)
+        return found
 
 
 class FileTask(Task):
@@ -58,6 +67,12 @@ class FileTask(Task):
         """What is asked, by which questions are told apart; as a rule without what all prompts share."""
         prompt = self.prompt(instance)
         return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+    def describe(self) -> str:
+        files = self.settings.test or self.settings.validation or self.settings.train
+        named = ", ".join(files) if isinstance(files, dict) else Path(files or "").name
+        name = super().describe().replace("_", " ")
+        return f"{name} ({named})" if named else name
 
     def instances(self, split: SplitName, size: int | None) -> list[Instance]:
         found = [instance for _, instance in self._split(split)]
