@@ -18,10 +18,11 @@ from .accuracies import lines_of
 from .evaluate import evaluate_both, limit, samples_of
 from .evaluation import KINDS, digest, questions
 from .folder import CONFIG, EVALUATION, RESPONSES, Interrupted, Run, lock, read_run, saved_model
+from .generate import ends
 from .models import check_model, load
 from .recipe import Recipe, RecipeError, load_recipe, override, parse_recipe
 from .record import Record, finished
-from .task import Instance, instances_of, make, texts
+from .task import Asked, Instance, instances_of, make
 from .train import versions
 
 RUNS = Path("runs/evaluate")  # where evaluations of models that are not of a run are left
@@ -128,8 +129,8 @@ def carry_out(what: Subject, overwrite: bool = False) -> Path:
         instances = instances_of(task, recipe.eval.split, recipe.eval.size)
         samples_of(instances, recipe.eval.samples)
         model, tokenizer = load(recipe, what.source)
-        check_model(recipe, model, tokenizer, lambda: texts(task, instances, tokenizer))
-        identity = identity_of(recipe, model, tokenizer, instances, texts(task, instances, tokenizer))
+        prompts = check_model(recipe, model, tokenizer, task, instances)
+        identity = identity_of(recipe, model, tokenizer, instances, prompts)
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder):
             found = finished(folder, identity)
@@ -189,7 +190,7 @@ def _measure(
 
 
 def identity_of(
-    recipe: Recipe, model: Any, tokenizer: Any, instances: Sequence[Instance], prompts: Sequence[str]
+    recipe: Recipe, model: Any, tokenizer: Any, instances: Sequence[Instance], prompts: Sequence[Asked]
 ) -> dict[str, Any]:
     """What decides every byte of an evaluation: two that agree in this are one, wherever the model's files are."""
     task = asdict(recipe.task)
@@ -200,14 +201,15 @@ def identity_of(
         "model": {
             "weights": weights_digest(model),
             "config": _config(model),
-            "tokenizer": digest([sorted(tokenizer.get_vocab().items()), tokenizer(list(prompts))["input_ids"]]),
+            "tokenizer": digest([sorted(tokenizer.get_vocab().items()), [prompt.tokens for prompt in prompts]]),
+            "ends": sorted(ends(model, tokenizer)),
             "dtype": recipe.model.dtype,
             "attn_implementation": recipe.model.attn_implementation,
         },
         "task": task,
         "instances": len(instances),
         "questions": questions(instances),
-        "prompts": digest(list(prompts)),
+        "prompts": digest([prompt.text for prompt in prompts]),
         "eval": settings,
         "versions": versions(),
     }
