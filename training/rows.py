@@ -30,6 +30,10 @@ class FileSettings(TaskSettings):
                 if path is not None or name:
                     check(f"{split}.{name}" if name else split, path)
 
+    @property
+    def has_files(self) -> bool:
+        return any(files is not None for files in (self.train, self.validation, self.test))
+
 
 class FileTask(Task):
     """A task on rows of files: a subclass has `parse`, `prompt`, and `correct` or `rewards`.

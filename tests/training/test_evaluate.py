@@ -283,6 +283,32 @@ def test_a_recipe_without_a_run(model, tmp_path, monkeypatch, capsys):
     assert str(place.relative_to(tmp_path) / "responses.jsonl") in capsys.readouterr().out
 
 
+def test_a_recipe_without_a_model(tmp_path, monkeypatch, capsys):
+    """Its small random model is evaluated, and named by its class."""
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "some.yaml"
+    recipe.write_text("task: {name: countdown}\nmodel: {path: null, architecture: Qwen3ForCausalLM}\n")
+    assert main(["evaluate", str(recipe), "eval.size=2", "eval.max_tokens=4"]) == 0
+    found, _ = read(tmp_path / "runs" / "evaluate" / "countdown-Qwen3ForCausalLM")
+    assert found["model"] == "Qwen3ForCausalLM"
+    assert "Qwen3ForCausalLM on countdown" in capsys.readouterr().out
+    assert main(["evaluate", str(recipe), "eval.size=2", "model.architecture=null"]) == 2
+    assert "model.path must be a folder or a name on the hub, got None" in capsys.readouterr().err
+
+
+def test_a_task_on_files_is_evaluated_on_all_of_them(model, tmp_path, capsys):
+    """Without a recipe, unless a size is given: 512 is no number of theirs."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"nums": [2, 3, 4 + n], "target": 9 + n}) + "\n" for n in range(7)))
+    command = ["evaluate", "--model", str(model), "--task", "countdown", f"task.test={rows}", "eval.max_tokens=4"]
+    assert main([*command, "--output", str(tmp_path / "all")]) == 0
+    assert "7 test instances" in capsys.readouterr().out
+    assert main([*command, "eval.size=3", "--output", str(tmp_path / "some")]) == 0
+    assert "3 test instances" in capsys.readouterr().out
+    assert main([*command, "eval.size=8", "--output", str(tmp_path / "more")]) == 2
+    assert "test must have 8 puzzles of 3 or 4 numbers, got 7" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
