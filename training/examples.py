@@ -54,7 +54,7 @@ def examples(
                 "right_before": first[i].correct,
                 "right": last[i].correct,
                 "mode": credit.settings.mode,
-                "tokens": tokenizer.convert_ids_to_tokens(last[i].tokens),
+                "tokens": [tokenizer.convert_ids_to_tokens(token) or f"<{token}>" for token in last[i].tokens],
                 **{name: _rounded(x[mask]) for name, x in measured.items()},
             }
         )

@@ -6,8 +6,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from rhythm_kernels import RhythmSettings
 from training.evaluate import evaluate
-from training.examples import _inputs
+from training.evaluation import Evaluation, Response
+from training.examples import _inputs, examples
 from training.generate import Decoding, answer, ends
 from training.models import check_model
 from training.recipe import load_recipe
@@ -99,3 +101,13 @@ def test_responses_end_where_those_of_training_do(model, monkeypatch, own):
         finally:
             hook.remove()
         assert found.input_ids[found.response_mask].tolist() == [last, last]
+
+
+def test_tokens_that_the_tokenizer_has_not(model):
+    """A model's vocabulary is often padded beyond its tokenizer's, and such a token may be sampled."""
+    tokenizer, task = adding(CHAT), Both(TaskSettings("both"))
+    instances, tokens = task.instances("test", 1), [5, 259, 6, 7, 8, 9]
+    assert tokenizer.convert_ids_to_tokens(259) is None
+    answers = Evaluation([Response(0, 0, "x", 6, False, {"correctness": 1.0}, tokens)])
+    (shown,) = examples(model, tokenizer, task, instances, answers, answers, RhythmSettings(), None)
+    assert shown["tokens"][1] == "<259>" and len(shown["tokens"]) == len(shown["gamma"]) == 6
