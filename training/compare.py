@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .accuracies import aligned
-from .arms import ARM_HEAD, KINDS, Arm, arm_lines, caution, collect_arms
+from .arms import ARM_HEAD, Arm, arm_lines, caution, collect_arms
 from .by_set import Group, against, pass_lines, set_lines
 from .charts import curves, forest, strip
+from .evaluation import KINDS
 from .folder import MODEL, Run, read_run, write_text
 from .formats import interval, points, responses, share
 from .recipe import Eval, Grpo, RecipeError

@@ -22,8 +22,6 @@ from .record import Record
 from .settings import RecipeError
 from .task import CORRECTNESS, Asked, Instance, Task, asked
 
-__all__ = ["KINDS", "Evaluation", "Response", "evaluate", "evaluate_both", "limit", "samples_of"]
-
 Progress = Callable[[int, int], Any]  # told how many more responses there are, and how many of them are right
 
 
@@ -125,9 +123,12 @@ def _judged(
     """The responses of a batch, each with its rewards."""
     end = ends(model, tokenizer)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    asked = [instances[i] for i, _ in batch]
+    questions = [instances[i] for i, _ in batch]
     judges = task.rewards
-    judged = {name: [float(reward) for reward in judges[name](texts, asked)] for name in rewards}
+    judged = {name: [float(reward) for reward in judges[name](texts, questions)] for name in rewards}
+    for name, values in judged.items():
+        if len(values) != len(batch):
+            raise RecipeError(f"task: its reward {name} must give {len(batch)} numbers, got {len(values)}")
     return [
         Response(
             instance=i,

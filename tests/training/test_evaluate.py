@@ -403,6 +403,15 @@ def test_decoding_says_everything(model):
     assert Decoding(8, 0.7, 0.9, 20).options()["top_k"] == 20
 
 
+def test_rewards_that_are_not_one_each_are_refused(model, log, tmp_path, monkeypatch, capsys):
+    """They would fall to other responses."""
+    import word_tasks
+
+    monkeypatch.setattr(word_tasks.Words, "rewards", {"correctness": lambda responses, instances: [0.0] * 5})
+    assert main(words(model, tmp_path / "out")) == 2
+    assert "error: task: its reward correctness must give 4 numbers, got 5" in capsys.readouterr().err
+
+
 def test_top_k_is_heeded(model):
     """Only the likeliest token is left: sampling is greedy."""
     recipe = load_recipe(TINY, [f"model.path={model}", "eval.size=6", "eval.top_k=1"])
