@@ -21,7 +21,7 @@ from .evaluate import limit, samples_of
 from .folder import read_run
 from .formats import credit_name, size
 from .grpo import trainer_config
-from .models import load, written
+from .models import check_room, load, written
 from .recipe import Output, Recipe, RecipeError, parse_recipe, read_recipe
 from .row_files import Unreachable
 from .stand_in import parameters
@@ -151,15 +151,10 @@ def _check_prompts(recipe: Recipe, task: Task, instances: list[Instance], model:
     shown = indent(first if len(first) <= 1200 else f"{first[:1200]} ...", "| ", lambda _: True)
     found.checked.append(("prompt", f"as the model reads it, {lengths[0]} {unit}; {of}:\n{shown}"))
     text = model.config.get_text_config(decoder=True) if model.config is not None else None
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = check_room(recipe, text, prompts) if model.reads else None
     most = max(recipe.grpo.max_completion_length, limit(recipe))
-    if positions is None or not model.reads:
+    if positions is None:
         found.unchecked.append(("positions", f"whether the model has room for a prompt and {most:,} tokens"))
-    elif longest + most > positions:
-        raise RecipeError(
-            f"grpo.max_completion_length must be at most {positions - longest}, got {most}: the model has {positions} "
-            f"positions, a prompt up to {longest} tokens"
-        )
     else:
         found.checked.append(("positions", f"{longest:,} and a response of {most:,} fit into {positions:,}"))
     if text is None:

@@ -139,7 +139,7 @@ def carry_out(what: Subject, overwrite: bool = False) -> Path:
         instances = instances_of(task, recipe.eval.split, recipe.eval.size)
         samples_of(instances, recipe.eval.samples)
         model, tokenizer = load(recipe, what.source)
-        prompts = check_model(recipe, model, tokenizer, task, instances)
+        prompts = check_model(recipe, model, tokenizer, task, instances, trains=False)
         identity = identity_of(recipe, model, tokenizer, instances, prompts)
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder):

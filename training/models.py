@@ -97,7 +97,31 @@ def written(recipe: Recipe, tokenizer: Any, task: Task, instances: Sequence[Inst
     return prompts
 
 
-def check_model(recipe: Recipe, model: Any, tokenizer: Any, task: Task, instances: Sequence[Instance]) -> list[Asked]:
+def check_room(recipe: Recipe, config: Any, prompts: Sequence[Asked], *, trains: bool = True) -> int | None:
+    """The positions of a model, if it has so many and no more; `trains`: there are responses to learn from.
+
+    Raises:
+        RecipeError: where the longest prompt and the longest response do not fit.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    room = positions - max(len(prompt.tokens) for prompt in prompts)
+    held = f"the model has {positions} positions, a prompt up to {positions - room} tokens"
+    if room < 1:
+        raise RecipeError(f"task: no response fits: {held}")
+    limits = {"eval.max_tokens": recipe.eval.max_tokens}
+    if trains or recipe.eval.max_tokens is None:
+        limits["grpo.max_completion_length"] = recipe.grpo.max_completion_length
+    for name, limit in limits.items():
+        if limit is not None and limit > room:
+            raise RecipeError(f"{name} must be at most {room}, got {limit}: {held}")
+    return positions
+
+
+def check_model(
+    recipe: Recipe, model: Any, tokenizer: Any, task: Task, instances: Sequence[Instance], *, trains: bool = True
+) -> list[Asked]:
     """Let a model that was loaded answer two prompts with three tokens, before anything depends on it.
 
     Returns:
@@ -108,19 +132,7 @@ def check_model(recipe: Recipe, model: Any, tokenizer: Any, task: Task, instance
             positions, and for a model that loads but does not run with these settings.
     """
     prompts = written(recipe, tokenizer, task, instances)
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = {
-        "grpo.max_completion_length": recipe.grpo.max_completion_length,
-        "eval.max_tokens": recipe.eval.max_tokens,
-    }
-    for name, limit in limits.items():
-        if positions is None or limit is None or longest + limit <= positions:
-            continue
-        raise RecipeError(
-            f"{name} must be at most {positions - longest}, got {limit}: the model has {positions} positions, "
-            f"a prompt up to {longest} tokens"
-        )
+    check_room(recipe, model.config.get_text_config(), prompts, trains=trains)
     try:
         with random_stream(model.device, 0):
             answer(model, tokenizer, [prompt.tokens for prompt in prompts[:2]], Decoding(3, recipe.eval.temperature))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -175,8 +176,6 @@ def test_a_finished_one_is_printed_again(model, log, tmp_path, capsys):
 
 def test_another_model_is_another_evaluation(model, log, tmp_path, capsys):
     """Also at the same path; and the same model at another path is the same."""
-    import shutil
-
     place, output = tmp_path / "model", tmp_path / "out"
     shutil.copytree(model, place)
     assert main(words(place, output)) == 0
@@ -294,6 +293,21 @@ def test_a_recipe_without_a_model(tmp_path, monkeypatch, capsys):
     assert "Qwen3ForCausalLM on countdown" in capsys.readouterr().out
     assert main(["evaluate", str(recipe), "eval.size=2", "model.architecture=null"]) == 2
     assert "model.path must be a folder or a name on the hub, got None" in capsys.readouterr().err
+
+
+def test_room_is_for_the_prompt_and_what_is_drawn(model, tmp_path, capsys):
+    """The longest response of a training that there is not takes none."""
+    small = shutil.copytree(model, tmp_path / "small")
+    command = ["evaluate", "--model", str(small), "--task", "countdown", "eval.size=2", "eval.max_tokens=8"]
+    for count, message in (
+        (40, ""),
+        (16, "eval.max_tokens must be at most "),
+        (4, "task: no response fits: the model"),
+    ):
+        config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": count}
+        (small / "config.json").write_text(json.dumps(config))
+        assert main([*command, "--output", str(tmp_path / "out")]) == (2 if message else 0)
+        assert message in capsys.readouterr().err
 
 
 def test_a_task_on_files_is_evaluated_on_all_of_them(model, tmp_path, capsys):
