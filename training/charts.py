@@ -73,7 +73,7 @@ def forest(entries: Sequence[tuple[str, float, float]]) -> str:
     lines = _lines([name for name, _, _ in entries], 30)
     low = min(v - 2 * e for _, v, e in entries)
     high = max(v + 2 * e for _, v, e in entries)
-    ticks = nice_ticks(max(0.0, low), high)
+    ticks = nice_ticks(max(0.0, low), min(1.0, high))
     x = _scale(ticks[0], ticks[-1], lines.left, width - right)
     parts = [_open(width, lines.height, "accuracy with 95% intervals"), *_vertical_grid(ticks, x, lines.spans)]
     for i, ((_, value, error), name, at) in enumerate(zip(entries, lines.names, lines.middles)):
@@ -215,7 +215,7 @@ def _whisker(low: float, high: float, at: float, ends: Sequence[float]) -> str:
 
 def _share_whisker(x: Callable[[float], float], value: float, error: float, at: float) -> str:
     """The 95% interval of a share, and the share beside it."""
-    low, high = x(max(0.0, value - 1.96 * error)), x(value + 1.96 * error)
+    low, high = x(max(0.0, value - 1.96 * error)), x(min(1.0, value + 1.96 * error))
     text = f'<text class="value" x="{high + 7:.1f}" y="{at + 4:.1f}">{value:.1%}</text>'
     return _whisker(low, high, at, (low, high)) + text
 

@@ -20,11 +20,11 @@ from .evaluate import limit, samples_of
 from .folder import read_run
 from .formats import credit_name, size
 from .grpo import trainer_config
-from .models import load, written
+from .models import check_room, load, written
 from .recipe import Output, Recipe, RecipeError, parse_recipe, read_recipe
 from .row_files import Unreachable
 from .stand_in import parameters
-from .task import CORRECTNESS, Instance, SplitName, Task, check_rewards, instances_of, make, texts
+from .task import CORRECTNESS, Instance, SplitName, Task, check_rewards, instances_of, make
 from .train import check_groups, run
 from .trial_model import Findings, TrialModel, trial_model
 
@@ -142,21 +142,18 @@ def _in_sets(recipe: Recipe, instances: list[Instance]) -> list[Instance]:
 def _check_prompts(recipe: Recipe, task: Task, instances: list[Instance], model: TrialModel, found: Findings) -> None:
     """Write prompts as the model reads them, count their tokens and hold them against the model's positions."""
     tokenizer = model.tokenizer
-    prompts, lengths = written(recipe, tokenizer, lambda: texts(task, instances[:_LOOKED_AT], tokenizer))
+    prompts = written(recipe, tokenizer, task, instances[:_LOOKED_AT])
+    lengths = [len(prompt.tokens) for prompt in prompts]
     longest, unit = max(lengths), "tokens" if model.reads else "bytes"
     of = f"of {len(prompts):,}, the longest has {longest:,}"
-    shown = indent(prompts[0] if len(prompts[0]) <= 1200 else f"{prompts[0][:1200]} ...", "| ", lambda _: True)
+    first = prompts[0].text
+    shown = indent(first if len(first) <= 1200 else f"{first[:1200]} ...", "| ", lambda _: True)
     found.checked.append(("prompt", f"as the model reads it, {lengths[0]} {unit}; {of}:\n{shown}"))
     text = model.config.get_text_config(decoder=True) if model.config is not None else None
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = check_room(recipe, text, prompts) if model.reads else None
     most = max(recipe.grpo.max_completion_length, limit(recipe))
-    if positions is None or not model.reads:
+    if positions is None:
         found.unchecked.append(("positions", f"whether the model has room for a prompt and {most:,} tokens"))
-    elif longest + most > positions:
-        raise RecipeError(
-            f"grpo.max_completion_length must be at most {positions - longest}, got {most}: the model has {positions} "
-            f"positions, a prompt up to {longest} tokens"
-        )
     else:
         found.checked.append(("positions", f"{longest:,} and a response of {most:,} fit into {positions:,}"))
     if text is None:

@@ -40,6 +40,10 @@ class FileSettings(TaskSettings):
             found[split] = given and (dict.fromkeys(given, file) if isinstance(given, dict) else file)
         return found
 
+    @property
+    def has_files(self) -> bool:
+        return any(files is not None for files in (self.train, self.validation, self.test))
+
 
 class FileTask(Task):
     """A task on rows of files: a subclass has `parse`, `prompt`, and `correct` or `rewards`.

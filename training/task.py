@@ -130,9 +130,23 @@ def as_text(prompt: Prompt, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
-def texts(task: Task, instances: Sequence[Instance], tokenizer: Any) -> list[str]:
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as the model reads it: as text, and as tokens."""
+
+    text: str
+    tokens: list[int]
+
+
+def as_asked(prompt: Prompt, tokenizer: Any) -> Asked:
+    """A prompt as TRL asks it in training: a chat template writes the special tokens itself, a text has them added."""
+    text = as_text(prompt, tokenizer)
+    return Asked(text, tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+
+
+def asked(task: Task, instances: Sequence[Instance], tokenizer: Any) -> list[Asked]:
     """The prompts of instances as the model reads them."""
-    return [as_text(task.prompt(instance), tokenizer) for instance in instances]
+    return [as_asked(task.prompt(instance), tokenizer) for instance in instances]
 
 
 def names() -> list[str]:
