@@ -126,6 +126,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ("grpo.push_to_hub=true", "grpo.push_to_hub must not be set ... nothing is uploaded"),
         ("grpo.hub_model_id=me/mine", "grpo.hub_model_id must not be set ... nothing is uploaded"),
         ("grpo.num_train_epochs=1", "grpo.max_steps says how long a run is"),
+        ("grpo.chat_template_kwargs={enable_thinking: false}", "evaluation asks without them"),
         ("grpo.generation_batch_size=8", "grpo.steps_per_generation says"),
         ("grpo.remove_unused_columns=true", "the task gives the prompts"),
         ("grpo.optim=lion", "the optimizer is grpo.optimizer"),
