@@ -159,7 +159,7 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers from at most `low` to at least `high`, at least two."""
     magnitude = max(abs(low), abs(high), 1e-12)
     if high - low < 1e-6 * magnitude:
-        high = low + 0.1 * magnitude
+        high = low + (0.1 * magnitude if magnitude > 1e-9 else 1.0)  # all zeros: a grid that its labels can tell apart
     rough = (high - low) / most
     power = 10 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)

@@ -126,9 +126,6 @@ def _judged(
     questions = [instances[i] for i, _ in batch]
     judges = task.rewards
     judged = {name: [float(reward) for reward in judges[name](texts, questions)] for name in rewards}
-    for name, values in judged.items():
-        if len(values) != len(batch):
-            raise RecipeError(f"task: its reward {name} must give {len(batch)} numbers, got {len(values)}")
     return [
         Response(
             instance=i,

@@ -423,7 +423,7 @@ def test_rewards_that_are_not_one_each_are_refused(model, log, tmp_path, monkeyp
 
     monkeypatch.setattr(word_tasks.Words, "rewards", {"correctness": lambda responses, instances: [0.0] * 5})
     assert main(words(model, tmp_path / "out")) == 2
-    assert "error: task: its reward correctness must give 4 numbers, got 5" in capsys.readouterr().err
+    assert "rewards['correctness'] must give 4 numbers, one a response, got [0.0, 0.0" in capsys.readouterr().err
 
 
 def test_top_k_is_heeded(model):
