@@ -187,7 +187,7 @@ class ReasoningGym(Task):
         truths = [answer_of(f"{_OPEN}{one.answer}{_CLOSE}") or "" for one in sample]
         asked = [(*self._questions.scored_as, truth, one.entry) for truth, one in zip(truths, sample)]
         for one, request, score in zip(sample, asked, ask("score", asked, _JUDGES, SECONDS)):
-            if score is None:  # a busy machine, and processes that have just started
+            if score is None:  # by a process that had just started, and imported much
                 (score,) = ask("score", [request], _JUDGES, SECONDS)
             if one.answer is None:
                 what = f"which gives no answer to its question {one.number}"
