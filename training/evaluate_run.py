@@ -21,7 +21,7 @@ from .folder import CONFIG, EVALUATION, RESPONSES, Interrupted, Run, lock, read_
 from .models import check_model, load
 from .recipe import Recipe, RecipeError, load_recipe, override, parse_recipe
 from .record import Record, finished
-from .task import Instance, instances_of, make, texts
+from .task import Instance, encode, instances_of, make, texts
 from .train import versions
 
 RUNS = Path("runs/evaluate")  # where evaluations of models that are not of a run are left
@@ -200,7 +200,7 @@ def identity_of(
         "model": {
             "weights": weights_digest(model),
             "config": _config(model),
-            "tokenizer": digest([sorted(tokenizer.get_vocab().items()), tokenizer(list(prompts))["input_ids"]]),
+            "tokenizer": digest([sorted(tokenizer.get_vocab().items()), encode(tokenizer, prompts)["input_ids"]]),
             "dtype": recipe.model.dtype,
             "attn_implementation": recipe.model.attn_implementation,
         },

@@ -12,7 +12,7 @@ from torch import Tensor
 from rhythm_kernels import HeadGroups, RhythmCredit, RhythmSettings
 
 from .evaluation import Evaluation, Response
-from .task import Instance, Task, texts
+from .task import Instance, Task, encode, texts
 
 SHOWN = 3  # responses
 SHORTEST, LONGEST = 45, 160  # tokens: long enough for a horizon of 10 to say something, short enough to be read
@@ -73,7 +73,7 @@ def _choose(before: Sequence[Response], after: Sequence[Response]) -> list[int]:
 
 
 def _inputs(tokenizer: Any, prompt: str, response: list[int], model: Any) -> dict[str, Tensor]:
-    head = tokenizer(prompt)["input_ids"]
+    head = encode(tokenizer, [prompt])["input_ids"][0]
     input_ids = torch.tensor([head + response], device=model.device)
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     mask[:, len(head) :] = True

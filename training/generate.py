@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .task import encode
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -48,7 +50,7 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decodin
     """One response to each prompt of a batch, as tokens up to and with the end token, from torch's random state."""
     training = model.training
     model.eval()
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    inputs = encode(tokenizer, prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     output = model.generate(**inputs, **decoding.options())
     model.train(training)
     end = ends(model)

@@ -15,6 +15,7 @@ from .generate import generate
 from .reading import misfit, read_json
 from .recipe import ROOT, Recipe, RecipeError
 from .stand_in import stand_in
+from .task import encode
 
 _FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
@@ -89,7 +90,7 @@ def written(recipe: Recipe, tokenizer: Any, prompts: Callable[[], list[str]]) ->
     """
     try:
         texts = prompts()
-        lengths = [sum(mask) for mask in tokenizer(texts, padding=True)["attention_mask"]]
+        lengths = [sum(mask) for mask in encode(tokenizer, texts, padding=True)["attention_mask"]]
     except (ValueError, TypeError, TemplateError) as error:
         given = getattr(recipe.task, "prompt", recipe.task.name)  # not every task has words to choose from
         raise RecipeError(f"task.prompt must suit the tokenizer, got {given!r}: {error}") from error

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from rhythm_kernels import RhythmCredit
 
 from .recipe import Recipe, RecipeError, load_recipe
-from .task import Instance
+from .task import Instance, encode
 
 
 @dataclass
@@ -52,7 +52,7 @@ def sample(
 ) -> Batch:
     """`group` responses to each prompt, those to one prompt next to each other."""
     repeated = [prompt for prompt in prompts for _ in range(group)]
-    inputs = tokenizer(repeated, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    inputs = encode(tokenizer, repeated, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     model.eval()
     output = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1.0

@@ -97,6 +97,10 @@ _REFUSED = (
     (r"generation_batch_size", "grpo.steps_per_generation says how many batches are generated at once"),
     (r"model_init_kwargs|trust_remote_code", "the model is loaded as the section model says"),
     (
+        r"chat_template_kwargs",
+        "evaluation asks as the tokenizer's own template says; change that, or the task's prompt",
+    ),
+    (
         r"label_\w+|length_column_name|group_by_length|train_sampling_strategy|remove_unused_columns"
         r"|max_tool_calling_iterations",
         "the task gives the prompts and what is read with them",

@@ -120,11 +120,21 @@ def one_by_one(judge: Callable[[str, Instance], float]) -> Reward:
     return reward
 
 
+class Chat(str):
+    """A chat as text, by a chat template, which wrote every special token that belongs there."""
+
+
 def as_text(prompt: Prompt, tokenizer: Any) -> str:
     """A prompt as the model reads it: chat messages go through the tokenizer's chat template."""
     if isinstance(prompt, str):
         return prompt
-    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return Chat(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+
+
+def encode(tokenizer: Any, prompts: Sequence[str], **options: Any) -> Any:
+    """The tokens of prompts of one task, as TRL makes them: the tokenizer adds its own to text, and none to chats."""
+    plain = not isinstance(prompts[0], Chat)
+    return tokenizer(list(prompts), add_special_tokens=plain, **options)
 
 
 def texts(task: Task, instances: Sequence[Instance], tokenizer: Any) -> list[str]:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from .settings import RecipeError
+from .task import encode
 
 # Fields of transformers' GenerationConfig that a run sets otherwise, and how.
 _SAID_ELSEWHERE = (
@@ -121,7 +122,7 @@ def _try_generation(trainer: Any, prompts: list[str]) -> None:
     model, tokenizer = trainer.model, trainer.processing_class
     config = deepcopy(trainer.generation_config)
     config.max_new_tokens = 3
-    inputs = tokenizer(prompts[:2], return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    inputs = encode(tokenizer, prompts[:2], return_tensors="pt", padding=True, padding_side="left").to(model.device)
     training = model.training
     with torch.no_grad():
         responses = model.eval().generate(**inputs, generation_config=config)

@@ -178,6 +178,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ("grpo.accelerator_config=/none.json", "must be a file of JSON, got '/none.json': No such file"),
         (f"grpo.accelerator_config={TINY}", f"got '{TINY}': Expecting value"),
         ("grpo.accelerator_config={nonsense: 1}", "unexpected keyword argument 'nonsense'"),
+        ("grpo.chat_template_kwargs={enable_thinking: false}", "evaluation asks as the tokenizer's own template says"),
         ("grpo.warmup_ratio=0.1", "use warmup_steps=0.1, where a number below 1 is a share of the steps"),
         ("grpo.warmup_steps=1.5", "a whole number of steps, or below 1 a share of them"),
         ("model.dtype=float16 grpo.temperature=0.001", "grpo.temperature must be at least 0.01 with ... got 0.001"),
@@ -238,7 +239,9 @@ def test_a_key_given_twice_is_named_with_its_lines(tmp_path):
     path.write_text("grpo:\n  seed: 1\n  beta: 0\n  seed: 2\n")
     with pytest.raises(RecipeError, match=f"{path}: not YAML: line 4: seed is given twice, first in line 2"):
         load_recipe(path)
-    path.write_text("task: {name: countdown}\ngrpo: &g {seed: 1, beta: 0.5}\neval: {seed: &s 4, size: *s}\n")
+    path.write_text(
+        "task: {name: countdown}\nmodel: {path: null}\ngrpo: &g {seed: 1, beta: 0.5}\neval: {seed: &s 4, size: *s}\n"
+    )
     assert (load_recipe(path).eval.seed, load_recipe(path).eval.size) == (4, 4)
     assert read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")["b"] == {"x": 3, "y": 2}
 
