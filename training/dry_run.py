@@ -9,12 +9,14 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import indent, shorten
+
+import torch
 
 from .cut_down import PROMPTS, check_sizes, cut_down, few, left_out
 from .evaluate import limit, samples_of
@@ -52,7 +54,7 @@ def dry_run(path: str, overrides: Sequence[str] = ()) -> str:
     recipe = parse_recipe(content)
     check_groups(recipe)
     try:
-        with TemporaryDirectory(prefix="dry-run-") as scratch:
+        with _without_gpu(), TemporaryDirectory(prefix="dry-run-") as scratch:
             _carry_out(recipe, Path(scratch), found)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("nothing was changed") from error
@@ -60,6 +62,16 @@ def dry_run(path: str, overrides: Sequence[str] = ()) -> str:
     return (
         f"\n{path}: nothing was found that would stop it.\n{found}\nTook {time.perf_counter() - started:.0f} seconds."
     )
+
+
+@contextmanager
+def _without_gpu() -> Iterator[None]:
+    """A GPU that is there may be in use, and too small: what asks for one is told that there is none."""
+    there, torch.cuda.is_available = torch.cuda.is_available, lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = there
 
 
 def _carry_out(recipe: Recipe, scratch: Path, found: Findings) -> None:
@@ -83,7 +95,13 @@ def _carry_out(recipe: Recipe, scratch: Path, found: Findings) -> None:
         if model.attention != recipe.model.attn_implementation:
             found.unchecked.append(("attention", f"{recipe.model.attn_implementation}; stood in: {model.attention}"))
         if recipe.model.dtype != "float32":
-            found.unchecked.append(("numbers", f"{recipe.model.dtype}; stood in: float32"))
+            found.unchecked.append(("numbers", f"{recipe.model.dtype}; stood in: float32{_lost(recipe)}"))
+        first = recipe.rhythm.horizon[0]
+        if recipe.rhythm.mode in ("global", "coupled") and recipe.grpo.max_completion_length < 4 * first:
+            said = (
+                f"whether responses are longer than {first} tokens: in shorter ones no token gets any (rhythm.horizon)"
+            )
+            found.unchecked.append(("credit", said))
         small = cut_down(recipe, random=not model.is_real, attention=model.attention)
         small.model.path = model.path
         with redirect_stdout(io.StringIO()):  # it speaks of files that are gone in a moment
@@ -179,6 +197,15 @@ def _memory(recipe: Recipe, count: int) -> str:
     return f"by arithmetic, {total} for {', '.join(parts)} in {recipe.model.dtype}"
 
 
+def _lost(recipe: Recipe) -> str:
+    """What rounding does to the steps of training, in words, if they are small beside most weights."""
+    grpo, digits = recipe.grpo, {"bfloat16": 2**-8, "float16": 2**-11}.get(recipe.model.dtype, 0.0)
+    largest = grpo.learning_rate / digits if digits else math.inf  # AdamW moves a weight by about the learning rate
+    if grpo.optimizer != "adamw" or largest > 0.01:
+        return ""
+    return f". A step of grpo.learning_rate={grpo.learning_rate:g} is lost in weights above about {largest:.0e}"
+
+
 def _check_judges(recipe: Recipe, task: Task, instance: Instance, found: Findings) -> None:
     """Reward a few responses of ours to one instance, among them its answer, where it has one under that name."""
     answer = instance.get("answer")
@@ -193,6 +220,8 @@ def _check_judges(recipe: Recipe, task: Task, instance: Instance, found: Finding
                 f"task: its reward {name} must give a finite number for each response, got {shorten(str(rewards), 100)}"
             )
         columns.append(rewards)
+        if name == CORRECTNESS and 1.0 not in rewards:
+            found.unchecked.append(("answers", "whether a right one is rewarded: none of those made up here was right"))
     lines = [
         f"{', '.join(f'{reward:g}' for reward in row):>{4 * len(names)}}  for {shorten(response, 60)!r}"
         for row, response in zip(zip(*columns), responses)

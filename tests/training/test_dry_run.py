@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 import pytest
+import torch
 import yaml
 from transformers import Qwen3Config
 
@@ -40,6 +41,7 @@ class Sums(Task):
         train_size: int | None = 40
         reach: bool = True
         broken: bool = False
+        deaf: bool = False
 
     def instances(self, split, size):
         if not self.settings.reach:
@@ -55,6 +57,8 @@ class Sums(Task):
         return f"{instance['a']} + 1 ="
 
     def correct(self, response, instance):
+        if self.settings.deaf:
+            return False
         return float("nan") if self.settings.broken else response == rf"So it is \boxed{{{instance['answer']}}}."
 
     def stand_in(self):
@@ -108,7 +112,7 @@ def test_the_demos_recipe(tmp_path, scratch, monkeypatch, capsys):
         *("settings", "rows", "sizes", "prompt", "positions", "memory", "rewards", "training", "credit", "evaluation"),
         *("report", "saving"),
     }
-    assert set(unchecked) == {"speed"}
+    assert set(unchecked) == {"speed", "answers"}
     assert "4,400 to train on and 512 of split test, of its own" in checked["rows"]
     assert "128 responses a batch, 8 to each of 16 prompts" in checked["sizes"]
     assert "| use 9 , 11 , 11 to make 31 :" in checked["prompt"]
@@ -163,6 +167,29 @@ def test_a_large_model_on_this_machine_lends_its_tokenizer_and_sizes(own, tmp_pa
     ):
         assert main(["train", own, *wanted, *extra, "--dry-run"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_gpu_is_not_used(own, monkeypatch, capsys):
+    """On a machine that has one, too: here it would fail."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert main(["train", own, "model.path=null", QWEN[1], "--dry-run"]) == 0
+    assert torch.cuda.is_available()
+
+
+def test_what_would_train_nothing_in_silence_is_said(own, capsys):
+    """Rounding that swallows steps, responses too short for the horizon, a judge that never said yes."""
+    small = ["model.path=null", QWEN[1], "eval.samples=1"]
+    wanted = ["model.dtype=bfloat16", "grpo.learning_rate=1e-6", "grpo.max_completion_length=16", "rhythm.top=0.4"]
+    assert main(["train", own, *small, *wanted, "--dry-run"]) == 0
+    _, unchecked = lines(capsys.readouterr().out)
+    lost = "stood in: float32. A step of grpo.learning_rate=1e-06 is lost in weights above about 3e-04"
+    assert unchecked["numbers"] == f"bfloat16; {lost}"
+    assert unchecked["credit"].startswith("whether responses are longer than 10 tokens: in shorter ones no token gets")
+    assert "answers" not in unchecked
+    assert main(["train", own, *small, "model.dtype=bfloat16", "task.deaf=true", "--dry-run"]) == 0
+    _, unchecked = lines(capsys.readouterr().out)
+    assert unchecked["numbers"] == "bfloat16; stood in: float32"
+    assert unchecked["answers"] == "whether a right one is rewarded: none of those made up here was right"
 
 
 @pytest.mark.parametrize(
