@@ -7,6 +7,7 @@ says so: what was checked, and what was not. Nothing is written but in a tempora
 from __future__ import annotations
 
 import io
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from .evaluate import limit, samples_of
 from .folder import read_run
 from .formats import credit_name, size
 from .grpo import trainer_config
-from .models import load, written
+from .models import check_positions, load, written
 from .recipe import Output, Recipe, RecipeError, parse_recipe, read_recipe
 from .row_files import Unreachable
 from .stand_in import parameters
@@ -87,6 +88,7 @@ def _carry_out(recipe: Recipe, scratch: Path, found: Findings) -> None:
                 check_sizes(recipe, len(train) if own and recipe.task.train_size is None else recipe.task.train_size),
             )
         )
+        _check_splits(recipe, task, train, held_out)
         model = trial_model(recipe, scratch, found)
         _check_prompts(recipe, task, [*held_out, *train], model, found)
         _check_judges(recipe, task, held_out[0], found)
@@ -158,6 +160,16 @@ def _in_sets(recipe: Recipe, instances: list[Instance]) -> list[Instance]:
     return [instances[i % len(instances)] | {"set": names[i % len(names)]} for i in range(count)]
 
 
+def _check_splits(recipe: Recipe, task: Task, train: list[Instance], held_out: list[Instance]) -> None:
+    """Refuse to train on what is asked in evaluation."""
+    asked = [json.dumps(task.prompt(instance)) for instance in held_out]
+    seen = {json.dumps(task.prompt(instance)) for instance in train}
+    if both := sum(prompt in seen for prompt in asked):
+        raise RecipeError(
+            f"task: its splits must share no question, got {both} of {len(asked)} of split {recipe.eval.split} in train"
+        )
+
+
 def _check_prompts(recipe: Recipe, task: Task, instances: list[Instance], model: TrialModel, found: Findings) -> None:
     """Write prompts as the model reads them, count their tokens and hold them against the model's positions."""
     tokenizer = model.tokenizer
@@ -167,15 +179,10 @@ def _check_prompts(recipe: Recipe, task: Task, instances: list[Instance], model:
     shown = indent(prompts[0] if len(prompts[0]) <= 1200 else f"{prompts[0][:1200]} ...", "| ", lambda _: True)
     found.checked.append(("prompt", f"as the model reads it, {lengths[0]} {unit}; {of}:\n{shown}"))
     text = model.config.get_text_config(decoder=True) if model.config is not None else None
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = check_positions(recipe, text, longest) if text is not None and model.reads else None
     most = max(recipe.grpo.max_completion_length, limit(recipe))
-    if positions is None or not model.reads:
+    if positions is None:
         found.unchecked.append(("positions", f"whether the model has room for a prompt and {most:,} tokens"))
-    elif longest + most > positions:
-        raise RecipeError(
-            f"grpo.max_completion_length must be at most {positions - longest}, got {most}: the model has {positions} "
-            f"positions, a prompt up to {longest} tokens"
-        )
     else:
         found.checked.append(("positions", f"{longest:,} and a response of {most:,} fit into {positions:,}"))
     if text is None:

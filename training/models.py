@@ -94,7 +94,34 @@ def written(recipe: Recipe, tokenizer: Any, prompts: Callable[[], list[str]]) ->
     except (ValueError, TypeError, TemplateError) as error:
         given = getattr(recipe.task, "prompt", recipe.task.name)  # not every task has words to choose from
         raise RecipeError(f"task.prompt must suit the tokenizer, got {given!r}: {error}") from error
+    if not min(lengths):
+        raise RecipeError("task: its prompts must have a token at least, got one without")
     return texts, lengths
+
+
+def check_positions(recipe: Recipe, config: Any, longest: int) -> int | None:
+    """The number of the model's positions, where it has one.
+
+    Raises:
+        RecipeError: where a prompt of `longest` tokens and a response do not fit into them.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = {
+        "grpo.max_completion_length": recipe.grpo.max_completion_length,
+        "eval.max_tokens": recipe.eval.max_tokens,
+    }
+    for name, limit in limits.items():
+        if positions is None or limit is None or longest + limit <= positions:
+            continue
+        if longest >= positions:
+            raise RecipeError(
+                f"task: its prompts must be below {positions} tokens, the model's positions, got {longest}"
+            )
+        raise RecipeError(
+            f"{name} must be at most {positions - longest}, got {limit}: the model has {positions} positions, "
+            f"a prompt up to {longest} tokens"
+        )
+    return positions
 
 
 def check_model(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[], list[str]]) -> None:
@@ -105,19 +132,7 @@ def check_model(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[]
             positions, and for a model that loads but does not run with these settings.
     """
     texts, lengths = written(recipe, tokenizer, prompts)
-    longest = max(lengths)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = {
-        "grpo.max_completion_length": recipe.grpo.max_completion_length,
-        "eval.max_tokens": recipe.eval.max_tokens,
-    }
-    for name, limit in limits.items():
-        if positions is None or limit is None or longest + limit <= positions:
-            continue
-        raise RecipeError(
-            f"{name} must be at most {positions - longest}, got {limit}: the model has {positions} positions, "
-            f"a prompt up to {longest} tokens"
-        )
+    check_positions(recipe, model.config, max(lengths))
     try:
         generate(
             model, tokenizer, texts[:2], max_new_tokens=3, temperature=recipe.eval.temperature, batch_size=2, seed=0
