@@ -27,6 +27,7 @@ from .grpo import trainer_config
 from .models import check_positions, load, written
 from .recipe import Output, Recipe, RecipeError, parse_recipe, read_recipe
 from .row_files import Unreachable
+from .rows import FileTask
 from .stand_in import parameters
 from .task import CORRECTNESS, Instance, SplitName, Task, check_rewards, instances_of, make, texts
 from .train import check_groups, run
@@ -127,6 +128,11 @@ def _rows(recipe: Recipe, found: Findings) -> tuple[Task, list[Instance], list[I
         other = task.stand_in() if isinstance(error.__cause__, Unreachable) else None
         if other is None:
             raise
+        if isinstance(task, FileTask):
+            try:
+                task.check_files()
+            except (ValueError, OSError) as wrong:
+                raise RecipeError(f"task: {wrong}") from wrong
         found.unchecked.append(("data", f"{shorten(str(error), 300)}; stood in: the rows that come with the task"))
         task, where = other, "that come with the task"
         train, held_out = (instances_of(task, which, None) for which in ("train", split))

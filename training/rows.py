@@ -65,6 +65,22 @@ class FileTask(Task):
             raise ValueError(f"{split} must hold at least {size} questions, got {have}: for all of them, give no size")
         return found[:size]
 
+    def check_files(self) -> None:
+        """Read every file that can be had, whether or not others can.
+
+        Raises:
+            ValueError, OSError: for one that holds something else, or cannot be read.
+        """
+        for split in ("train", "validation", "test"):
+            files = getattr(self.settings, split)
+            for path in files.values() if isinstance(files, dict) else filter(None, [files]):
+                try:
+                    for number, row in rows(path, distinct=True):
+                        if row is not None:
+                            self._parse(path, number, row)
+                except Unreachable:
+                    continue
+
     def _split(self, split: SplitName) -> dict[bytes, Instance]:
         if split not in self._splits:
             self._splits[split] = self._read(split)

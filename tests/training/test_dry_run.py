@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,6 +171,23 @@ def test_a_large_model_on_this_machine_lends_its_tokenizer_and_sizes(own, tmp_pa
     ):
         assert main(["train", own, *wanted, *extra, "--dry-run"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_broken_file_is_not_hidden_by_one_that_is_not_there(own, offline, tmp_path, capsys):
+    """What stands in for rows out of reach does not stand in for rows that are wrong."""
+    (tmp_path / "broken.jsonl").write_text('{"question": "1 + 1", "answer"')
+    (tmp_path / "fine.jsonl").write_text('{"question": "1 + 1", "answer": "2"}')
+    recipe = yaml.safe_load(Path(own).read_text())
+    for good, status in ((False, 2), (True, 0)):
+        files = {"a": "none.jsonl", "b": str(tmp_path / ("fine.jsonl" if good else "broken.jsonl"))}
+        recipe["task"] = {"name": "maths", "train": "none.jsonl", "test": files}
+        recipe["eval"] |= {"samples": 1}
+        Path(own).write_text(yaml.safe_dump(recipe))
+        assert (
+            main(["train", own, "model.path=null", QWEN[1], "grpo.per_device_train_batch_size=8", "--dry-run"])
+            == status
+        )
+        assert ("broken.jsonl: line 1 is not JSON" in capsys.readouterr().err) == (not good)
 
 
 def test_a_gpu_is_not_used(own, monkeypatch, capsys):
