@@ -62,7 +62,8 @@ class FileTask(Task):
         found = list(self._split(split).values())
         if size is not None and size > len(found):
             have = f"{len(found)} in {_named(getattr(self.settings, split))}"
-            raise ValueError(f"{split} must hold at least {size} questions, got {have}: for all of them, give no size")
+            setting = "task.train_size" if split == "train" else "eval.size"
+            raise ValueError(f"{split} must hold at least {size} questions, got {have}: all of them are {setting}=null")
         return found[:size]
 
     def check_files(self) -> None:

@@ -62,10 +62,12 @@ def test_the_recipes_of_its_table_are_there():
 
 
 def test_the_sizes_of_its_table_are_the_papers():
-    rows = re.findall(r"^\| (one GPU|one GPU, .*|one node.*) \| (\d+) \| (\d+) \| (\d+) \|$", README, re.MULTILINE)
-    assert len(rows) == 3
+    rows = re.findall(
+        r"^\| (one GPU|one GPU, .*|\w+ nodes? of 8 GPUs) \| (\d+) \| (\d+) \| (\d+) \|$", README, re.MULTILINE
+    )
+    assert len(rows) == 4
     for where, a, b, c in rows:
-        processes = 8 if "node" in where else 1
+        processes = {"one G": 1, "one n": 8, "two n": 16}[where[:5]]
         assert (int(a) * processes * int(b), int(a) * processes * int(c)) == (32, 512)
 
 

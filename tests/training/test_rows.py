@@ -104,7 +104,7 @@ class TestHub:
     @pytest.fixture(autouse=True)
     def _forget(self, tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-        forget = row_files._unreachable.cache_clear
+        forget = row_files.unreachable.cache_clear
         forget()
         yield
         forget()
@@ -137,7 +137,7 @@ class TestHub:
             assert ((repository, file, revision), repo_type, local_files_only) == (asked, "dataset", False)
             return write(tmp_path / file.rpartition("/")[2], ROWS)
 
-        monkeypatch.setattr(row_files, "_unreachable", lambda: "")
+        monkeypatch.setattr(row_files, "unreachable", lambda: "")
         monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
         assert read_rows(name) == ROWS
 
@@ -147,7 +147,7 @@ class TestHub:
         def download(*_, **__):
             raise EntryNotFoundError("404 Client Error.\n\nEntry not found")
 
-        monkeypatch.setattr(row_files, "_unreachable", lambda: "")
+        monkeypatch.setattr(row_files, "unreachable", lambda: "")
         monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
         with pytest.raises(OSError, match=r"test\.parquet: 404 Client Error\. Entry not found") as caught:
             read_rows(self.FILE)
