@@ -7,13 +7,16 @@ says so: what was checked, and what was not. Nothing is written but in a tempora
 from __future__ import annotations
 
 import io
+import math
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import indent, shorten
+
+import torch
 
 from .cut_down import PROMPTS, check_sizes, cut_down, few, left_out
 from .evaluate import limit, samples_of
@@ -23,6 +26,7 @@ from .grpo import trainer_config
 from .models import check_room, load, written
 from .recipe import Output, Recipe, RecipeError, parse_recipe, read_recipe
 from .row_files import Unreachable
+from .rows import FileTask
 from .stand_in import parameters
 from .task import CORRECTNESS, Instance, SplitName, Task, check_rewards, instances_of, make
 from .train import check_groups, run
@@ -51,7 +55,7 @@ def dry_run(path: str, overrides: Sequence[str] = ()) -> str:
     recipe = parse_recipe(content)
     check_groups(recipe)
     try:
-        with TemporaryDirectory(prefix="dry-run-") as scratch:
+        with _without_gpu(), TemporaryDirectory(prefix="dry-run-") as scratch:
             _carry_out(recipe, Path(scratch), found)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("nothing was changed") from error
@@ -59,6 +63,16 @@ def dry_run(path: str, overrides: Sequence[str] = ()) -> str:
     return (
         f"\n{path}: nothing was found that would stop it.\n{found}\nTook {time.perf_counter() - started:.0f} seconds."
     )
+
+
+@contextmanager
+def _without_gpu() -> Iterator[None]:
+    """A GPU that is there may be in use, and too small: what asks for one is told that there is none."""
+    there, torch.cuda.is_available = torch.cuda.is_available, lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = there
 
 
 def _carry_out(recipe: Recipe, scratch: Path, found: Findings) -> None:
@@ -82,7 +96,13 @@ def _carry_out(recipe: Recipe, scratch: Path, found: Findings) -> None:
         if model.attention != recipe.model.attn_implementation:
             found.unchecked.append(("attention", f"{recipe.model.attn_implementation}; stood in: {model.attention}"))
         if recipe.model.dtype != "float32":
-            found.unchecked.append(("numbers", f"{recipe.model.dtype}; stood in: float32"))
+            found.unchecked.append(("numbers", f"{recipe.model.dtype}; stood in: float32{_lost(recipe)}"))
+        first = recipe.rhythm.horizon[0]
+        if recipe.rhythm.mode in ("global", "coupled") and recipe.grpo.max_completion_length < 4 * first:
+            said = (
+                f"whether responses are longer than {first} tokens: in shorter ones no token gets any (rhythm.horizon)"
+            )
+            found.unchecked.append(("credit", said))
         small = cut_down(recipe, random=not model.is_real, attention=model.attention)
         small.model.path = model.path
         with redirect_stdout(io.StringIO()):  # it speaks of files that are gone in a moment
@@ -106,6 +126,11 @@ def _rows(recipe: Recipe, found: Findings) -> tuple[Task, list[Instance], list[I
         other = task.stand_in() if isinstance(error.__cause__, Unreachable) else None
         if other is None:
             raise
+        if isinstance(unchecked := getattr(task, "task", task), FileTask):
+            try:
+                unchecked.check_files()
+            except (ValueError, OSError) as wrong:
+                raise RecipeError(f"task: {wrong}") from wrong
         found.unchecked.append(("data", f"{shorten(str(error), 300)}; stood in: the rows that come with the task"))
         task, where = other, "that come with the task"
         train, held_out = (instances_of(task, which, None) for which in ("train", split))
@@ -175,6 +200,15 @@ def _memory(recipe: Recipe, count: int) -> str:
     return f"by arithmetic, {total} for {', '.join(parts)} in {recipe.model.dtype}"
 
 
+def _lost(recipe: Recipe) -> str:
+    """What rounding does to the steps of training, in words, if they are small beside most weights."""
+    grpo, digits = recipe.grpo, {"bfloat16": 2**-8, "float16": 2**-11}.get(recipe.model.dtype, 0.0)
+    largest = grpo.learning_rate / digits if digits else math.inf  # AdamW moves a weight by about the learning rate
+    if grpo.optimizer != "adamw" or largest > 0.01:
+        return ""
+    return f". A step of grpo.learning_rate={grpo.learning_rate:g} is lost in weights above about {largest:.0e}"
+
+
 def _check_judges(recipe: Recipe, task: Task, instance: Instance, found: Findings) -> None:
     """Reward a few responses of ours to one instance, among them its answer, where it has one under that name."""
     answer = instance.get("answer")
@@ -182,6 +216,8 @@ def _check_judges(recipe: Recipe, task: Task, instance: Instance, found: Finding
     responses = [*_ANSWERS, *([form.replace("X", str(answer)) for form in _FORMS] if answer is not None else [])]
     names = list(dict.fromkeys([*recipe.grpo.rewards, CORRECTNESS]))
     columns = [task.rewards[name](responses, [instance] * len(responses)) for name in names]
+    if 1.0 not in columns[names.index(CORRECTNESS)]:
+        found.unchecked.append(("answers", "whether a right one is rewarded: none of those made up here was right"))
     lines = [
         f"{', '.join(f'{reward:g}' for reward in row):>{4 * len(names)}}  for {shorten(response, 60)!r}"
         for row, response in zip(zip(*columns), responses)

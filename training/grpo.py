@@ -109,6 +109,10 @@ def build_trainer(
     """
     from datasets import Dataset
 
+    if recipe.grpo.beta and recipe.model.path is None:
+        raise RecipeError(
+            f"grpo.beta must be 0 with model.path=null, got {recipe.grpo.beta}: TRL reads the reference model there"
+        )
     questions, rewards = training_questions(task, [*recipe.grpo.rewards, CORRECTNESS])
     optimizer = None
     if recipe.grpo.optimizer == "sgd":

@@ -94,6 +94,8 @@ def written(recipe: Recipe, tokenizer: Any, task: Task, instances: Sequence[Inst
     except (ValueError, TypeError, TemplateError) as error:
         given = getattr(recipe.task, "prompt", recipe.task.name)  # not every task has words to choose from
         raise RecipeError(f"task.prompt must suit the tokenizer, got {given!r}: {error}") from error
+    if not all(prompt.tokens for prompt in prompts):
+        raise RecipeError("task: its prompts must have a token at least, got one without")
     return prompts
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent  # paths in recipes are relative t
 class Model:
     """What is trained."""
 
-    path: str | None = "training/checkpoints/countdown_tiny"  # null: a small random model of `architecture`
+    path: str | None  # null: a small random model of `architecture`
     architecture: str | None = None  # a class of transformers, which stands in where path is null and in dry runs
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     attn_implementation: str = "sdpa"
@@ -152,6 +152,11 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     given = {section: _settings(section, content) for section in _SECTIONS}
     if "name" not in given["task"]:
         raise RecipeError(f"task.name must be given: {', '.join(names())}, or module:Class for your own")
+    if "path" not in given["model"]:
+        raise RecipeError(
+            "model.path must be given: a folder, a name on the hub, or null for a small random model of "
+            "model.architecture"
+        )
     task = find(checked("task.name", given["task"]["name"], str))
     sections = {}
     for section, kind in (_SECTIONS | {"task": task.Settings}).items():

@@ -82,8 +82,25 @@ class FileTask(Task):
         found = [instance for _, instance in self._split(split)]
         if size is not None and size > len(found):
             have = f"{len(found)} in {_named(getattr(self.settings, split))}"
-            raise ValueError(f"{split} must hold at least {size} questions, got {have}: for all of them, give no size")
+            setting = "task.train_size" if split == "train" else "eval.size"
+            raise ValueError(f"{split} must hold at least {size} questions, got {have}: all of them are {setting}=null")
         return found[:size]
+
+    def check_files(self) -> None:
+        """Read every file that can be had, whether or not others can.
+
+        Raises:
+            ValueError, OSError: for one that holds something else, or cannot be read.
+        """
+        for split in ("train", "validation", "test"):
+            files = getattr(self.settings, split)
+            for path in files.values() if isinstance(files, dict) else filter(None, [files]):
+                try:
+                    for number, row in rows(path, distinct=True):
+                        if row is not None:
+                            self._parse(path, number, row)
+                except Unreachable:
+                    continue
 
     def _split(self, split: SplitName) -> list[tuple[bytes, Instance]]:
         if split not in self._splits:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -123,13 +124,6 @@ def one_by_one(judge: Callable[[str, Instance], float]) -> Reward:
     return reward
 
 
-def as_text(prompt: Prompt, tokenizer: Any) -> str:
-    """A prompt as the model reads it: chat messages go through the tokenizer's chat template."""
-    if isinstance(prompt, str):
-        return prompt
-    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-
-
 @dataclass(frozen=True)
 class Asked:
     """A prompt as the model reads it: as text, and as tokens."""
@@ -140,8 +134,9 @@ class Asked:
 
 def as_asked(prompt: Prompt, tokenizer: Any) -> Asked:
     """A prompt as TRL asks it in training: a chat template writes the special tokens itself, a text has them added."""
-    text = as_text(prompt, tokenizer)
-    return Asked(text, tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+    plain = isinstance(prompt, str)
+    text = prompt if plain else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return Asked(text, tokenizer(text, add_special_tokens=plain)["input_ids"])
 
 
 def asked(task: Task, instances: Sequence[Instance], tokenizer: Any) -> list[Asked]:
@@ -211,12 +206,22 @@ def instances_of(task: Task, split: SplitName, size: int | None) -> list[Instanc
     """The instances of a split; errors of the task are about the sections `task` and `eval`.
 
     Raises:
-        RecipeError: for a split that the task does not have or is smaller.
+        RecipeError: for a split that the task does not have or is smaller, and for what are no instances.
     """
     try:
-        return task.instances(split, size)
+        found = task.instances(split, size)
     except (ValueError, OSError) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"task, eval: {error}") from error
+    for instance in found or [None]:
+        try:
+            json.dumps(instance)
+            said = "" if isinstance(instance, dict) else "no dictionary"
+        except (TypeError, ValueError) as error:
+            said = str(error)
+        if said:
+            got = shorten(repr(instance), 100) if found else "none"
+            raise RecipeError(f"task: its split {split} must hold dictionaries of JSON's values, got {got}: {said}")
+    return found
 
 
 def check_rewards(task: Task, wanted: Sequence[str]) -> None:

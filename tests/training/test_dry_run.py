@@ -10,8 +10,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import Qwen3Config
 
@@ -40,12 +42,14 @@ class Sums(Task):
         train_size: int | None = 40
         reach: bool = True
         broken: bool = False
+        deaf: bool = False
+        leaks: bool = False
 
     def instances(self, split, size):
         if not self.settings.reach:
             raise Unreachable("sums.jsonl: there is no such file")
-        first, end = {"test": (0, 6), "validation": (6, 14), "train": (20, 60)}[split]
-        rows = [{"a": i, "answer": i + 1} for i in range(first, end)]
+        first, count = {"train": (100 - 100 * self.settings.leaks, 40), "validation": (50, 8), "test": (0, 6)}[split]
+        rows = [{"a": i, "answer": i + 1} for i in range(first, first + count)]
         if split == "test":
             rows = [row | {"set": "even" if row["a"] % 2 == 0 else "odd"} for row in rows]
         if size is not None and size > len(rows):
@@ -56,6 +60,8 @@ class Sums(Task):
         return f"{instance['a']} + 1 ="
 
     def correct(self, response, instance):
+        if self.settings.deaf:
+            return False
         return float("nan") if self.settings.broken else response == rf"So it is \boxed{{{instance['answer']}}}."
 
     def stand_in(self):
@@ -109,7 +115,7 @@ def test_the_demos_recipe(tmp_path, scratch, monkeypatch, capsys):
         *("settings", "rows", "sizes", "prompt", "positions", "memory", "rewards", "training", "credit", "evaluation"),
         *("report", "saving"),
     }
-    assert set(unchecked) == {"speed"}
+    assert set(unchecked) == {"speed", "answers"}
     assert "4,400 to train on and 512 of split test, of its own" in checked["rows"]
     assert "128 responses a batch, 8 to each of 16 prompts" in checked["sizes"]
     assert "| use 9 , 11 , 11 to make 31 :" in checked["prompt"]
@@ -151,19 +157,60 @@ def test_a_large_model_on_this_machine_lends_its_tokenizer_and_sizes(own, tmp_pa
     wanted = [f"model.path={folder}", "model.dtype=bfloat16"]
     assert main(["train", own, *wanted, "--dry-run"]) == 0
     checked, unchecked = lines(capsys.readouterr().out)
-    assert checked["positions"] == "8 and a response of 128 fit into 200"
+    assert checked["positions"] == "9 and a response of 128 fit into 200"
     assert re.match(
         r"[\d,]+ parameters; by arithmetic, [\d.]+ GiB for weights, gradients, two moments in bfloat16",
         unchecked["memory"],
     )
     assert "a random Qwen3ForCausalLM" in unchecked["weights"]
     for extra, message in (
-        (["grpo.max_completion_length=195"], "grpo.max_completion_length must be at most 192, got 195"),
+        (["grpo.max_completion_length=195"], "grpo.max_completion_length must be at most 191, got 195"),
+        (["eval.max_tokens=195"], "eval.max_tokens must be at most 191, got 195"),
         (["rhythm.layers=[27, 28]"], "rhythm.layers must be below 28, the layers of"),
         (["model.architecture=LlamaForCausalLM"], "model.architecture must be Qwen3ForCausalLM, the class of"),
     ):
         assert main(["train", own, *wanted, *extra, "--dry-run"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_broken_file_is_not_hidden_by_one_that_is_not_there(own, offline, tmp_path, capsys):
+    """What stands in for rows out of reach does not stand in for rows that are wrong."""
+    (tmp_path / "broken.jsonl").write_text('{"question": "1 + 1", "answer"')
+    (tmp_path / "fine.jsonl").write_text('{"question": "1 + 1", "answer": "2"}')
+    recipe = yaml.safe_load(Path(own).read_text())
+    for good, status in ((False, 2), (True, 0)):
+        files = {"a": "none.jsonl", "b": str(tmp_path / ("fine.jsonl" if good else "broken.jsonl"))}
+        recipe["task"] = {"name": "maths", "train": "none.jsonl", "test": files}
+        recipe["eval"] |= {"samples": 1}
+        Path(own).write_text(yaml.safe_dump(recipe))
+        assert (
+            main(["train", own, "model.path=null", QWEN[1], "grpo.per_device_train_batch_size=8", "--dry-run"])
+            == status
+        )
+        assert ("broken.jsonl: line 1 is not JSON" in capsys.readouterr().err) == (not good)
+
+
+def test_a_gpu_is_not_used(own, monkeypatch, capsys):
+    """On a machine that has one, too: here it would fail."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert main(["train", own, "model.path=null", QWEN[1], "--dry-run"]) == 0
+    assert torch.cuda.is_available()
+
+
+def test_what_would_train_nothing_in_silence_is_said(own, capsys):
+    """Rounding that swallows steps, responses too short for the horizon, a judge that never said yes."""
+    small = ["model.path=null", QWEN[1], "eval.samples=1"]
+    wanted = ["model.dtype=bfloat16", "grpo.learning_rate=1e-6", "grpo.max_completion_length=16", "rhythm.top=0.4"]
+    assert main(["train", own, *small, *wanted, "--dry-run"]) == 0
+    _, unchecked = lines(capsys.readouterr().out)
+    lost = "stood in: float32. A step of grpo.learning_rate=1e-06 is lost in weights above about 3e-04"
+    assert unchecked["numbers"] == f"bfloat16; {lost}"
+    assert unchecked["credit"].startswith("whether responses are longer than 10 tokens: in shorter ones no token gets")
+    assert "answers" not in unchecked
+    assert main(["train", own, *small, "model.dtype=bfloat16", "task.deaf=true", "--dry-run"]) == 0
+    _, unchecked = lines(capsys.readouterr().out)
+    assert unchecked["numbers"] == "bfloat16; stood in: float32"
+    assert unchecked["answers"] == "whether a right one is rewarded: none of those made up here was right"
 
 
 @pytest.mark.parametrize(
@@ -177,6 +224,8 @@ def test_a_large_model_on_this_machine_lends_its_tokenizer_and_sizes(own, tmp_pa
         (["eval.size=7"], "test has 6"),
         (["eval.samples={three: 2}"], "eval.samples must name test sets of the task (even, odd), got 'three'"),
         (["task.broken=true"], ":Sums: rewards['correctness'] must give a finite number for each response"),
+        (["task.leaks=true"], "instances must give no question to both train and test"),
+        (["model.path=null", QWEN[1], "grpo.beta=0.1"], "grpo.beta must be 0 with model.path=null, got 0.1"),
         (["grpo.max_step=3"], "did you mean max_steps"),
     ],
 )

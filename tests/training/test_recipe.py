@@ -99,3 +99,12 @@ def test_wrong_files_are_explained(tmp_path):
         load_recipe(path)
     with pytest.raises(RecipeError, match="grpo must be a mapping of settings, got 3"):
         load_recipe(path, ["grpo.max_steps=3"])
+
+
+def test_a_model_must_be_named(tmp_path):
+    """Nothing stands in for a section model that was forgotten, least of all a model of another task."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("task: {name: countdown}\n")
+    with pytest.raises(RecipeError, match=r"model\.path must be given: a folder, a name on the hub, or null"):
+        load_recipe(path)
+    assert load_recipe(path, ["model.path=null"]).model.path is None

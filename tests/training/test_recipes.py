@@ -33,6 +33,7 @@ def test_the_papers_setting(path):
     assert (grpo.learning_rate, grpo.beta, grpo.temperature, grpo.loss_type) == (1e-6, 0.0, 1.0, "grpo")
     assert grpo.max_completion_length == (8192 if path.stem.endswith("_8k") else 1024)
     assert recipe.rhythm == RhythmSettings()
+    assert (recipe.model.dtype, grpo.more["bf16"]) == ("float32", True)  # weights that can take steps of 1e-6
     assert causal_class(recipe.model.architecture).__name__ == "Qwen3ForCausalLM"
 
 

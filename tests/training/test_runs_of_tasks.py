@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from training.__main__ import main
+from training.stand_in import byte_tokenizer
 from training.tasks import multiple_choice
 from training.tasks.reasoning_gym import questions
 
@@ -128,3 +129,34 @@ def test_a_package_that_is_missing_is_one_line(model: str, tmp_path, capsys, mon
         "error: task.name must be a task whose package is installed, got 'reasoning_gym': pip install"
     )
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("written", "begins"), [("{{ bos_token }}", 1), ("", 0)])
+def test_a_chat_is_asked_in_evaluation_as_in_training(written, begins, tmp_path, monkeypatch) -> None:
+    """Of a tokenizer that puts a token before each text, as many do: whether a chat has it, its template says alone."""
+    path = tmp_path / "model"
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
+    tokenizer.split_special_tokens = False
+    tokenizer.chat_template = written + tokenizer.chat_template
+    tokenizer.save_pretrained(path)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), pad_token_id=256, eos_token_id=257, **shape)
+    ).save_pretrained(path)
+    asked: list[int] = []
+    generate = LlamaForCausalLM.generate
+
+    def listening(self, input_ids, *rest, **options):
+        asked.extend((input_ids == bos).sum(dim=1).tolist())
+        return generate(self, input_ids, *rest, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", listening)
+    files = {split: str(FIXTURE / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    task = json.dumps({"name": "multiple_choice", "prompt": "chat", "train_size": 8, "question": "question", **files})
+    assert main(["train", *recipe(tmp_path, str(path), task, "[correctness]")]) == 0
+    assert asked and set(asked) == {begins}

@@ -239,7 +239,9 @@ def test_a_key_given_twice_is_named_with_its_lines(tmp_path):
     path.write_text("grpo:\n  seed: 1\n  beta: 0\n  seed: 2\n")
     with pytest.raises(RecipeError, match=f"{path}: not YAML: line 4: seed is given twice, first in line 2"):
         load_recipe(path)
-    path.write_text("task: {name: countdown}\ngrpo: &g {seed: 1, beta: 0.5}\neval: {seed: &s 4, size: *s}\n")
+    path.write_text(
+        "task: {name: countdown}\nmodel: {path: null}\ngrpo: &g {seed: 1, beta: 0.5}\neval: {seed: &s 4, size: *s}\n"
+    )
     assert (load_recipe(path).eval.seed, load_recipe(path).eval.size) == (4, 4)
     assert read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")["b"] == {"x": 3, "y": 2}
 
