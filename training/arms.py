@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .evaluation import KINDS
 from .folder import Run
 from .formats import interval, points
 from .statistics import Spread, spread
 
-KINDS = ("sampled", "greedy")
 _FEW = 10  # seeds below which the warning is given
 
 

@@ -73,7 +73,7 @@ def forest(entries: Sequence[tuple[str, float, float]]) -> str:
     lines = _lines([name for name, _, _ in entries], 30)
     low = min(v - 2 * e for _, v, e in entries)
     high = max(v + 2 * e for _, v, e in entries)
-    ticks = nice_ticks(max(0.0, low), high)
+    ticks = nice_ticks(max(0.0, low), min(1.0, high))
     x = _scale(ticks[0], ticks[-1], lines.left, width - right)
     parts = [_open(width, lines.height, "accuracy with 95% intervals"), *_vertical_grid(ticks, x, lines.spans)]
     for i, ((_, value, error), name, at) in enumerate(zip(entries, lines.names, lines.middles)):
@@ -159,7 +159,7 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers from at most `low` to at least `high`, at least two."""
     magnitude = max(abs(low), abs(high), 1e-12)
     if high - low < 1e-6 * magnitude:
-        high = low + 0.1 * magnitude
+        high = low + (0.1 * magnitude if magnitude > 1e-9 else 1.0)  # all zeros: a grid that its labels can tell apart
     rough = (high - low) / most
     power = 10 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
@@ -215,7 +215,7 @@ def _whisker(low: float, high: float, at: float, ends: Sequence[float]) -> str:
 
 def _share_whisker(x: Callable[[float], float], value: float, error: float, at: float) -> str:
     """The 95% interval of a share, and the share beside it."""
-    low, high = x(max(0.0, value - 1.96 * error)), x(value + 1.96 * error)
+    low, high = x(max(0.0, value - 1.96 * error)), x(min(1.0, value + 1.96 * error))
     text = f'<text class="value" x="{high + 7:.1f}" y="{at + 4:.1f}">{value:.1%}</text>'
     return _whisker(low, high, at, (low, high)) + text
 

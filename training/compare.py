@@ -6,14 +6,16 @@ import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from .accuracies import aligned
-from .arms import ARM_HEAD, KINDS, Arm, arm_lines, caution, collect_arms
+from .arms import ARM_HEAD, Arm, arm_lines, caution, collect_arms
 from .by_set import Group, against, pass_lines, set_lines
 from .charts import curves, forest, strip
+from .evaluation import KINDS
 from .folder import MODEL, Run, read_run, write_text
 from .formats import interval, points, responses, share
-from .recipe import RecipeError
+from .recipe import Eval, Grpo, RecipeError
 from .report import CURVES, figures, page, section, table
 from .statistics import spread
 
@@ -138,9 +140,21 @@ def _notes(runs: Sequence[Run], arms: Sequence[Arm], repeated: Sequence[Run]) ->
     others = [str(run.folder) for run in runs if run.result["before"]["greedy"]["right"] != base]
     if others:
         notes.append(f"Not started from the model that {runs[0].folder} started from: {', '.join(others)}.")
+    for run in () if arms else runs[1:]:  # an arm's name says it
+        one, two = map(_decoding, (runs[0], run))
+        if said := [f"{key} {value}, not {one[key]}" for key, value in two.items() if value != one[key]]:
+            notes.append(f"Evaluated otherwise than {runs[0].folder}: {run.folder} ({', '.join(said)}).")
     if unsaved := [str(run.folder) for run in runs if not (run.folder / MODEL).is_dir()]:
         notes.append(f"Measured, but ended before its model was saved: {', '.join(unsaved)}.")
     return [note for note in notes if note]
+
+
+def _decoding(run: Run) -> dict[str, Any]:
+    """What decides an accuracy besides the model and the questions."""
+    given, grpo = run.config["eval"], run.config["grpo"]
+    found = {f"eval.{key}": given.get(key, getattr(Eval, key)) for key in ("samples", "temperature", "top_p", "top_k")}
+    longest = given.get("max_tokens") or grpo.get("max_completion_length", Grpo.max_completion_length)
+    return found | {"eval.max_tokens": longest}
 
 
 def _text(lines: list[list[str]]) -> str:
@@ -261,7 +275,7 @@ def _learning(runs: Sequence[Run], arms: Sequence[Arm]) -> str:
     for key in ("accuracy", "response_tokens", "entropy"):
         series = []
         for _, members in sets:
-            found = [{line["step"]: line[key] for line in run.lines if key in line} for run in members]
+            found = [run.series(key) for run in members]
             steps = sorted(set.intersection(*map(set, found)))
             series.append([(step, sum(f[step] for f in found) / len(found)) for step in steps])
         if any(series):

@@ -7,7 +7,6 @@ says so: what was checked, and what was not. Nothing is written but in a tempora
 from __future__ import annotations
 
 import io
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -24,12 +23,12 @@ from .evaluate import limit, samples_of
 from .folder import read_run
 from .formats import credit_name, size
 from .grpo import trainer_config
-from .models import check_positions, load, written
+from .models import check_room, load, written
 from .recipe import Output, Recipe, RecipeError, parse_recipe, read_recipe
 from .row_files import Unreachable
 from .rows import FileTask
 from .stand_in import parameters
-from .task import CORRECTNESS, Instance, SplitName, Task, check_rewards, instances_of, make, texts
+from .task import CORRECTNESS, Instance, SplitName, Task, check_rewards, instances_of, make
 from .train import check_groups, run
 from .trial_model import Findings, TrialModel, trial_model
 
@@ -89,7 +88,6 @@ def _carry_out(recipe: Recipe, scratch: Path, found: Findings) -> None:
                 check_sizes(recipe, len(train) if own and recipe.task.train_size is None else recipe.task.train_size),
             )
         )
-        _check_splits(recipe, task, train, held_out)
         model = trial_model(recipe, scratch, found)
         _check_prompts(recipe, task, [*held_out, *train], model, found)
         _check_judges(recipe, task, held_out[0], found)
@@ -128,9 +126,9 @@ def _rows(recipe: Recipe, found: Findings) -> tuple[Task, list[Instance], list[I
         other = task.stand_in() if isinstance(error.__cause__, Unreachable) else None
         if other is None:
             raise
-        if isinstance(task, FileTask):
+        if isinstance(inner := getattr(task, "task", task), FileTask):
             try:
-                task.check_files()
+                inner.check_files()
             except (ValueError, OSError) as wrong:
                 raise RecipeError(f"task: {wrong}") from wrong
         found.unchecked.append(("data", f"{shorten(str(error), 300)}; stood in: the rows that come with the task"))
@@ -166,26 +164,18 @@ def _in_sets(recipe: Recipe, instances: list[Instance]) -> list[Instance]:
     return [instances[i % len(instances)] | {"set": names[i % len(names)]} for i in range(count)]
 
 
-def _check_splits(recipe: Recipe, task: Task, train: list[Instance], held_out: list[Instance]) -> None:
-    """Refuse to train on what is asked in evaluation."""
-    asked = [json.dumps(task.prompt(instance)) for instance in held_out]
-    seen = {json.dumps(task.prompt(instance)) for instance in train}
-    if both := sum(prompt in seen for prompt in asked):
-        raise RecipeError(
-            f"task: its splits must share no question, got {both} of {len(asked)} of split {recipe.eval.split} in train"
-        )
-
-
 def _check_prompts(recipe: Recipe, task: Task, instances: list[Instance], model: TrialModel, found: Findings) -> None:
     """Write prompts as the model reads them, count their tokens and hold them against the model's positions."""
     tokenizer = model.tokenizer
-    prompts, lengths = written(recipe, tokenizer, lambda: texts(task, instances[:_LOOKED_AT], tokenizer))
+    prompts = written(recipe, tokenizer, task, instances[:_LOOKED_AT])
+    lengths = [len(prompt.tokens) for prompt in prompts]
     longest, unit = max(lengths), "tokens" if model.reads else "bytes"
     of = f"of {len(prompts):,}, the longest has {longest:,}"
-    shown = indent(prompts[0] if len(prompts[0]) <= 1200 else f"{prompts[0][:1200]} ...", "| ", lambda _: True)
+    first = prompts[0].text
+    shown = indent(first if len(first) <= 1200 else f"{first[:1200]} ...", "| ", lambda _: True)
     found.checked.append(("prompt", f"as the model reads it, {lengths[0]} {unit}; {of}:\n{shown}"))
     text = model.config.get_text_config(decoder=True) if model.config is not None else None
-    positions = check_positions(recipe, text, longest) if text is not None and model.reads else None
+    positions = check_room(recipe, text, prompts) if model.reads else None
     most = max(recipe.grpo.max_completion_length, limit(recipe))
     if positions is None:
         found.unchecked.append(("positions", f"whether the model has room for a prompt and {most:,} tokens"))
@@ -225,16 +215,9 @@ def _check_judges(recipe: Recipe, task: Task, instance: Instance, found: Finding
     answer = answer[0] if isinstance(answer, list | tuple) and answer else answer
     responses = [*_ANSWERS, *([form.replace("X", str(answer)) for form in _FORMS] if answer is not None else [])]
     names = list(dict.fromkeys([*recipe.grpo.rewards, CORRECTNESS]))
-    columns = []
-    for name in names:
-        rewards = list(task.rewards[name](responses, [instance] * len(responses)))
-        if len(rewards) != len(responses) or not all(isinstance(r, int | float) and math.isfinite(r) for r in rewards):
-            raise RecipeError(
-                f"task: its reward {name} must give a finite number for each response, got {shorten(str(rewards), 100)}"
-            )
-        columns.append(rewards)
-        if name == CORRECTNESS and 1.0 not in rewards:
-            found.unchecked.append(("answers", "whether a right one is rewarded: none of those made up here was right"))
+    columns = [task.rewards[name](responses, [instance] * len(responses)) for name in names]
+    if 1.0 not in columns[names.index(CORRECTNESS)]:
+        found.unchecked.append(("answers", "whether a right one is rewarded: none of those made up here was right"))
     lines = [
         f"{', '.join(f'{reward:g}' for reward in row):>{4 * len(names)}}  for {shorten(response, 60)!r}"
         for row, response in zip(zip(*columns), responses)

@@ -90,12 +90,11 @@ def bootstrap(strata: Sequence[Any], weights: Sequence[float], resamples: int = 
     return [Estimate(float(m), float(a), float(b)) for m, a, b in zip(means, low, high)]
 
 
-def pass_estimates(right: Mapping[str, Sequence[tuple[int, int]]], *, by_set: bool = False) -> dict[int, Estimate]:
+def pass_estimates(right: Mapping[str, Sequence[tuple[int, int]]]) -> dict[int, Estimate]:
     """pass@k with its interval, for each k that every question has responses for; pass@1 is the accuracy.
 
     Args:
         right: for each test set, (n, c) of each of its questions: responses, and right ones.
-        by_set: whether each set counts alike, as where a paper averages over sets, and not each question.
     """
     fewest = min(n for pairs in right.values() for n, _ in pairs)
     found = ks(fewest)
@@ -105,5 +104,4 @@ def pass_estimates(right: Mapping[str, Sequence[tuple[int, int]]], *, by_set: bo
         for pairs in right.values()
     ]
     total = sum(map(len, strata))
-    weights = [1 / len(strata) if by_set else len(values) / total for values in strata]
-    return dict(zip(found, bootstrap(strata, weights)))
+    return dict(zip(found, bootstrap(strata, [len(values) / total for values in strata])))

@@ -16,14 +16,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .evaluation import KINDS, Evaluation, Response
-from .generate import Decoding, answer, by_length, ends, generate, random_state, random_stream
+from .generate import Decoding, answer, by_length, ends, random_state, random_stream
 from .recipe import Eval, Recipe
 from .record import Record
 from .settings import RecipeError
-from .task import CORRECTNESS, Instance, Task
-from .task import texts as prompts_of
-
-__all__ = ["KINDS", "Evaluation", "Response", "evaluate", "evaluate_both", "generate", "limit", "samples_of"]
+from .task import CORRECTNESS, Asked, Instance, Task, asked
 
 Progress = Callable[[int, int], Any]  # told how many more responses there are, and how many of them are right
 
@@ -83,7 +80,7 @@ def evaluate(
         rewards: of the task, by name; each is asked once a batch.
     """
     started = time.perf_counter()
-    prompts = prompts_of(task, instances, tokenizer)
+    prompts = asked(task, instances, tokenizer)
     decoding = Decoding(max_new_tokens, temperature, settings.top_p, settings.top_k)
     samples = samples_of(instances, settings.samples if temperature > 0 else 1)
     kept = [line for line in record.lines if line["kind"] == kind] if record else []
@@ -93,11 +90,11 @@ def evaluate(
     start = record.random if record and record.random and found else settings.seed
     with random_stream(model.device, start):
         done = 0
-        for batch in batches(prompts, samples, settings.batch_size):
+        for batch in batches([prompt.text for prompt in prompts], samples, settings.batch_size):
             done += len(batch)
             if done <= len(kept):
                 continue
-            tokens = answer(model, tokenizer, [prompts[i] for i, _ in batch], decoding)
+            tokens = answer(model, tokenizer, [prompts[i].tokens for i, _ in batch], decoding)
             responses = _judged(tokens, batch, model, tokenizer, task, instances, rewards)
             found += responses
             if record:
@@ -124,11 +121,11 @@ def _judged(
     rewards: Sequence[str],
 ) -> list[Response]:
     """The responses of a batch, each with its rewards."""
-    end = ends(model)
+    end = ends(model, tokenizer)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    asked = [instances[i] for i, _ in batch]
+    questions = [instances[i] for i, _ in batch]
     judges = task.rewards
-    judged = {name: [float(reward) for reward in judges[name](texts, asked)] for name in rewards}
+    judged = {name: [float(reward) for reward in judges[name](texts, questions)] for name in rewards}
     return [
         Response(
             instance=i,
@@ -143,7 +140,7 @@ def _judged(
     ]
 
 
-def _line(response: Response, kind: str, instances: Sequence[Instance], prompts: Sequence[str]) -> dict[str, Any]:
+def _line(response: Response, kind: str, instances: Sequence[Instance], prompts: Sequence[Asked]) -> dict[str, Any]:
     """A response as a line of `responses.jsonl`."""
     instance = instances[response.instance]
     return {
@@ -151,7 +148,7 @@ def _line(response: Response, kind: str, instances: Sequence[Instance], prompts:
         **({"set": instance["set"]} if "set" in instance else {}),
         "kind": kind,
         "sample": response.sample,
-        "prompt": prompts[response.instance],
+        "prompt": prompts[response.instance].text,
         "response": response.text,
         "tokens": response.length,
         "finished": response.finished,

@@ -18,10 +18,12 @@ from .accuracies import lines_of
 from .evaluate import evaluate_both, limit, samples_of
 from .evaluation import KINDS, digest, questions
 from .folder import CONFIG, EVALUATION, RESPONSES, Interrupted, Run, lock, read_run, saved_model
+from .generate import ends
 from .models import check_model, load
 from .recipe import Recipe, RecipeError, load_recipe, override, parse_recipe
 from .record import Record, finished
-from .task import Instance, encode, instances_of, make, texts
+from .rows import FileSettings
+from .task import Asked, Instance, instances_of, make
 from .train import versions
 
 RUNS = Path("runs/evaluate")  # where evaluations of models that are not of a run are left
@@ -88,10 +90,15 @@ def of_recipe(path: Path, overrides: Sequence[str] = (), output: Path | None = N
 
 
 def of_model(model: str, task: str, overrides: Sequence[str] = (), output: Path | None = None) -> Subject:
-    """Any model, a folder or a name of the hub, on any task, `module:Class` included."""
+    """Any model, a folder or a name of the hub, on any task, `module:Class` included.
+
+    Rows of files are all asked, unless a size is given.
+    """
     _check(overrides, _OF_RECIPE)
-    given = {"model": {"path": model}, "task": {"name": task}, "eval": {"max_tokens": MAX_TOKENS}}
+    given: dict[str, Any] = {"model": {"path": model}, "task": {"name": task}, "eval": {"max_tokens": MAX_TOKENS}}
     recipe = parse_recipe(override(given, overrides))
+    if "size" not in given["eval"] and isinstance(recipe.task, FileSettings) and recipe.task.has_files:
+        recipe.eval.size = None
     return Subject(recipe, output or _place(recipe))
 
 
@@ -103,8 +110,12 @@ def _check(overrides: Sequence[str], honoured: tuple[str, ...]) -> None:
 
 def _place(recipe: Recipe) -> Path:
     """`runs/evaluate/TASK-MODEL`, from the last part of the model's path."""
-    model = Path(recipe.model.path.rstrip("/")).name
-    return RUNS / re.sub(r"[^\w.-]+", "-", f"{recipe.task.name}-{model}")
+    return RUNS / re.sub(r"[^\w.-]+", "-", f"{recipe.task.name}-{Path(_model(recipe)).name}")
+
+
+def _model(recipe: Recipe) -> str:
+    """The model's path, or the class of a random one."""
+    return recipe.model.path or str(recipe.model.architecture)
 
 
 def evaluate_run(folder: Path, overrides: Sequence[str] = ()) -> Path:
@@ -128,8 +139,8 @@ def carry_out(what: Subject, overwrite: bool = False) -> Path:
         instances = instances_of(task, recipe.eval.split, recipe.eval.size)
         samples_of(instances, recipe.eval.samples)
         model, tokenizer = load(recipe, what.source)
-        check_model(recipe, model, tokenizer, lambda: texts(task, instances, tokenizer))
-        identity = identity_of(recipe, model, tokenizer, instances, texts(task, instances, tokenizer))
+        prompts = check_model(recipe, model, tokenizer, task, instances, trains=False)
+        identity = identity_of(recipe, model, tokenizer, instances, prompts)
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder):
             found = finished(folder, identity)
@@ -145,7 +156,7 @@ def carry_out(what: Subject, overwrite: bool = False) -> Path:
         if made:
             with suppress(OSError):
                 folder.rmdir()  # where nothing was written
-    model_name = what.run.folder if what.run is not None else recipe.model.path
+    model_name = what.run.folder if what.run is not None else _model(recipe)
     about = f"{model_name} on {task.describe()}, {len(instances)} {recipe.eval.split} instances"
     print(f"\n{about} ({took}):", *lines_of(found), sep="\n")
     print(f"  responses  {folder / RESPONSES}\n  details    {folder / EVALUATION}")
@@ -171,7 +182,7 @@ def _measure(
         kept = f"kept: {len(record.lines)} responses in {record.path}; the same command goes on from there"
         raise Interrupted(kept) from error
     found = {
-        "model": str(what.source or recipe.model.path),
+        "model": str(what.source or _model(recipe)),
         "task": task.describe(),
         "split": recipe.eval.split,
         "questions": questions(instances),
@@ -180,7 +191,7 @@ def _measure(
     }
     for kind in KINDS:
         del found[kind]["seconds"]  # one that was cut off and went on ends in the same file as one that was not
-    if what.run is not None and read_run(what.run.folder) != what.run:
+    if what.run is not None and repr(read_run(what.run.folder)) != repr(what.run):  # by repr, NaN equals itself
         raise RecipeError(
             f"{what.run.folder}: another run took this one's place while it was evaluated; nothing was written"
         )
@@ -189,7 +200,7 @@ def _measure(
 
 
 def identity_of(
-    recipe: Recipe, model: Any, tokenizer: Any, instances: Sequence[Instance], prompts: Sequence[str]
+    recipe: Recipe, model: Any, tokenizer: Any, instances: Sequence[Instance], prompts: Sequence[Asked]
 ) -> dict[str, Any]:
     """What decides every byte of an evaluation: two that agree in this are one, wherever the model's files are."""
     task = asdict(recipe.task)
@@ -200,14 +211,15 @@ def identity_of(
         "model": {
             "weights": weights_digest(model),
             "config": _config(model),
-            "tokenizer": digest([sorted(tokenizer.get_vocab().items()), encode(tokenizer, prompts)["input_ids"]]),
+            "tokenizer": digest([sorted(tokenizer.get_vocab().items()), [prompt.tokens for prompt in prompts]]),
+            "ends": sorted(ends(model, tokenizer)),
             "dtype": recipe.model.dtype,
             "attn_implementation": recipe.model.attn_implementation,
         },
         "task": task,
         "instances": len(instances),
         "questions": questions(instances),
-        "prompts": digest(list(prompts)),
+        "prompts": digest([prompt.text for prompt in prompts]),
         "eval": settings,
         "versions": versions(),
     }

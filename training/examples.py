@@ -12,7 +12,7 @@ from torch import Tensor
 from rhythm_kernels import HeadGroups, RhythmCredit, RhythmSettings
 
 from .evaluation import Evaluation, Response
-from .task import Instance, Task, encode, texts
+from .task import Instance, Task, asked
 
 SHOWN = 3  # responses
 SHORTEST, LONGEST = 45, 160  # tokens: long enough for a horizon of 10 to say something, short enough to be read
@@ -31,8 +31,8 @@ def examples(
     """A few responses, first those that became right in training, measured by the trained model; ready for JSON."""
     first, last = before.first, after.first
     chosen = _choose(first, last)
-    prompts = texts(task, [instances[i] for i in chosen], tokenizer)
-    batches = [_inputs(tokenizer, prompt, last[i].tokens, model) for i, prompt in zip(chosen, prompts)]
+    prompts = asked(task, [instances[i] for i in chosen], tokenizer)
+    batches = [_inputs(prompt.tokens, last[i].tokens, model) for i, prompt in zip(chosen, prompts)]
     if not batches:
         return []
     # Baselines measure nothing while training: they are shown what coupled credit would have been.
@@ -49,12 +49,12 @@ def examples(
         shown.append(
             {
                 "label": task.label(instances[i]),
-                "prompt": prompt,
+                "prompt": prompt.text,
                 "before": first[i].text,
                 "right_before": first[i].correct,
                 "right": last[i].correct,
                 "mode": credit.settings.mode,
-                "tokens": tokenizer.convert_ids_to_tokens(last[i].tokens),
+                "tokens": [tokenizer.convert_ids_to_tokens(token) or f"<{token}>" for token in last[i].tokens],
                 **{name: _rounded(x[mask]) for name, x in measured.items()},
             }
         )
@@ -72,11 +72,10 @@ def _choose(before: Sequence[Response], after: Sequence[Response]) -> list[int]:
     return order[:SHOWN]
 
 
-def _inputs(tokenizer: Any, prompt: str, response: list[int], model: Any) -> dict[str, Tensor]:
-    head = encode(tokenizer, [prompt])["input_ids"][0]
-    input_ids = torch.tensor([head + response], device=model.device)
+def _inputs(prompt: list[int], response: list[int], model: Any) -> dict[str, Tensor]:
+    input_ids = torch.tensor([prompt + response], device=model.device)
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    mask[:, len(head) :] = True
+    mask[:, len(prompt) :] = True
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "response_mask": mask}
 
 

@@ -13,6 +13,7 @@ moved or removed, never what it points to. Nothing here waits for the disk (fsyn
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import reprlib
 import shutil
@@ -68,6 +69,11 @@ class Run:
     config: dict[str, Any]
     result: dict[str, Any]
     lines: list[dict[str, float]]
+
+    def series(self, key: str) -> dict[int, float]:
+        """A metric by step, where it is finite: of a run that diverged, some are not."""
+        found = {line["step"]: line[key] for line in self.lines if key in line}
+        return {int(step): value for step, value in found.items() if math.isfinite(value)}
 
 
 def read_run(folder: Path) -> Run:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from .task import encode
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,13 @@ def by_length(prompts: Sequence[str], batch_size: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decoding) -> list[list[int]]:
+def answer(model: Any, tokenizer: Any, prompts: Sequence[list[int]], decoding: Decoding) -> list[list[int]]:
     """One response to each prompt of a batch, as tokens up to and with the end token, from torch's random state."""
-    training = model.training
+    training, end = model.training, ends(model, tokenizer)
     model.eval()
-    inputs = encode(tokenizer, prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    output = model.generate(**inputs, **decoding.options())
+    inputs = padded(tokenizer, prompts).to(model.device)
+    output = model.generate(**inputs, **decoding.options(), eos_token_id=sorted(end) or None)
     model.train(training)
-    end = ends(model)
     responses = []
     for tokens in output[:, inputs["input_ids"].shape[1] :].tolist():
         stop = next((at for at, token in enumerate(tokens) if token in end), len(tokens))
@@ -61,35 +58,20 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], decoding: Decodin
     return responses
 
 
-def ends(model: Any) -> set[int]:
-    """The tokens that end a response."""
-    end = model.generation_config.eos_token_id
-    return set(end) if isinstance(end, list) else {end}
+def padded(tokenizer: Any, prompts: Sequence[list[int]]) -> Any:
+    """`input_ids` and `attention_mask` of prompts, padded on the left.
 
-
-def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    batch_size: int,
-    seed: int,
-    progress: Callable[[int], Any] = lambda done: None,
-) -> list[list[int]]:
-    """One response to each prompt, as tokens up to and with the end token. A temperature of 0 is greedy.
-
-    Prompts are batched by length. Sampling begins at `seed`, and the caller's random state stays as it was.
+    Raises:
+        ValueError: where the tokenizer has no token to pad with.
     """
-    responses: list[list[int]] = [[] for _ in prompts]
-    with random_stream(model.device, seed):
-        for chosen in by_length(prompts, batch_size):
-            batch = answer(model, tokenizer, [prompts[i] for i in chosen], Decoding(max_new_tokens, temperature))
-            for i, tokens in zip(chosen, batch):
-                responses[i] = tokens
-            progress(len(chosen))
-    return responses
+    given = {"input_ids": list(prompts)}
+    return tokenizer.pad(given, padding_side="left", return_attention_mask=True, return_tensors="pt")
+
+
+def ends(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a response, as TRL has it in training: the model's, and the tokenizer's."""
+    end = model.generation_config.eos_token_id
+    return {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None}
 
 
 @contextmanager

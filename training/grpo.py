@@ -21,7 +21,7 @@ from .questions import training_questions
 from .reading import misfit, read_json
 from .recipe import Recipe, RecipeError
 from .settings import unheeded
-from .task import CORRECTNESS, Task, as_text
+from .task import CORRECTNESS, Task, as_asked
 from .trials import check_generation, try_out
 
 
@@ -133,7 +133,7 @@ def build_trainer(
         trainer.create_optimizer()
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"the trainer cannot be built: {error}") from error
-    try_out(trainer, [as_text(prompt, tokenizer) for prompt in questions["prompt"][:2]])
+    try_out(trainer, [as_asked(prompt, tokenizer).tokens for prompt in questions["prompt"][:2]])
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     return trainer

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 _START = 120.0  # seconds that a worker may take to start: some import much
-_ALONE = 5.0  # seconds beyond twice the timeout after which a worker ends itself, should nobody be left to kill it
+_PATIENCE = 12  # times its timeout that a request may take by the clock: the machine may be busy
 _ATTEMPTS = 3  # starts in a row that may fail
 _MEMORY = 2 << 30  # bytes of address space of a worker; it begins with a tenth of them
+_SERVE = Path(__file__).with_name("serve.py")
 _CHUNK = 16  # requests that a worker has at a time
 
 
@@ -37,32 +39,29 @@ class Pool:
     They are programs of their own, not forks, so threads and CUDA contexts of this process do not matter to them.
 
     Args:
-        script: the program of a worker, which gets `memory` and a number of seconds as arguments. It writes a line `+`
-            when it has started, then a line for each line of JSON that it reads, and a line `-` before it ends by
-            itself. No longer than those seconds may it take over a line, should nobody be left to kill it. The pattern
-            is `training/tasks/maths/worker.py`.
-        read: what a line of its says.
+        script: a file that defines `answer`, a function of a request that JSON has, whose reply JSON has
+            (`serve.py`). The pattern is `training/tasks/maths/worker.py`.
         workers: how many, at most.
-        timeout: seconds of wall clock that a request may take; then its worker is killed and started again.
+        timeout: seconds of a processor that a request may take; then its worker ends and another is started. By the
+            clock, so that a busy machine makes no right answer wrong, it is `_PATIENCE` times that, twice.
         memory: bytes of address space of a worker.
     """
 
     def __init__(
         self,
         script: Path,
-        read: Callable[[bytes], Any],
         workers: int,
         timeout: float,
         memory: int = _MEMORY,
     ) -> None:
         self.timeout = timeout
-        self._memory, self._script, self._read = memory, script, read
+        self._memory, self._script = memory, script
         self._workers: list[_Worker | None] = [None] * workers
         self._lock = threading.Lock()
         self._owner = os.getpid()
 
     def judge(self, requests: Sequence[Any]) -> list[Any]:
-        """The reply to each request, in their order, in bounded time; a `Lost` where there is none.
+        """The reply to each request, in their order, in bounded time; None where it raised, a `Lost` where it has none.
 
         Raises:
             RuntimeError: where no worker can be started.
@@ -113,7 +112,7 @@ class Pool:
         """The workers that have requests, after those that have none were given some of what waits."""
         for place, worker in enumerate(self._workers):
             if these.waiting and worker is None:
-                worker = self._workers[place] = _Worker(self.timeout, self._memory, self._script, self._read)
+                worker = self._workers[place] = _Worker(self.timeout, self._memory, self._script)
             if these.waiting and not worker.asked:
                 size = max(1, min(_CHUNK, len(these.waiting) // len(self._workers)))
                 worker.ask([these.waiting.popleft() for _ in range(size)], these.requests)
@@ -127,7 +126,7 @@ class _Round:
         self.requests = requests
         self.replies: list[Any] = [Lost.DIED] * len(requests)
         self.waiting = deque(range(len(requests)))
-        self._died: set[int] = set()  # requests that a worker ended at
+        self._died: set[int] = set()  # requests that a worker ended or was stopped at
         self._failed = 0  # starts since the last one that succeeded
 
     def take_back(self, worker: _Worker, late: bool) -> None:
@@ -135,16 +134,14 @@ class _Round:
         if not worker.ready:
             self._failed += 1
             if self._failed >= _ATTEMPTS:
-                tried = f"{sys.executable} {worker.script} 0 60"
+                tried = f"{sys.executable} {_SERVE} {worker.script} 0 60"
                 raise RuntimeError(f"processes that judge do not start: try {tried}")
         else:
             self._failed = 0
-            if late:
-                self.replies[worker.asked.popleft()] = Lost.LATE
-            elif worker.asked and not worker.retired:
-                first = worker.asked[0]  # asked once more, as others may have ended the worker
-                if first in self._died:
-                    self.replies[worker.asked.popleft()] = Lost.DIED
+            if worker.asked and not worker.retired:
+                first, spent = worker.asked[0], worker.spent()
+                if spent or first in self._died:  # else asked once more: others may have ended or held up the worker
+                    self.replies[worker.asked.popleft()] = Lost.LATE if spent or late else Lost.DIED
                 self._died.add(first)
         self.waiting.extendleft(reversed(worker.asked))
 
@@ -152,16 +149,16 @@ class _Round:
 class _Worker:
     """One process, and what it was asked."""
 
-    def __init__(self, timeout: float, memory: int, script: Path, read: Callable[[bytes], Any]) -> None:
+    def __init__(self, timeout: float, memory: int, script: Path) -> None:
         self.ready = self.retired = False
         self.asked: deque[int] = deque()  # requests without a reply, by number
         self.deadline = time.monotonic() + _START
         self.script = script
-        self._timeout, self._read = timeout, read
+        self._patience = timeout * _PATIENCE
         self._unread = b""
         self._unsent = memoryview(b"")
         self._process = subprocess.Popen(
-            [sys.executable, str(script), str(memory), str(2 * timeout + _ALONE)],
+            [sys.executable, str(_SERVE), str(script), str(memory), str(timeout)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -177,7 +174,11 @@ class _Worker:
         self.asked.extend(numbers)
         self._unsent = memoryview(b"".join(json.dumps(requests[n]).encode() + b"\n" for n in numbers))
         if self.ready:
-            self.deadline = time.monotonic() + self._timeout
+            self.deadline = time.monotonic() + self._patience
+
+    def spent(self) -> bool:
+        """Of a worker that has ended: whether it was for the processor's time that it took."""
+        return self._process.returncode == -getattr(signal, "SIGPROF", 0) != 0
 
     def register(self, selector: selectors.BaseSelector) -> None:
         selector.register(self._process.stdout, selectors.EVENT_READ, self)
@@ -207,9 +208,9 @@ class _Worker:
             elif line == b"-":
                 self.retired = True
             elif self.asked:
-                replies[self.asked.popleft()] = self._read(line)
+                replies[self.asked.popleft()] = json.loads(line)
         if lines:
-            self.deadline = time.monotonic() + self._timeout
+            self.deadline = time.monotonic() + self._patience
         return bool(data)
 
 

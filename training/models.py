@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -11,11 +11,11 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .generate import generate
+from .generate import Decoding, answer, padded, random_stream
 from .reading import misfit, read_json
 from .recipe import ROOT, Recipe, RecipeError
 from .stand_in import stand_in
-from .task import encode
+from .task import Asked, Instance, Task, asked
 
 _FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
@@ -82,63 +82,65 @@ def _check_files(folder: Path) -> None:
             raise RecipeError(f"model: {folder} cannot be loaded: {path}: {said}")
 
 
-def written(recipe: Recipe, tokenizer: Any, prompts: Callable[[], list[str]]) -> tuple[list[str], list[int]]:
-    """Prompts as the model reads them, and the tokens of each.
+def written(recipe: Recipe, tokenizer: Any, task: Task, instances: Sequence[Instance]) -> list[Asked]:
+    """Prompts as the model reads them.
 
     Raises:
         RecipeError: for prompts that the tokenizer cannot write or pad.
     """
     try:
-        texts = prompts()
-        lengths = [sum(mask) for mask in encode(tokenizer, texts, padding=True)["attention_mask"]]
+        prompts = asked(task, instances, tokenizer)
+        padded(tokenizer, [prompt.tokens for prompt in prompts])
     except (ValueError, TypeError, TemplateError) as error:
         given = getattr(recipe.task, "prompt", recipe.task.name)  # not every task has words to choose from
         raise RecipeError(f"task.prompt must suit the tokenizer, got {given!r}: {error}") from error
-    if not min(lengths):
+    if not all(prompt.tokens for prompt in prompts):
         raise RecipeError("task: its prompts must have a token at least, got one without")
-    return texts, lengths
+    return prompts
 
 
-def check_positions(recipe: Recipe, config: Any, longest: int) -> int | None:
-    """The number of the model's positions, where it has one.
+def check_room(recipe: Recipe, config: Any, prompts: Sequence[Asked], *, trains: bool = True) -> int | None:
+    """The positions of a model, if it has so many and no more; `trains`: there are responses to learn from.
 
     Raises:
-        RecipeError: where a prompt of `longest` tokens and a response do not fit into them.
+        RecipeError: where the longest prompt and the longest response do not fit.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limits = {
-        "grpo.max_completion_length": recipe.grpo.max_completion_length,
-        "eval.max_tokens": recipe.eval.max_tokens,
-    }
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    room = positions - max(len(prompt.tokens) for prompt in prompts)
+    held = f"the model has {positions} positions, a prompt up to {positions - room} tokens"
+    if room < 1:
+        raise RecipeError(f"task: no response fits: {held}")
+    limits = {"eval.max_tokens": recipe.eval.max_tokens}
+    if trains or recipe.eval.max_tokens is None:
+        limits["grpo.max_completion_length"] = recipe.grpo.max_completion_length
     for name, limit in limits.items():
-        if positions is None or limit is None or longest + limit <= positions:
-            continue
-        if longest >= positions:
-            raise RecipeError(
-                f"task: its prompts must be below {positions} tokens, the model's positions, got {longest}"
-            )
-        raise RecipeError(
-            f"{name} must be at most {positions - longest}, got {limit}: the model has {positions} positions, "
-            f"a prompt up to {longest} tokens"
-        )
+        if limit is not None and limit > room:
+            raise RecipeError(f"{name} must be at most {room}, got {limit}: {held}")
     return positions
 
 
-def check_model(recipe: Recipe, model: Any, tokenizer: Any, prompts: Callable[[], list[str]]) -> None:
+def check_model(
+    recipe: Recipe, model: Any, tokenizer: Any, task: Task, instances: Sequence[Instance], *, trains: bool = True
+) -> list[Asked]:
     """Let a model that was loaded answer two prompts with three tokens, before anything depends on it.
+
+    Returns:
+        All prompts.
 
     Raises:
         RecipeError: for prompts that the tokenizer cannot write or pad, for responses longer than the model has
             positions, and for a model that loads but does not run with these settings.
     """
-    texts, lengths = written(recipe, tokenizer, prompts)
-    check_positions(recipe, model.config, max(lengths))
+    prompts = written(recipe, tokenizer, task, instances)
+    check_room(recipe, model.config.get_text_config(), prompts, trains=trains)
     try:
-        generate(
-            model, tokenizer, texts[:2], max_new_tokens=3, temperature=recipe.eval.temperature, batch_size=2, seed=0
-        )
+        with random_stream(model.device, 0):
+            answer(model, tokenizer, [prompt.tokens for prompt in prompts[:2]], Decoding(3, recipe.eval.temperature))
     except (ImportError, RuntimeError) as error:  # of a kernel that is not there, or not for this dtype or device
         attention, dtype = recipe.model.attn_implementation, recipe.model.dtype
         raise RecipeError(
             f"model: cannot run with attn_implementation={attention} and dtype={dtype}: {shorten(str(error), 400)}"
         ) from error
+    return prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -59,10 +60,24 @@ def bare(question: str) -> str:
     return question
 
 
+def messages(value: Any) -> list[dict[str, str]]:
+    """Chat messages as verl's rows have them, in the column `prompt`.
+
+    Raises:
+        ValueError: where it is something else.
+    """
+    fits = isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value)
+    found = [{key: one.get(key) for key in ("role", "content")} for one in value] if fits else []
+    if not found or not all(isinstance(text, str) for one in found for text in one.values()):
+        raise ValueError(f"prompt must be chat messages of role and content, got {str(value)[:80]!r}")
+    return found
+
+
 def at(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a column; a dotted name reaches into mappings. None where it is not there."""
+    """The value of a column; a dotted name reaches into mappings. None where it is not there, or empty."""
     if name in row:
-        return row[name]
+        value = row[name]
+        return None if isinstance(value, float) and math.isnan(value) else value  # how tables write an empty cell
     head, dot, tail = name.partition(".")
     inner = row.get(head)
     return at(inner, tail) if dot and isinstance(inner, Mapping) else None
@@ -78,26 +93,30 @@ def _is_map(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value)
 
 
-def pick(row: Mapping[str, Any], key: str, chosen: str | None, known: Sequence[str], same: Callable[[Any], Any]) -> Any:
-    """The value of the column that the setting `key` names, or of the one of `known` that the row has.
+def pick(
+    row: Mapping[str, Any],
+    key: str,
+    chosen: str | None,
+    known: Sequence[str],
+    same: Callable[[Any], Any] | None = None,
+) -> Any:
+    """The value of the column that the setting `key` names, or of the first of `known` that has one; None for no value.
 
     Args:
-        same: several columns of `known` are one if this is equal for all.
+        same: this must be equal for all of `known` that have a value.
 
     Raises:
         ValueError: where the column is not there, or several are and differ.
     """
-    if chosen is not None:
-        if (value := at(row, chosen)) is None:
+    names = known if chosen is None else [chosen]
+    there = {name: value for name in names if (value := at(row, name)) is not None}
+    if not there and not any(name in row or name.partition(".")[0] in row for name in names):
+        if chosen is not None:
             raise ValueError(f"{key} must be a column that is there, got {chosen!r}: there are {columns(row)}")
-        return value
-    there = {name: value for name in known if (value := at(row, name)) is not None}
-    if not there:
         raise ValueError(
             f"{key} must be named, got None: none of the columns {columns(row)} is one of {', '.join(known)}"
         )
-    values = iter(there.values())
-    first = next(values)
-    if len(there) > 1 and any(same(value) != same(first) for value in values):
+    values = list(there.values())
+    if same is not None and any(same(value) != same(values[0]) for value in values[1:]):
         raise ValueError(f"{key} must be named, got None: the columns {', '.join(there)} differ")
-    return first
+    return values[0] if values else None

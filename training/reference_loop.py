@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from rhythm_kernels import RhythmCredit
 
+from .generate import ends, padded
 from .recipe import Recipe, RecipeError, load_recipe
-from .task import Instance, encode
+from .task import Instance
 
 
 @dataclass
@@ -48,20 +49,20 @@ class Batch:
 
 @torch.no_grad()
 def sample(
-    model: Any, tokenizer: Any, prompts: Sequence[str], group: int, max_new_tokens: int, temperature: float
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], group: int, max_new_tokens: int, temperature: float
 ) -> Batch:
-    """`group` responses to each prompt, those to one prompt next to each other."""
-    repeated = [prompt for prompt in prompts for _ in range(group)]
-    inputs = encode(tokenizer, repeated, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    """`group` responses to each prompt, given as tokens; those to one prompt next to each other."""
+    inputs = padded(tokenizer, [prompt for prompt in prompts for _ in range(group)]).to(model.device)
+    end = sorted(ends(model, tokenizer))
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     model.eval()
-    output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1.0
-    )
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, eos_token_id=end, **sampling)
     model.train()
     start = inputs["input_ids"].shape[1]
     response = output[:, start:]
-    ended = (response == tokenizer.eos_token_id).cumsum(dim=1)
-    live = (ended == 0) | ((ended == 1) & (response == tokenizer.eos_token_id))  # up to the first end token
+    ends_here = torch.isin(response, torch.tensor(end, device=response.device))
+    ended = ends_here.cumsum(dim=1)
+    live = (ended == 0) | ((ended == 1) & ends_here)  # up to the first end token
     return Batch(
         input_ids=output,
         attention_mask=torch.cat([inputs["attention_mask"], live.long()], dim=1),
@@ -153,13 +154,13 @@ def learn(
 def train(
     model: Any,
     tokenizer: Any,
-    questions: Sequence[tuple[str, Callable[[str], float]]],
+    questions: Sequence[tuple[list[int], Callable[[str], float]]],
     recipe: Recipe,
 ) -> Iterator[dict[str, float]]:
     """Train in place, yielding one report a step.
 
     Args:
-        questions: prompts as text, each with the function that rewards a completion; drawn in random order.
+        questions: prompts as tokens, each with the function that rewards a completion; drawn in random order.
         recipe: of its section `grpo`, the settings named in this file are obeyed and no others.
     """
     grpo = recipe.grpo
@@ -218,7 +219,7 @@ def _rate(step: int, warmup: int, total: int) -> float:
 def main(arguments: Sequence[str]) -> None:
     """Train as a recipe says, and print a line a step."""
     from .models import load
-    from .task import as_text, check_rewards, instances_of, make
+    from .task import as_asked, check_rewards, instances_of, make
 
     recipe = load_recipe(arguments[0], arguments[1:])
     task = make(recipe.task)
@@ -230,7 +231,7 @@ def main(arguments: Sequence[str]) -> None:
         return lambda text: sum(reward([text], [instance])[0] for reward in judges)
 
     instances = instances_of(task, "train", recipe.task.train_size)
-    questions = [(as_text(task.prompt(instance), tokenizer), judge(instance)) for instance in instances]
+    questions = [(as_asked(task.prompt(instance), tokenizer).tokens, judge(instance)) for instance in instances]
     for report in train(model, tokenizer, questions, recipe):
         print("  ".join(f"{name} {value:.4g}" for name, value in report.items()), flush=True)
 

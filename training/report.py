@@ -13,7 +13,7 @@ import yaml
 from .accuracies import change_lines, pass_lines
 from .charts import before_after, curve
 from .evaluation import MEAN_OF_SETS
-from .folder import REPORT, read_run, write_text
+from .folder import REPORT, Run, read_run, write_text
 from .formats import credit_name, interval, p_value, points, responses, share, size
 from .style import STYLE
 
@@ -43,11 +43,11 @@ def write_report(folder: Path) -> Path:
         RecipeError: where no finished run is in `folder`.
     """
     run = read_run(folder)
-    result, lines, config = run.result, run.lines, run.config
+    result, config = run.result, run.config
     sections = [
         _lead(result, config),
         section("Before and after", _accuracy(result)),
-        section("Learning", _curves(lines, config)),
+        section("Learning", _curves(run)),
         section("What the gain is made of", _made_of(result)),
         section("Inside a response", _examples(result["examples"], config)),
         section("What was measured, and what it cost", _cost(result["cost"], config)),
@@ -176,20 +176,19 @@ def _passes(result: dict[str, Any]) -> str:
     return f'{table(["sampled", "before", "after"], lines)}<p class="note">{note}</p>'
 
 
-def _curves(lines: list[dict[str, float]], config: dict[str, Any]) -> str:
-    if not lines:
+def _curves(run: Run) -> str:
+    if not run.lines:
         return ""
-    grpo = config["grpo"]
+    grpo = run.config["grpo"]
     batch = grpo["per_device_train_batch_size"] * grpo["gradient_accumulation_steps"]
     charts = {}
     for key, (caption, show) in CURVES.items():
-        kept = [line for line in lines if key in line]
-        if not kept or (key == "reward" and grpo["rewards"] == ["correctness"]):
+        found = run.series(key)
+        if not found or (key == "reward" and grpo["rewards"] == ["correctness"]):
             continue  # the reward is the accuracy, shown already
-        values = [line[key] for line in kept]
+        steps, values = list(found), list(found.values())
         error = [math.sqrt(v * (1 - v) / batch) for v in values] if key == "accuracy" else None
         floor = 1.0 if key == "gamma_mean" else 0.0
-        steps = [line["step"] for line in kept]
         charts[caption] = curve(steps, values, label=caption, show=show, error=error, floor=floor)
     note = (
         f"A dot is one step ({batch} sampled responses to training instances), the line a running mean of five; "

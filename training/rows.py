@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from .row_files import Row, Unreachable, check, read_rows, rows
@@ -30,6 +32,18 @@ class FileSettings(TaskSettings):
                 if path is not None or name:
                     check(f"{split}.{name}" if name else split, path)
 
+    def files_in(self, folder: Path) -> dict[str, Any]:
+        """These settings with `SPLIT.jsonl` of a folder in place of each file."""
+        found: dict[str, Any] = {}
+        for split in ("train", "validation", "test"):
+            given, file = getattr(self, split), str(folder / f"{split}.jsonl")
+            found[split] = given and (dict.fromkeys(given, file) if isinstance(given, dict) else file)
+        return found
+
+    @property
+    def has_files(self) -> bool:
+        return any(files is not None for files in (self.train, self.validation, self.test))
+
 
 class FileTask(Task):
     """A task on rows of files: a subclass has `parse`, `prompt`, and `correct` or `rewards`.
@@ -43,7 +57,7 @@ class FileTask(Task):
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
-        self._splits: dict[str, dict[bytes, Instance]] = {}
+        self._splits: dict[str, list[tuple[bytes, Instance]]] = {}  # with what each question is told by
 
     def parse(self, row: Row) -> Instance | None:
         """The instance that a row holds; None for one that is dropped, as published files have some without an answer.
@@ -58,8 +72,14 @@ class FileTask(Task):
         prompt = self.prompt(instance)
         return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
+    def describe(self) -> str:
+        files = self.settings.test or self.settings.validation or self.settings.train
+        named = ", ".join(files) if isinstance(files, dict) else Path(files or "").name
+        name = super().describe().replace("_", " ")
+        return f"{name} ({named})" if named else name
+
     def instances(self, split: SplitName, size: int | None) -> list[Instance]:
-        found = list(self._split(split).values())
+        found = [instance for _, instance in self._split(split)]
         if size is not None and size > len(found):
             have = f"{len(found)} in {_named(getattr(self.settings, split))}"
             setting = "task.train_size" if split == "train" else "eval.size"
@@ -82,18 +102,18 @@ class FileTask(Task):
                 except Unreachable:
                     continue
 
-    def _split(self, split: SplitName) -> dict[bytes, Instance]:
+    def _split(self, split: SplitName) -> list[tuple[bytes, Instance]]:
         if split not in self._splits:
             self._splits[split] = self._read(split)
         return self._splits[split]
 
-    def _read(self, split: SplitName) -> dict[bytes, Instance]:
+    def _read(self, split: SplitName) -> list[tuple[bytes, Instance]]:
         files = getattr(self.settings, split)
         if files is None:
             raise ValueError(f"{split} must be a file, got None")
         ahead: dict[SplitName, tuple[SplitName, ...]] = {"test": (), "validation": ("test",)}
         others = [o for o in ahead.get(split, ("validation", "test")) if getattr(self.settings, o) is not None]
-        taken = {other: self._split(other).keys() for other in others}
+        taken = {other: {key for key, _ in self._split(other)} for other in others}
         dropped = dict.fromkeys(("again", *taken, "none"), 0)
         sets = []
         for name, path in files.items() if isinstance(files, dict) else [("", files)]:
@@ -111,8 +131,7 @@ class FileTask(Task):
                 else:
                     kept[key] = instance | ({"set": name} if name else {})
             sets.append(kept if split == "train" else dict(sorted(kept.items())))
-        # Two sets may ask the same: then it is an instance of both
-        found = {key + (b"" if i == 0 else bytes([i])): one for i, key, one in _in_turn(sets)}
+        found = list(_in_turn(sets))  # two sets may ask the same: then it is an instance of both
         said = [f"{n} that {_SAID[why]}" for why, n in dropped.items() if n]
         if said:
             print(f"{split}: {len(found)} questions of {_named(files)}; dropped rows: {', '.join(said)}", flush=True)
@@ -141,15 +160,16 @@ def _named(files: str | dict[str, str]) -> str:
 
 
 def _key(question: str) -> bytes:
-    """What a question is told by, blind to case and white space; it also draws the order of held-out questions."""
-    text = " ".join(question.casefold().split())
+    """What a question is told by, blind to case, white space and how accents are written.
+
+    It also draws the order of held-out questions.
+    """
+    text = " ".join(unicodedata.normalize("NFC", question).casefold().split())
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _in_turn(sets: list[dict[bytes, Instance]]) -> Iterator[tuple[int, bytes, Instance]]:
+def _in_turn(sets: list[dict[bytes, Instance]]) -> Iterator[tuple[bytes, Instance]]:
     """The first of each set, the second of each set, and so on."""
     items = [list(one.items()) for one in sets]
     for turn in range(max(map(len, items))):
-        for i, one in enumerate(items):
-            if turn < len(one):
-                yield i, *one[turn]
+        yield from (one[turn] for one in items if turn < len(one))

@@ -94,6 +94,7 @@ _REFUSED = (
     (r"optim|optim_\w+", "the optimizer is grpo.optimizer"),
     (r"reward_weights", "the rewards of grpo.rewards are added up"),
     (r"num_train_epochs", "grpo.max_steps says how long a run is"),
+    ("chat_template_kwargs", "evaluation asks without them: change the chat template that the tokenizer brings"),
     (r"generation_batch_size", "grpo.steps_per_generation says how many batches are generated at once"),
     (r"model_init_kwargs|trust_remote_code", "the model is loaded as the section model says"),
     (

@@ -14,14 +14,6 @@ _FINEST = 100_000  # a share right is a fraction of at most so many responses: i
 _MOST_SUMS, _MOST_WORK = 10**7, 3 * 10**9  # of the exact test: numbers kept, and additions
 
 
-def standard_error(successes: int, trials: int) -> float:
-    """Binomial standard error of a share; 0 where there are no trials."""
-    if trials == 0:
-        return 0.0
-    share = successes / trials
-    return math.sqrt(share * (1 - share) / trials)
-
-
 def mean_error(means: Sequence[float]) -> float:
     """Standard error of the mean of numbers in [0, 1], each the share right of one question.
 

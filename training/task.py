@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -53,7 +52,10 @@ class Figure:
 
 
 class Task:
-    """What is trained on. Subclasses must have `instances`, `prompt`, and `correct` or `rewards`."""
+    """What is trained on. Subclasses must have `instances`, `prompt`, and `correct` or `rewards`.
+
+    A run holds them to what is said here (`checked.py`): a mistake is a line that names the task.
+    """
 
     Settings: ClassVar[type[TaskSettings]] = TaskSettings
 
@@ -63,7 +65,7 @@ class Task:
     def instances(self, split: SplitName, size: int | None) -> list[Instance]:
         """The first `size` instances of a split, always the same; all of them for None.
 
-        No question is in two splits, and a longer list begins with the shorter one.
+        No question is in two splits, none is held out twice (in one `set`), and a longer list begins with the shorter.
 
         Raises:
             ValueError: where the split has fewer, or no end and `size` is None.
@@ -116,31 +118,35 @@ def one_by_one(judge: Callable[[str, Instance], float]) -> Reward:
     """A reward from a function of one response and its instance."""
 
     def reward(responses: Sequence[str], instances: Sequence[Instance]) -> list[float]:
-        return [float(judge(response, instance)) for response, instance in zip(responses, instances, strict=True)]
+        return [judge(response, instance) for response, instance in zip(responses, instances, strict=True)]
 
     return reward
-
-
-class Chat(str):
-    """A chat as text, by a chat template, which wrote every special token that belongs there."""
 
 
 def as_text(prompt: Prompt, tokenizer: Any) -> str:
     """A prompt as the model reads it: chat messages go through the tokenizer's chat template."""
     if isinstance(prompt, str):
         return prompt
-    return Chat(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
-def encode(tokenizer: Any, prompts: Sequence[str], **options: Any) -> Any:
-    """The tokens of prompts of one task, as TRL makes them: the tokenizer adds its own to text, and none to chats."""
-    plain = not isinstance(prompts[0], Chat)
-    return tokenizer(list(prompts), add_special_tokens=plain, **options)
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as the model reads it: as text, and as tokens."""
+
+    text: str
+    tokens: list[int]
 
 
-def texts(task: Task, instances: Sequence[Instance], tokenizer: Any) -> list[str]:
+def as_asked(prompt: Prompt, tokenizer: Any) -> Asked:
+    """A prompt as TRL asks it in training: a chat template writes the special tokens itself, a text has them added."""
+    text = as_text(prompt, tokenizer)
+    return Asked(text, tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+
+
+def asked(task: Task, instances: Sequence[Instance], tokenizer: Any) -> list[Asked]:
     """The prompts of instances as the model reads them."""
-    return [as_text(task.prompt(instance), tokenizer) for instance in instances]
+    return [as_asked(task.prompt(instance), tokenizer) for instance in instances]
 
 
 def names() -> list[str]:
@@ -186,37 +192,31 @@ def _misfit(found: Any) -> str:
 
 
 def make(settings: TaskSettings) -> Task:
-    """The task that a recipe's section `task` describes.
+    """The task that a recipe's section `task` describes, held to what a task must give.
 
     Raises:
         RecipeError: for settings it does not take.
     """
+    from .checked import Checked, raised  # which extends `Task`
+
     try:
-        return find(settings.name)(settings)
+        return Checked(find(settings.name)(settings))
     except (ValueError, OSError) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"task.{error}") from error
+    except Exception as error:  # of any kind: the task may be anybody's
+        raise RecipeError(f"task.name: {settings.name} cannot be made: {raised(error)}") from error
 
 
 def instances_of(task: Task, split: SplitName, size: int | None) -> list[Instance]:
     """The instances of a split; errors of the task are about the sections `task` and `eval`.
 
     Raises:
-        RecipeError: for a split that the task does not have or is smaller, and for what are no instances.
+        RecipeError: for a split that the task does not have or is smaller.
     """
     try:
-        found = task.instances(split, size)
+        return task.instances(split, size)
     except (ValueError, OSError) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"task, eval: {error}") from error
-    for instance in found or [None]:
-        try:
-            json.dumps(instance)
-            said = "" if isinstance(instance, dict) else "no dictionary"
-        except (TypeError, ValueError) as error:
-            said = str(error)
-        if said:
-            got = shorten(repr(instance), 100) if found else "none"
-            raise RecipeError(f"task: its split {split} must hold dictionaries of JSON's values, got {got}: {said}")
-    return found
 
 
 def check_rewards(task: Task, wanted: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from .grpo import Recorder, build_trainer, trainer_config
 from .models import check_model, load
 from .recipe import Recipe, RecipeError
 from .report import write_report
-from .task import Task, check_rewards, instances_of, make, texts
+from .task import Task, check_rewards, instances_of, make
 
 
 def run(recipe: Recipe, task: Task | None = None) -> Path:
@@ -51,7 +51,7 @@ def run(recipe: Recipe, task: Task | None = None) -> Path:
     checkpoints = folder / CHECKPOINTS
     with closing(task), open_run(folder) as begin, TemporaryDirectory() as scratch:
         model, tokenizer = load(recipe)
-        check_model(recipe, model, tokenizer, lambda: texts(task, held_out, tokenizer))
+        check_model(recipe, model, tokenizer, task, held_out)
         recorder = Recorder(folder / METRICS, recipe.grpo.max_steps)
         made = Path(scratch, CHECKPOINTS)  # the trainer writes here until nothing can be refused any more
         made.mkdir()

@@ -13,8 +13,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
+from .generate import padded
 from .settings import RecipeError
-from .task import encode
 
 # Fields of transformers' GenerationConfig that a run sets otherwise, and how.
 _SAID_ELSEWHERE = (
@@ -59,7 +59,7 @@ def check_generation(config: Any) -> None:
             GenerationConfig(do_sample=True, **(config.generation_kwargs or {})).validate(strict=True)
 
 
-def try_out(trainer: Any, prompts: list[str]) -> None:
+def try_out(trainer: Any, prompts: list[list[int]]) -> None:
     """Try what a trainer does only after the first evaluation; it and the random state stay as they were.
 
     Raises:
@@ -117,12 +117,12 @@ def _layer(states: torch.Tensor) -> torch.Tensor:
     return 2 * states
 
 
-def _try_generation(trainer: Any, prompts: list[str]) -> None:
+def _try_generation(trainer: Any, prompts: list[list[int]]) -> None:
     """Two prompts, three tokens, as the trainer will sample them."""
     model, tokenizer = trainer.model, trainer.processing_class
     config = deepcopy(trainer.generation_config)
     config.max_new_tokens = 3
-    inputs = encode(tokenizer, prompts[:2], return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    inputs = padded(tokenizer, prompts[:2]).to(model.device)
     training = model.training
     with torch.no_grad():
         responses = model.eval().generate(**inputs, generation_config=config)

@@ -92,7 +92,7 @@ def replace_slow_parts(monkeypatch):
     monkeypatch.setattr(training, "evaluate_both", answers)
     monkeypatch.setattr(training, "examples", lambda *_: [])
     monkeypatch.setattr(evaluating, "load", load_saved)
-    monkeypatch.setattr(evaluating, "check_model", lambda *_: None)
+    monkeypatch.setattr(evaluating, "check_model", lambda *_, **__: None)
     monkeypatch.setattr(evaluating, "identity_of", lambda recipe, *_: {"seed": recipe.grpo.seed})
     monkeypatch.setattr(evaluating, "evaluate_both", lambda *_: {"sampled": evaluation(1), "greedy": evaluation(1)})
     return loaded

@@ -91,6 +91,17 @@ def test_one_seed_an_arm_is_compared_run_by_run(folders, tmp_path, capsys):
     assert "2 runs compared" in page.read_text()
 
 
+def test_runs_that_were_evaluated_otherwise_are_named(folders, tmp_path, capsys):
+    """A colder or shorter evaluation gives another accuracy, which no training did."""
+    other = leave(tmp_path / "other", "coupled", 0, 60, "eval.temperature=0.6", "eval.batch_size=64")
+    page = tmp_path / "page.html"
+    assert main(["compare", str(folders[0]), str(other), "--output", str(page)]) == 0
+    note = f"Evaluated otherwise than {folders[0]}: {other} (eval.temperature 0.6, not 1.0)."
+    assert note in capsys.readouterr().out and note in page.read_text()
+    assert main(["compare", str(folders[0]), str(folders[3]), "--output", str(page)]) == 0
+    assert "otherwise" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("asked", ["task.numbers=[3]", "task.level=paper"])
 def test_runs_that_were_asked_other_questions_are_refused(folders, tmp_path, capsys, asked):
     """As many questions of the same split, and yet not the same ones: nothing can be paired."""

@@ -103,6 +103,18 @@ def test_long_names_take_no_room_from_the_chart(chart):
     assert left < 40
 
 
+@pytest.mark.parametrize("value", [0.01, 0.97])
+def test_a_share_stays_between_none_and_all(value):
+    """Whiskers and axes end at 0% and 100%, wherever the normal interval of a few questions would."""
+    for svg in (forest([("a", value, 0.05)]), before_after([("a", value, 0.05, value, 0.05)])):
+        root = ElementTree.fromstring(svg)
+        ticks = [e.text for e in root if e.get("class") == "tick"]
+        assert all(0 <= float(tick.rstrip("%")) <= 100 for tick in ticks)
+        lines = [e for e in root.iter() if e.get("class") in ("grid", "whisker")]
+        places = {kind: [float(e.get("x1")) for e in lines if e.get("class") == kind] for kind in ("grid", "whisker")}
+        assert min(places["grid"]) <= min(places["whisker"]) and max(places["whisker"]) <= max(places["grid"])
+
+
 def test_short_names_stand_beside_their_lines():
     root = ElementTree.fromstring(forest([("uniform", 0.4, 0.02), ("coupled", 0.5, 0.02)]))
     assert [e.text for e in root if e.get("class") == "name"] == ["uniform", "coupled"]

@@ -12,6 +12,7 @@ import yaml
 
 from rhythm_kernels import HeadGroups
 from training.__main__ import main
+from training.report import write_report
 
 from .runs import TINY, save_model
 
@@ -119,6 +120,19 @@ def test_report_is_self_contained(runs):
         "Settings",
     ]
     assert "nan" not in re.sub(r"<style>.*</style>", "", text)
+
+
+def test_metrics_that_are_not_finite(runs, tmp_path, capsys):
+    """As those of a run that diverged: every reader leaves them out, and the run is still the one that it was."""
+    run = shutil.copytree(runs / "coupled", tmp_path / "run")
+    one, two = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    broken = one | {"entropy": float("nan"), "accuracy": float("inf")}, two | {"entropy": float("nan")}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in broken))
+    write_report(run)
+    assert main(["compare", str(run), str(runs / "plain"), "--output", str(tmp_path / "page.html")]) == 0
+    for page in (run / "report.html", tmp_path / "page.html"):
+        assert not re.search("nan|inf", re.sub(r"<style>.*</style>", "", page.read_text()).replace("information", ""))
+    assert main(["evaluate", str(run), "eval.size=4"]) == 0
 
 
 def test_training_repeats(runs, settings, tmp_path):

@@ -93,16 +93,12 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert inside / trials == pytest.approx(0.95, abs=0.035)
 
 
-def test_pass_estimates_by_question_and_by_set():
+def test_pass_estimates_by_question():
     right = {"small": [(4, 4), (4, 0)], "large": [(2, 1)] * 6}
     found = pass_estimates(right)
     assert list(found) == [1, 2]  # those that every question has responses for
     assert found[1].value == pytest.approx((1 + 0 + 6 * 0.5) / 8)
     assert found[2].value == pytest.approx((1 + 0 + 6 * 1) / 8)
-    by_set = pass_estimates(right, by_set=True)
-    assert by_set[1].value == pytest.approx((0.5 + 0.5) / 2)
-    assert by_set[2].value == pytest.approx((0.5 + 1.0) / 2)
-    assert by_set[2].low < by_set[2].value < by_set[2].high
     assert pass_estimates(right) == found  # always the same
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -175,8 +176,6 @@ def test_a_finished_one_is_printed_again(model, log, tmp_path, capsys):
 
 def test_another_model_is_another_evaluation(model, log, tmp_path, capsys):
     """Also at the same path; and the same model at another path is the same."""
-    import shutil
-
     place, output = tmp_path / "model", tmp_path / "out"
     shutil.copytree(model, place)
     assert main(words(place, output)) == 0
@@ -283,6 +282,47 @@ def test_a_recipe_without_a_run(model, tmp_path, monkeypatch, capsys):
     assert str(place.relative_to(tmp_path) / "responses.jsonl") in capsys.readouterr().out
 
 
+def test_a_recipe_without_a_model(tmp_path, monkeypatch, capsys):
+    """Its small random model is evaluated, and named by its class."""
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "some.yaml"
+    recipe.write_text("task: {name: countdown}\nmodel: {path: null, architecture: Qwen3ForCausalLM}\n")
+    assert main(["evaluate", str(recipe), "eval.size=2", "eval.max_tokens=4"]) == 0
+    found, _ = read(tmp_path / "runs" / "evaluate" / "countdown-Qwen3ForCausalLM")
+    assert found["model"] == "Qwen3ForCausalLM"
+    assert "Qwen3ForCausalLM on countdown" in capsys.readouterr().out
+    assert main(["evaluate", str(recipe), "eval.size=2", "model.architecture=null"]) == 2
+    assert "model.path must be a folder or a name on the hub, got None" in capsys.readouterr().err
+
+
+def test_room_is_for_the_prompt_and_what_is_drawn(model, tmp_path, capsys):
+    """The longest response of a training that there is not takes none."""
+    small = shutil.copytree(model, tmp_path / "small")
+    command = ["evaluate", "--model", str(small), "--task", "countdown", "eval.size=2", "eval.max_tokens=8"]
+    for count, message in (
+        (40, ""),
+        (16, "eval.max_tokens must be at most "),
+        (4, "task: no response fits: the model"),
+    ):
+        config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": count}
+        (small / "config.json").write_text(json.dumps(config))
+        assert main([*command, "--output", str(tmp_path / "out")]) == (2 if message else 0)
+        assert message in capsys.readouterr().err
+
+
+def test_a_task_on_files_is_evaluated_on_all_of_them(model, tmp_path, capsys):
+    """Without a recipe, unless a size is given: 512 is no number of theirs."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"nums": [2, 3, 4 + n], "target": 9 + n}) + "\n" for n in range(7)))
+    command = ["evaluate", "--model", str(model), "--task", "countdown", f"task.test={rows}", "eval.max_tokens=4"]
+    assert main([*command, "--output", str(tmp_path / "all")]) == 0
+    assert "7 test instances" in capsys.readouterr().out
+    assert main([*command, "eval.size=3", "--output", str(tmp_path / "some")]) == 0
+    assert "3 test instances" in capsys.readouterr().out
+    assert main([*command, "eval.size=8", "--output", str(tmp_path / "more")]) == 2
+    assert "test must have 8 puzzles of 3 or 4 numbers, got 7" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -375,6 +415,15 @@ def test_decoding_says_everything(model):
             found.append([response.tokens for response in done.responses])
     assert found[:2] == found[2:]
     assert Decoding(8, 0.7, 0.9, 20).options()["top_k"] == 20
+
+
+def test_rewards_that_are_not_one_each_are_refused(model, log, tmp_path, monkeypatch, capsys):
+    """They would fall to other responses."""
+    import word_tasks
+
+    monkeypatch.setattr(word_tasks.Words, "rewards", {"correctness": lambda responses, instances: [0.0] * 5})
+    assert main(words(model, tmp_path / "out")) == 2
+    assert "rewards['correctness'] must give 4 numbers, one a response, got [0.0, 0.0" in capsys.readouterr().err
 
 
 def test_top_k_is_heeded(model):

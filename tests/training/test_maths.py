@@ -170,6 +170,16 @@ def test_a_row_without_an_answer_is_dropped(tmp_path, capsys):
     assert "1 that have no answer" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("empty", [None, float("nan")])
+@pytest.mark.parametrize("column", [None, "answer"])
+def test_an_empty_cell_of_a_table_is_no_answer(tmp_path, capsys, empty, column):
+    """NaN must not become an answer that a response can give."""
+    content = [{"question": Q, "answer": 6.0}, {"question": "And then?", "answer": empty}]
+    task = maths(tmp_path, content, "rows.parquet", answer=column)
+    assert task.instances("test", None) == [{"question": Q, "answer": ["6"]}]
+    assert "1 that have no answer" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("settings", "prompt"),
     [

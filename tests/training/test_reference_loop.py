@@ -25,6 +25,8 @@ from training.reference_loop import (
 from ..integrations.toy import PROMPTS, RHYTHM, build_model, build_tokenizer, weights
 from ..integrations.toy import train as train_trl
 
+TOKENS = build_tokenizer()(PROMPTS)["input_ids"]
+
 
 def test_group_advantages_by_hand():
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0])
@@ -64,7 +66,7 @@ def test_log_probs_ignore_padding():
 
 def test_responses_end_with_their_end_token():
     torch.manual_seed(0)
-    batch = sample(build_model(), build_tokenizer(), PROMPTS, 4, 24, 1.0)
+    batch = sample(build_model(), build_tokenizer(), TOKENS, 4, 24, 1.0)
     assert batch.input_ids.shape[0] == 16
     lengths = set()
     for ids, mask, live in zip(batch.input_ids, batch.response_mask, batch.attention_mask):
@@ -142,7 +144,7 @@ def test_it_learns(mode):
         words = [word for word in text.split() if word[0] == "w"]
         return sum(int(word[1:]) % 2 == 0 for word in words) / max(1, len(words))
 
-    questions = [(prompt, reward) for prompt in PROMPTS]
+    questions = [(prompt, reward) for prompt in TOKENS]
     reports = list(train(build_model(), build_tokenizer(), questions, recipe))
     assert [report["step"] for report in reports] == list(range(1, 13))
     assert sum(r["reward"] for r in reports[-3:]) / 3 > sum(r["reward"] for r in reports[:3]) / 3 + 0.2

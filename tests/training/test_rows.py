@@ -237,6 +237,23 @@ def test_several_test_sets_take_turns(tmp_path):
     assert len(task.instances("test", None)) == 10  # a question of two sets is one of each
 
 
+def test_no_question_of_any_test_set_is_trained_on(tmp_path, capsys):
+    sets = {"one": rows("a", "both"), "two": rows("b", "both"), "three": rows("c")}
+    files = {name: write(tmp_path / f"{name}.jsonl", content) for name, content in sets.items()}
+    left = {"train": rows(*"abcde", "both"), "validation": rows(*"abcd", "both")}
+    own = {split: write(tmp_path / f"{split}.jsonl", content) for split, content in left.items()}
+    task = Sums(Sums.Settings("sums", test=files, **own))
+    assert asked(task, "train") == ["e"] and asked(task, "validation") == ["d"]
+    assert len(task.instances("test", None)) == 5
+    assert capsys.readouterr().out.count("4 that test asks too") == 2
+
+
+def test_questions_are_told_apart_however_accents_are_written(tmp_path):
+    train, test = (write(tmp_path / f"{one!r}.jsonl", rows(one)) for one in ("caf\u00e9?", "cafe\u0301?"))
+    with pytest.raises(ValueError, match="train must hold questions that test do not hold"):
+        Sums(Sums.Settings("sums", train=train, test=test)).instances("train", None)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -126,6 +126,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ("grpo.push_to_hub=true", "grpo.push_to_hub must not be set ... nothing is uploaded"),
         ("grpo.hub_model_id=me/mine", "grpo.hub_model_id must not be set ... nothing is uploaded"),
         ("grpo.num_train_epochs=1", "grpo.max_steps says how long a run is"),
+        ("grpo.chat_template_kwargs={enable_thinking: false}", "evaluation asks without them"),
         ("grpo.generation_batch_size=8", "grpo.steps_per_generation says"),
         ("grpo.remove_unused_columns=true", "the task gives the prompts"),
         ("grpo.optim=lion", "the optimizer is grpo.optimizer"),
@@ -357,7 +358,7 @@ def test_trying_leaves_no_trace(model, tmp_path):
     trainer = build_trainer(recipe, trainer_config(recipe), *parts, task, recorder)
     before, state = trainer.model.train(), torch.get_rng_state()
     limits = trainer.generation_config.to_dict()
-    try_out(trainer, ["1 2 3 ="] * 2)
+    try_out(trainer, [[5, 6, 7]] * 2)
     assert torch.equal(torch.get_rng_state(), state)
     assert trainer.lr_scheduler is None and before.training and trainer.generation_config.to_dict() == limits
 

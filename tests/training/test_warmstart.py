@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.evaluate import evaluate, generate
+from training.evaluate import evaluate
+from training.generate import Decoding, answer
 from training.recipe import Eval
 from training.tasks.countdown import Countdown
 from training.tasks.countdown.instances import split
@@ -57,10 +58,10 @@ def test_generation_does_not_depend_on_padding() -> None:
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, hidden=32, layers=2, heads=2).eval()
-    prompts = ["nums 2 11 7 target 6 :", "use 2 , 11 , 7 , 9 to make 6 :"]
-    greedy = {"temperature": 0.0, "max_new_tokens": 8, "batch_size": 2, "seed": 0}
-    together = generate(model, tokenizer, prompts, **greedy)
-    alone = [generate(model, tokenizer, [p], **greedy)[0] for p in prompts]
+    prompts = tokenizer(["nums 2 11 7 target 6 :", "use 2 , 11 , 7 , 9 to make 6 :"])["input_ids"]
+    greedy = Decoding(8, temperature=0.0)
+    together = answer(model, tokenizer, prompts, greedy)
+    alone = [answer(model, tokenizer, [p], greedy)[0] for p in prompts]
     assert together == alone
 
 

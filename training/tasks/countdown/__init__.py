@@ -54,10 +54,6 @@ class Countdown(FileTask):
             if self.prompt == "rows" and not self.has_files:
                 raise ValueError(f"prompt must be one of {', '.join(_PROMPTS)} without files, got 'rows'")
 
-        @property
-        def has_files(self) -> bool:
-            return any(files is not None for files in (self.train, self.validation, self.test))
-
     settings: Settings
 
     def instances(self, split: SplitName, size: int | None) -> list[Instance]:

@@ -17,7 +17,7 @@ from textwrap import shorten
 from typing import Any
 
 from ...judges import Lost
-from ...published import LONGEST, at, bare, boxed, pick
+from ...published import LONGEST, at, bare, boxed, messages, pick
 from ...rows import FileSettings, FileTask
 from ...task import CORRECTNESS, Figure, Instance, Prompt, Reward, one_by_one
 from .answers import ANSWERS, QUESTIONS, gold, marked, plain
@@ -43,7 +43,7 @@ class Maths(FileTask):
                 column `prompt` as they are; or a text of your own that holds `{question}`.
             system: a system message of `chat`.
             boxed_only: whether a response without a `\boxed{...}` is wrong.
-            timeout: seconds of wall clock to judge a response; one that takes longer is wrong.
+            timeout: seconds of a processor to judge a response; one that takes longer is wrong.
             workers: processes that judge.
         """
 
@@ -86,7 +86,7 @@ class Maths(FileTask):
         if not instance["answer"]:
             return None
         if self.settings.prompt == _ROWS:
-            instance["messages"] = _messages(row.get("prompt"))
+            instance["messages"] = messages(row.get("prompt"))
             if self.settings.boxed_only and "boxed" not in str(instance["messages"]):
                 said = instance["messages"][-1]["content"][-80:]
                 raise ValueError(f"prompt must ask for \\boxed{{}} unless boxed_only is false, got {said!r}")
@@ -101,7 +101,7 @@ class Maths(FileTask):
         else:
             value = pick(row, "answer", self.settings.answer, [name for known in ANSWERS for name in known], gold)
         try:
-            return gold(value)
+            return [] if value is None else gold(value)
         except ValueError as error:
             raise ValueError(f"answer {error}") from None
 
@@ -144,12 +144,6 @@ class Maths(FileTask):
     def label(self, instance: Instance) -> str:
         return shorten(instance["question"], 48, placeholder=" ...")
 
-    def describe(self) -> str:
-        files = self.settings.test or self.settings.validation or self.settings.train
-        if not files:
-            return "maths"
-        return f"maths ({', '.join(files) if isinstance(files, dict) else Path(files).name})"
-
     def counts(self, response: str, instance: Instance) -> dict[str, int]:
         has_box, verdict = boxed(response) is not None, self._verdicts([response], [instance])[0]
         return {
@@ -169,11 +163,9 @@ class Maths(FileTask):
 
     def stand_in(self) -> Maths:
         """The same settings on a few problems of grade school, a file a split."""
-        files: dict[str, Any] = {}
-        for split in ("train", "validation", "test"):
-            given, file = getattr(self.settings, split), str(_FIXTURE / f"{split}.jsonl")
-            files[split] = given and (dict.fromkeys(given, file) if isinstance(given, dict) else file)
-        return type(self)(replace(self.settings, **files, question=None, answer=None, train_size=None))
+        return type(self)(
+            replace(self.settings, **self.settings.files_in(_FIXTURE), question=None, answer=None, train_size=None)
+        )
 
     def close(self) -> None:
         self._judge.pool.close()
@@ -182,16 +174,7 @@ class Maths(FileTask):
 def _question(value: Any) -> str:
     if not isinstance(value, str | list):
         raise ValueError(f"question must be text or chat messages, got {value!r}")
-    text = value if isinstance(value, str) else _messages(value)[-1]["content"]
+    text = value if isinstance(value, str) else messages(value)[-1]["content"]
     if not (text := bare(text)):
         raise ValueError("question must be text, got nothing")
     return text
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    """Chat messages as verl's rows have them, in the column `prompt`."""
-    fits = isinstance(value, list) and value and all(isinstance(one, dict) for one in value)
-    messages = [{key: one.get(key) for key in ("role", "content")} for one in value] if fits else []
-    if not messages or not all(isinstance(text, str) for one in messages for text in one.values()):
-        raise ValueError(f"prompt must be chat messages of role and content, got {str(value)[:80]!r}")
-    return messages

@@ -33,8 +33,8 @@ def depth(text: str) -> int:
 
 
 def plain(answer: str) -> str:
-    """An answer without the dollar signs of its formulas and without white space around it."""
-    return re.sub(r"(?<!\\)\$", "", answer).strip()
+    """An answer without the dollar signs of its formulas, the full stop after it, and white space around it."""
+    return re.sub(r"(?<!\\right)(?<!\.)\.$", "", re.sub(r"(?<!\\)\$", "", answer).strip())
 
 
 def gold(value: Any) -> list[str]:

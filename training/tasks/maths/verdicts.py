@@ -31,28 +31,24 @@ class Request(NamedTuple):
 Verdict = bool | Lost
 
 
-def is_right(reply: bytes) -> bool:
-    """What a line of the worker says."""
-    return reply == b"1"
-
-
 class Judge:
     """Answers requests, the same ones once: the responses of a group give few answers.
 
     Args:
         workers: processes, at most.
-        timeout: seconds that an answer may take.
+        timeout: seconds of a processor that an answer may take.
     """
 
     def __init__(self, workers: int, timeout: float) -> None:
-        self.pool = Pool(WORKER, is_right, workers, timeout)
+        self.pool = Pool(WORKER, workers, timeout)
         self._known: OrderedDict[Request, Verdict] = OrderedDict()
 
     def verdicts(self, requests: Sequence[Request]) -> list[Verdict]:
         """Right or wrong, or why it could not be judged, of each request."""
         known = {request: self._at_sight(request) for request in requests}
         asked = [request for request, verdict in known.items() if verdict is None]
-        known.update(zip(asked, self.pool.judge(asked)) if asked else ())
+        replies = self.pool.judge(asked) if asked else []
+        known.update((one, reply or False) for one, reply in zip(asked, replies))  # None where the judge raised
         for request, verdict in known.items():  # of which the newest are kept
             self._known[request] = verdict
             self._known.move_to_end(request)

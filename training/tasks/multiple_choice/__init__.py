@@ -18,10 +18,11 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
+from ...published import messages, pick
 from ...rows import FileSettings, FileTask
 from ...task import CORRECTNESS, Figure, Instance, Prompt, Reward, one_by_one
 from .letters import chosen, spoken
-from .options import ANSWERS, LETTERS, QUESTIONS, answer_of, find, listed_in, options_of, question_of
+from .options import ANSWERS, LETTERS, QUESTIONS, answer_of, listed_in, options_of, question_of
 
 _ASK = "Reason step by step, and put the letter of the right option within \\boxed{}."
 _PROMPTS = {
@@ -87,7 +88,7 @@ class MultipleChoice(FileTask):
 
     def parse(self, row: dict[str, Any]) -> Instance | None:
         settings = self.settings
-        question = question_of(find(row, "question", settings.question, QUESTIONS))
+        question = question_of(pick(row, "question", settings.question, QUESTIONS))
         if own := options_of(row, settings.options):
             options, labels = own
             listed = list(listed_in(question).values()) == list(options.values())
@@ -97,7 +98,7 @@ class MultipleChoice(FileTask):
             labels, listed = list(options), True
         else:
             return None
-        value = find(row, "answer", settings.answer, ANSWERS)
+        value = pick(row, "answer", settings.answer, ANSWERS)
         try:
             answer = answer_of(value, options, labels, settings.answers, settings.first)
         except ValueError:
@@ -108,7 +109,7 @@ class MultipleChoice(FileTask):
             return None
         instance: Instance = {"question": question, "options": options, "listed": listed, "answer": answer}
         if settings.prompt == _ROWS:
-            instance["messages"] = _messages(row.get("prompt"))
+            instance["messages"] = messages(row.get("prompt"))
         return instance
 
     def question(self, instance: Instance) -> str:
@@ -155,12 +156,6 @@ class MultipleChoice(FileTask):
     def label(self, instance: Instance) -> str:
         return shorten(instance["question"], 48, placeholder=" ...")
 
-    def describe(self) -> str:
-        files = self.settings.test or self.settings.validation or self.settings.train
-        if not files:
-            return "multiple choice"
-        return f"multiple choice ({', '.join(files) if isinstance(files, dict) else Path(files).name})"
-
     def counts(self, response: str, instance: Instance) -> dict[str, int]:
         letter, has_box = self._judged(response, instance)
         return {"boxed": int(has_box), "answered": int(letter is not None)}
@@ -175,22 +170,9 @@ class MultipleChoice(FileTask):
 
     def stand_in(self) -> MultipleChoice:
         """The same settings on a few questions of general knowledge, a file a split."""
-        files: dict[str, Any] = {}
-        for split in ("train", "validation", "test"):
-            given, file = getattr(self.settings, split), str(_FIXTURE / f"{split}.jsonl")
-            files[split] = given and (dict.fromkeys(given, file) if isinstance(given, dict) else file)
         own = {"question": "question", "options": "options", "answer": "answer", "answers": "any", "train_size": None}
-        return type(self)(replace(self.settings, **files, **own))
+        return type(self)(replace(self.settings, **self.settings.files_in(_FIXTURE), **own))
 
 
 def _lines(instance: Instance) -> str:
     return "\n".join(f"{letter}. {text}" for letter, text in instance["options"].items())
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    """Chat messages as verl's rows have them, in the column `prompt`."""
-    fits = isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value)
-    messages = [{key: one.get(key) for key in ("role", "content")} for one in value] if fits else []
-    if not messages or not all(isinstance(text, str) for one in messages for text in one.values()):
-        raise ValueError(f"prompt must be chat messages of role and content, got {str(value)[:80]!r}")
-    return messages

@@ -8,7 +8,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...published import at, bare, boxed, columns
+from ...published import at, bare, boxed, pick
 from .letters import by_text, is_letter
 
 LETTERS = string.ascii_uppercase
@@ -19,26 +19,6 @@ ANSWERS = (
     *("answer_index", "answer_idx", "label", "gold"),
 )
 _LISTED = re.compile(r"^[ \t]*[(\[]?([A-Z])[.):\]]+[ \t]*(\S.*?)?[ \t]*$", re.MULTILINE)
-
-
-def find(row: Mapping[str, Any], key: str, chosen: str | None, known: Sequence[str]) -> Any:
-    """The value of the column that the setting `key` names, or of the first of `known` that has one; else None.
-
-    Raises:
-        ValueError: where the column that is named is not there, or none of `known` is, but for the options.
-    """
-    if chosen is None:
-        if key != "options" and not any(_head(name) in row for name in known):
-            there = columns(row)
-            raise ValueError(f"{key} must be named, got None: none of the columns {there} is one of {', '.join(known)}")
-        return next((value for name in known if (value := at(row, name)) is not None), None)
-    if (value := at(row, chosen)) is None and _head(chosen) not in row:
-        raise ValueError(f"{key} must be a column that is there, got {chosen!r}: there are {columns(row)}")
-    return value
-
-
-def _head(name: str) -> str:
-    return name.partition(".")[0]
 
 
 def question_of(value: Any) -> str:
@@ -57,9 +37,10 @@ def options_of(row: Mapping[str, Any], wanted: str | list[str] | None) -> tuple[
     of mappings of one label each; or in several columns, a text in each, such as A, B, C and D.
     """
     if isinstance(wanted, list):
-        pairs = [(name, find(row, "options", name, ())) for name in wanted]
+        pairs = [(name, pick(row, "options", name, ())) for name in wanted]
     else:
-        value = find(row, "options", wanted, OPTIONS)
+        found = (value for name in OPTIONS if (value := at(row, name)) is not None)
+        value = next(found, None) if wanted is None else pick(row, "options", wanted, ())
         if isinstance(value, str):
             value = _decoded(value)
         if value is None:

@@ -22,7 +22,7 @@ from .questions import Question, Questions, ask, end_processes
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 MAX_ANSWER = 10_000  # characters; a longer answer is not scored. The longest that a set asks for has about 5,000
-SECONDS = 5.0  # that scoring an answer may take; then it scores 0
+SECONDS = 5.0  # of a processor that scoring an answer may take; then it scores 0
 _CHECKED = 20  # questions of train whose own answers must score 1
 _JUDGES = max(1, min(4, (os.cpu_count() or 1) // 2))
 _FORM = "Give the final answer, and nothing else, between <answer> and </answer>."
@@ -187,7 +187,7 @@ class ReasoningGym(Task):
         truths = [answer_of(f"{_OPEN}{one.answer}{_CLOSE}") or "" for one in sample]
         asked = [(*self._questions.scored_as, truth, one.entry) for truth, one in zip(truths, sample)]
         for one, request, score in zip(sample, asked, ask("score", asked, _JUDGES, SECONDS)):
-            if score is None:  # a busy machine, and processes that have just started
+            if score is None:  # by a process that had just started, and imported much
                 (score,) = ask("score", [request], _JUDGES, SECONDS)
             if one.answer is None:
                 what = f"which gives no answer to its question {one.number}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -21,7 +20,7 @@ _PERCENT: dict[SplitName, int] = {"test": 15, "validation": 15, "train": 70}
 _CHUNK = 500  # questions of one seed, as in `worker.py`
 _BLOCK, _FIRST = 1000, 20  # draws that are asked for at a time; and at first, to see how long they take
 _SLOW = 5.0  # seconds of drawing from which on more processes help
-_LIMIT = 120.0  # seconds that a draw may take
+_LIMIT = 120.0  # seconds of a processor that a draw may take
 _MEMORY = 4 << 30  # bytes of address space of a process
 _PROCESSES = max(1, min(8, os.cpu_count() or 1))
 
@@ -36,7 +35,7 @@ def ask(what: str, requests: Sequence[Sequence[Any]], number: int = 1, seconds: 
     """
     key = (what == "score", number, seconds)
     if key not in _pools:
-        _pools[key] = Pool(_WORKER, json.loads, number, seconds, _MEMORY)
+        _pools[key] = Pool(_WORKER, number, seconds, _MEMORY)
     replies = _pools[key].judge([(what, *request) for request in requests])
     return [None if isinstance(reply, Lost) else reply for reply in replies]
 

@@ -1,27 +1,24 @@
-"""A process that makes questions of the package reasoning_gym, or scores answers to them.
+"""What a process does that makes questions of the package reasoning_gym, or scores answers (`training/serve.py`).
 
-Run as a script, so that it imports nothing but the package. A request is a line of JSON, a list that begins with one of
-`check`, `make`, `score`; a reply is a line of JSON (see each function). One process either makes or scores: what makes
-questions never sees the text of a model. It runs with one fixed hash seed, on which some sets' questions depend.
+It imports nothing but the package. A request is a list that begins with one of `check`, `make`, `score`. One process
+either makes or scores: what makes questions never sees the text of a model. It runs with one fixed hash seed, on which
+some sets' questions depend.
 """
 
 import ast
 import base64
-import contextlib
 import dataclasses
 import functools
 import json
-import logging
 import math
-import os
 import pickle
 import re
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
-READY = b"+\n"
+import reasoning_gym  # noqa: F401 - before the process says that it has started
+
 CHUNK = 500  # questions of one seed: what the package takes for granted; some sets make all of a seed's at once
 
 
@@ -63,8 +60,16 @@ def score(name: str, options: dict[str, Any], seed: int, answer: str, entry: str
     """The set's own score of an answer, in [0, 1]; 0 where its scorer fails."""
     _disarm()
     known = pickle.loads(base64.b64decode(entry))
-    value = float(_questions(name, json.dumps(options), seed).score_answer(answer, known))
+    try:
+        value = float(_questions(name, json.dumps(options), seed).score_answer(answer, known))
+    except Exception:  # RecursionError and MemoryError among them
+        return 0.0
     return min(1.0, max(0.0, value)) if math.isfinite(value) else 0.0
+
+
+def answer(request: list[Any]) -> Any:
+    what, *rest = request
+    return {"check": check, "make": make, "score": score}[what](*rest)
 
 
 @functools.lru_cache(maxsize=64)
@@ -134,52 +139,3 @@ def _reader(plain: Callable[..., Any]) -> Callable[..., Any]:
         return plain(text, local_dict, *rest, **more)
 
     return parse_expr
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def main(memory: int, seconds: float) -> None:
-    """Serve until the input ends.
-
-    Args:
-        memory: bytes of address space that this process may take; 0 for any number.
-        seconds: after which the system ends this process in the midst of a request, should nobody be left to do it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, whose end is the end of the input
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    null = os.open(os.devnull, os.O_RDWR)  # what the package prints must not be taken for replies
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    sys.path.pop(0)  # the folder of this script, whose modules are not to be found by their bare names
-    sys.dont_write_bytecode = True
-    import reasoning_gym  # noqa: F401
-
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if memory:
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    logging.disable(logging.CRITICAL)
-    _reply(replies, READY)
-    timer = getattr(signal, "setitimer", None)
-    for line in requests:
-        if timer:
-            timer(signal.ITIMER_REAL, seconds)  # its signal has no handler: the system ends the process
-        what, *rest = json.loads(line)
-        value: Any = 0.0
-        with contextlib.suppress(Exception):  # RecursionError and MemoryError among them
-            value = {"check": check, "make": make, "score": score}[what](*rest)
-        if timer:
-            timer(signal.ITIMER_REAL, 0)
-        _reply(replies, json.dumps(value).encode("ascii") + b"\n")
-
-
-def _reply(replies: Any, line: bytes) -> None:
-    replies.write(line)
-    replies.flush()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]))
