@@ -126,9 +126,9 @@ def _rows(recipe: Recipe, found: Findings) -> tuple[Task, list[Instance], list[I
         other = task.stand_in() if isinstance(error.__cause__, Unreachable) else None
         if other is None:
             raise
-        if isinstance(unchecked := getattr(task, "task", task), FileTask):
+        if isinstance(inner := getattr(task, "task", task), FileTask):
             try:
-                unchecked.check_files()
+                inner.check_files()
             except (ValueError, OSError) as wrong:
                 raise RecipeError(f"task: {wrong}") from wrong
         found.unchecked.append(("data", f"{shorten(str(error), 300)}; stood in: the rows that come with the task"))

@@ -43,13 +43,12 @@ class Sums(Task):
         reach: bool = True
         broken: bool = False
         deaf: bool = False
-        leaks: bool = False
 
     def instances(self, split, size):
         if not self.settings.reach:
             raise Unreachable("sums.jsonl: there is no such file")
-        first, count = {"train": (100 - 100 * self.settings.leaks, 40), "validation": (50, 8), "test": (0, 6)}[split]
-        rows = [{"a": i, "answer": i + 1} for i in range(first, first + count)]
+        first, end = {"test": (0, 6), "validation": (6, 14), "train": (20, 60)}[split]
+        rows = [{"a": i, "answer": i + 1} for i in range(first, end)]
         if split == "test":
             rows = [row | {"set": "even" if row["a"] % 2 == 0 else "odd"} for row in rows]
         if size is not None and size > len(rows):
@@ -157,15 +156,15 @@ def test_a_large_model_on_this_machine_lends_its_tokenizer_and_sizes(own, tmp_pa
     wanted = [f"model.path={folder}", "model.dtype=bfloat16"]
     assert main(["train", own, *wanted, "--dry-run"]) == 0
     checked, unchecked = lines(capsys.readouterr().out)
-    assert checked["positions"] == "9 and a response of 128 fit into 200"
+    assert checked["positions"] == "8 and a response of 128 fit into 200"
     assert re.match(
         r"[\d,]+ parameters; by arithmetic, [\d.]+ GiB for weights, gradients, two moments in bfloat16",
         unchecked["memory"],
     )
     assert "a random Qwen3ForCausalLM" in unchecked["weights"]
     for extra, message in (
-        (["grpo.max_completion_length=195"], "grpo.max_completion_length must be at most 191, got 195"),
-        (["eval.max_tokens=195"], "eval.max_tokens must be at most 191, got 195"),
+        (["grpo.max_completion_length=195"], "grpo.max_completion_length must be at most 192, got 195"),
+        (["eval.max_tokens=195"], "eval.max_tokens must be at most 192, got 195"),
         (["rhythm.layers=[27, 28]"], "rhythm.layers must be below 28, the layers of"),
         (["model.architecture=LlamaForCausalLM"], "model.architecture must be Qwen3ForCausalLM, the class of"),
     ):
@@ -224,7 +223,6 @@ def test_what_would_train_nothing_in_silence_is_said(own, capsys):
         (["eval.size=7"], "test has 6"),
         (["eval.samples={three: 2}"], "eval.samples must name test sets of the task (even, odd), got 'three'"),
         (["task.broken=true"], ":Sums: rewards['correctness'] must give a finite number for each response"),
-        (["task.leaks=true"], "instances must give no question to both train and test"),
         (["model.path=null", QWEN[1], "grpo.beta=0.1"], "grpo.beta must be 0 with model.path=null, got 0.1"),
         (["grpo.max_step=3"], "did you mean max_steps"),
     ],
