@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _quiet()
         if options.command == "train" and options.dry_run:
-            from .dry_run import dry_run
+            from .dry_run.command import dry_run
 
             print(dry_run(options.recipe, options.overrides))
         elif options.command == "train":
@@ -89,12 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
 
             run(load_recipe(options.recipe, options.overrides))
         elif options.command == "evaluate":
-            from .evaluate_run import carry_out, subject
+            from .evaluation.command import carry_out, subject
 
             named = subject(options.words, options.model, options.task, options.output)
             carry_out(named, options.overwrite)
         else:
-            from .compare import compare_runs
+            from .pages.compare import compare_runs
 
             compare_runs(options.runs, options.output)
     except (RecipeError, RunError, OSError, UnicodeError, ImportError) as error:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rhythm_kernels import RhythmCredit
 
-from .generate import ends, padded
+from .evaluation.generate import ends, padded
 from .recipe import Recipe, RecipeError, load_recipe
 from .task import Instance
 

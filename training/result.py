@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from .formats import indices_of, unpack
+from .pages.formats import indices_of, unpack
 from .reading import misfit
 
 _ANSWERS = {"instances": int, "accuracy": float, "standard_error": float, "tokens": float, "right": str}

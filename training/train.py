@@ -16,16 +16,16 @@ import yaml
 
 import rhythm_kernels
 
-from .accuracies import aligned, change_lines
-from .evaluate import evaluate_both, samples_of
-from .evaluation import differences, questions
-from .examples import examples
+from .evaluation.accuracies import aligned, change_lines
+from .evaluation.evaluate import evaluate_both, samples_of
+from .evaluation.summary import differences, questions
 from .folder import CHECKPOINTS, CONFIG, HEADS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
-from .formats import credit_name, interval, points, ranges, share, size
 from .grpo import Recorder, build_trainer, trainer_config
 from .models import check_model, load
+from .pages.examples import examples
+from .pages.formats import credit_name, interval, points, ranges, share, size
+from .pages.report import write_report
 from .recipe import Recipe, RecipeError
-from .report import write_report
 from .task import Task, check_rewards, instances_of, make
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
-from .generate import padded
+from .evaluation.generate import padded
 from .settings import RecipeError
 
 # Fields of transformers' GenerationConfig that a run sets otherwise, and how.

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from training import evaluate_run as evaluating
 from training import train as training
-from training.compare import compare_runs
-from training.evaluate_run import evaluate_run
-from training.evaluation import Evaluation, Response
+from training.evaluation import command as evaluating
+from training.evaluation.command import evaluate_run
+from training.evaluation.summary import Evaluation, Response
+from training.pages.compare import compare_runs
+from training.pages.report import write_report
 from training.recipe import RecipeError, load_recipe
-from training.report import write_report
 
 from .runs import TINY
 

@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from training.__main__ import main
-from training.arms import arm_lines, caution, collect_arms
 from training.folder import read_run
+from training.pages.arms import arm_lines, caution, collect_arms
 from training.recipe import ROOT
 
 from .runs import leave

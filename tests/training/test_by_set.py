@@ -9,14 +9,14 @@ from random import Random
 import pytest
 
 from training.__main__ import main
-from training.accuracies import change_lines, lines_of
-from training.accuracies import pass_lines as passes_of
-from training.by_set import against, pass_lines, set_lines
-from training.evaluation import Evaluation, Response, differences
+from training.evaluation.accuracies import change_lines, lines_of
+from training.evaluation.accuracies import pass_lines as passes_of
+from training.evaluation.statistics import paired_difference, spread
+from training.evaluation.summary import Evaluation, Response, differences
 from training.folder import read_run
-from training.formats import indices_of, pack, ranges, unpack
-from training.report import write_report
-from training.statistics import paired_difference, spread
+from training.pages.by_set import against, pass_lines, set_lines
+from training.pages.formats import indices_of, pack, ranges, unpack
+from training.pages.report import write_report
 
 from .runs import leave
 

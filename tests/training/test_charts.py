@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.charts import before_after, curve, curves, forest, nice_ticks, running_mean, strip
+from training.pages.charts import before_after, curve, curves, forest, nice_ticks, running_mean, strip
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))

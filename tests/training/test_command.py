@@ -12,7 +12,7 @@ import yaml
 
 from rhythm_kernels import HeadGroups
 from training.__main__ import main
-from training.report import write_report
+from training.pages.report import write_report
 
 from .runs import TINY, save_model
 

@@ -17,14 +17,15 @@ import torch
 import yaml
 from transformers import Qwen3Config
 
-from training import dry_run as dry
-from training import row_files, trial_model
+from training import row_files
 from training import train as training
 from training.__main__ import main
-from training.cut_down import check_sizes, cut_down, few, left_out
+from training.dry_run import command as dry
+from training.dry_run import trial_model
+from training.dry_run.cut_down import check_sizes, cut_down, few, left_out
+from training.dry_run.stand_in import byte_tokenizer
 from training.recipe import ROOT, RecipeError, load_recipe
 from training.row_files import Unreachable
-from training.stand_in import byte_tokenizer
 from training.task import Task, TaskSettings
 
 from .fake_run import interrupt

@@ -37,8 +37,8 @@ def test_what_is_missing_is_one_line(tmp_path, monkeypatch, capsys, error):
 
     for module, command in (
         ("train.load", "train"),
-        ("evaluate_run.read_run", "evaluate"),
-        ("compare.read_run", "compare"),
+        ("evaluation.command.read_run", "evaluate"),
+        ("pages.compare.read_run", "compare"),
     ):
         monkeypatch.setattr(f"training.{module}", fail)
         words = [TINY, *FEW, f"output.path={tmp_path / 'run'}"] if command == "train" else [str(tmp_path)]

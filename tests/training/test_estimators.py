@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from training.estimators import bootstrap, ks, pass_at_k, pass_estimates
+from training.evaluation.estimators import bootstrap, ks, pass_at_k, pass_estimates
 
 
 @pytest.mark.parametrize("n", range(1, 9))

@@ -13,10 +13,10 @@ import time
 import pytest
 import torch
 
-from training import evaluate as engine
 from training.__main__ import main
-from training.evaluate import batches, evaluate, samples_of
-from training.generate import Decoding
+from training.evaluation import evaluate as engine
+from training.evaluation.evaluate import batches, evaluate, samples_of
+from training.evaluation.generate import Decoding
 from training.models import load
 from training.recipe import ROOT, RecipeError, load_recipe
 from training.task import make

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
-from training import evaluate_run as evaluating
 from training import folder as files
 from training import train as training
 from training.__main__ import main
-from training.evaluate_run import evaluate_run
+from training.evaluation import command as evaluating
+from training.evaluation.command import evaluate_run
 from training.recipe import RecipeError, load_recipe
 
 from .fake_run import begin, start, whole

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from training import evaluate_run as evaluating
 from training import train as training
 from training.__main__ import main
-from training.evaluate_run import evaluate_run
+from training.evaluation import command as evaluating
+from training.evaluation.command import evaluate_run
 from training.recipe import ROOT, RecipeError
 
 from .fake_run import interrupt, start, whole
@@ -52,7 +52,7 @@ def test_ctrl_c_in_a_reader(fast, tmp_path, monkeypatch, capsys, command):
     run = tmp_path / "run"
     start(run, 1)
     monkeypatch.setattr(evaluating, "evaluate_both", interrupt)
-    monkeypatch.setattr("training.compare._page", interrupt)
+    monkeypatch.setattr("training.pages.compare._page", interrupt)
     capsys.readouterr()
     assert status_of([command, str(run)]) == 130
     assert capsys.readouterr().err == "interrupted; nothing was changed\n"

@@ -8,8 +8,8 @@ import os
 import pytest
 
 from training import folder as files
-from training import record as records
-from training.record import Record, differs, finished
+from training.evaluation import record as records
+from training.evaluation.record import Record, differs, finished
 from training.settings import RecipeError
 
 IDENTITY = {"model": "abc", "eval": {"seed": 1, "samples": {"easy": 2}}}

@@ -128,7 +128,8 @@ def test_it_learns(mode):
     """Even words are rewarded: their share rises from about a half."""
     recipe = parse_recipe(
         {
-            "task": {"name": "countdown"},  # not asked: the questions are below
+            "task": {"name": "countdown"},  # neither is asked: questions and model are below
+            "model": {"path": None},
             "grpo": {
                 "max_steps": 12,
                 "num_generations": 8,

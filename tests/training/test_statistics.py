@@ -8,8 +8,8 @@ from random import Random
 
 import pytest
 
-from training import statistics
-from training.statistics import mean_error, paired_difference, spread, t_quantile
+from training.evaluation import statistics
+from training.evaluation.statistics import mean_error, paired_difference, spread, t_quantile
 
 
 def test_paired_difference_by_hand():

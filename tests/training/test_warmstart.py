@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.evaluate import evaluate
-from training.generate import Decoding, answer
+from training.evaluation.evaluate import evaluate
+from training.evaluation.generate import Decoding, answer
 from training.recipe import Eval
 from training.tasks.countdown import Countdown
 from training.tasks.countdown.instances import split

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from ..evaluate import evaluate
+from ..evaluation.evaluate import evaluate
 from ..recipe import Eval
 from ..tasks.countdown import Countdown
 from ..tasks.countdown.instances import Puzzle, split

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .evaluation import KINDS, MEAN_OF_SETS, mean_difference
-from .folder import Run
+from ..evaluation.statistics import PairedDifference, paired_difference, spread
+from ..evaluation.summary import KINDS, MEAN_OF_SETS, mean_difference
+from ..folder import Run
 from .formats import estimate, indices_of, interval, points, share, unpack
-from .statistics import PairedDifference, paired_difference, spread
 
 Group = tuple[str, Mapping[int, Run]]  # a name, and its runs by seed: one run, or an arm's
 Lines = list[list[str]]

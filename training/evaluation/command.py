@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
+from ..folder import CONFIG, EVALUATION, RESPONSES, Interrupted, Run, lock, read_run, saved_model
+from ..models import check_model, load
+from ..recipe import Recipe, RecipeError, load_recipe, override, parse_recipe
+from ..rows import FileSettings
+from ..task import Asked, Instance, instances_of, make
+from ..train import versions
 from .accuracies import lines_of
 from .evaluate import evaluate_both, limit, samples_of
-from .evaluation import KINDS, digest, questions
-from .folder import CONFIG, EVALUATION, RESPONSES, Interrupted, Run, lock, read_run, saved_model
 from .generate import ends
-from .models import check_model, load
-from .recipe import Recipe, RecipeError, load_recipe, override, parse_recipe
 from .record import Record, finished
-from .rows import FileSettings
-from .task import Asked, Instance, instances_of, make
-from .train import versions
+from .summary import KINDS, digest, questions
 
 RUNS = Path("runs/evaluate")  # where evaluations of models that are not of a run are left
 MAX_TOKENS = 1024  # of a model and a task without a recipe, where eval.max_tokens says nothing

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .evaluation import KINDS
-from .folder import Run
+from ..evaluation.statistics import Spread, spread
+from ..evaluation.summary import KINDS
+from ..folder import Run
 from .formats import interval, points
-from .statistics import Spread, spread
 
 _FEW = 10  # seeds below which the warning is given
 

@@ -8,16 +8,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .accuracies import aligned
+from ..evaluation.accuracies import aligned
+from ..evaluation.statistics import spread
+from ..evaluation.summary import KINDS
+from ..folder import MODEL, Run, read_run, write_text
+from ..recipe import Eval, Grpo, RecipeError
 from .arms import ARM_HEAD, Arm, arm_lines, caution, collect_arms
 from .by_set import Group, against, pass_lines, set_lines
 from .charts import curves, forest, strip
-from .evaluation import KINDS
-from .folder import MODEL, Run, read_run, write_text
 from .formats import interval, points, responses, share
-from .recipe import Eval, Grpo, RecipeError
 from .report import CURVES, figures, page, section, table
-from .statistics import spread
 
 
 def compare_runs(folders: Sequence[Path], output: Path) -> Path:

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .folder import EVALUATION, RESPONSES, STATE, saving, write_text
-from .reading import misfit, read_json
-from .settings import RecipeError
+from ..folder import EVALUATION, RESPONSES, STATE, saving, write_text
+from ..reading import misfit, read_json
+from ..settings import RecipeError
 
 Identity = Mapping[str, Any]  # what is evaluated, in JSON's values: two evaluations are one if these are equal
 

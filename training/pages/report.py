@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from .accuracies import change_lines, pass_lines
+from ..evaluation.accuracies import change_lines, pass_lines
+from ..evaluation.summary import MEAN_OF_SETS
+from ..folder import REPORT, Run, read_run, write_text
 from .charts import before_after, curve
-from .evaluation import MEAN_OF_SETS
-from .folder import REPORT, Run, read_run, write_text
 from .formats import credit_name, interval, p_value, points, responses, share, size
 from .style import STYLE
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .evaluation import KINDS, MEAN_OF_SETS
-from .formats import estimate, interval, points, share
+from ..pages.formats import estimate, interval, points, share
+from .summary import KINDS, MEAN_OF_SETS
 
 
 def lines_of(found: Mapping[str, Any]) -> list[str]:

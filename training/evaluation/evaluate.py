@@ -15,12 +15,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .evaluation import KINDS, Evaluation, Response
+from ..recipe import Eval, Recipe
+from ..settings import RecipeError
+from ..task import CORRECTNESS, Asked, Instance, Task, asked
 from .generate import Decoding, answer, by_length, ends, random_state, random_stream
-from .recipe import Eval, Recipe
 from .record import Record
-from .settings import RecipeError
-from .task import CORRECTNESS, Asked, Instance, Task, asked
+from .summary import KINDS, Evaluation, Response
 
 Progress = Callable[[int, int], Any]  # told how many more responses there are, and how many of them are right
 

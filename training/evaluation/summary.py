@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..pages.formats import pack
+from ..task import CORRECTNESS, Figure, Instance
 from .estimators import bootstrap, pass_estimates
-from .formats import pack
 from .statistics import Z95, PairedDifference, mean_error, paired_difference
-from .task import CORRECTNESS, Figure, Instance
 
 KINDS = ("sampled", "greedy")
 MEAN_OF_SETS = "mean of sets"

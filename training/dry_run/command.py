@@ -18,18 +18,18 @@ from textwrap import indent, shorten
 
 import torch
 
+from ..evaluation.evaluate import limit, samples_of
+from ..folder import read_run
+from ..grpo import trainer_config
+from ..models import check_room, load, written
+from ..pages.formats import credit_name, size
+from ..recipe import Output, Recipe, RecipeError, parse_recipe, read_recipe
+from ..row_files import Unreachable
+from ..rows import FileTask
+from ..task import CORRECTNESS, Instance, SplitName, Task, check_rewards, instances_of, make
+from ..train import check_groups, run
 from .cut_down import PROMPTS, check_sizes, cut_down, few, left_out
-from .evaluate import limit, samples_of
-from .folder import read_run
-from .formats import credit_name, size
-from .grpo import trainer_config
-from .models import check_room, load, written
-from .recipe import Output, Recipe, RecipeError, parse_recipe, read_recipe
-from .row_files import Unreachable
-from .rows import FileTask
 from .stand_in import parameters
-from .task import CORRECTNESS, Instance, SplitName, Task, check_rewards, instances_of, make
-from .train import check_groups, run
 from .trial_model import Findings, TrialModel, trial_model
 
 _FIRST, _PATIENCE = 32, 10.0  # rows to begin with, and seconds after which no more are made

@@ -8,8 +8,8 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
-from .recipe import Recipe, RecipeError
-from .task import Instance
+from ..recipe import Recipe, RecipeError
+from ..task import Instance
 
 STEPS, GROUP, TOKENS = 2, 2, 32  # optimizer steps, responses a prompt, tokens a response: beyond the horizon's 10
 PROMPTS, A_SET = 8, 2  # instances to train on, and of each test set

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rhythm_kernels import HeadGroups, RhythmCredit, RhythmSettings
 
-from .evaluation import Evaluation, Response
-from .task import Instance, Task, asked
+from ..evaluation.summary import Evaluation, Response
+from ..task import Instance, Task, asked
 
 SHOWN = 3  # responses
 SHORTEST, LONGEST = 45, 160  # tokens: long enough for a horizon of 10 to say something, short enough to be read

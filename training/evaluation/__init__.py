@@ -1,0 +1,1 @@
+"""Responses drawn, judged, kept on disk and counted: what `evaluate` does, and `train` before and after."""
