@@ -19,7 +19,7 @@ from rhythm_kernels.probe.structure import attention_layers, find_decoder
 from .folder import CHECKPOINTS, saving
 from .questions import training_questions
 from .reading import misfit, read_json
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe, RecipeError, half_precision
 from .settings import unheeded
 from .task import CORRECTNESS, Task, as_asked
 from .trials import check_generation, try_out
@@ -52,7 +52,7 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
                 "report_to": "none",
                 "disable_tqdm": True,
                 "use_cpu": not cuda,
-                "bf16": cuda and recipe.model.dtype == "bfloat16",
+                "bf16": half_precision(recipe) == torch.bfloat16,
                 "remove_unused_columns": False,
                 **given,
                 **more,

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from rhythm_kernels import RhythmSettings
 
 from .reading import read_yaml
@@ -94,6 +96,14 @@ class Recipe:
         content = dataclasses.asdict(self)
         content["grpo"] |= content["grpo"].pop("more")
         return content
+
+
+def half_precision(recipe: Recipe) -> torch.dtype | None:
+    """What a step computes in where weights are kept in more: `grpo.bf16`, `grpo.fp16`, and on a GPU `model.dtype`."""
+    more = recipe.grpo.more
+    if more.get("bf16", torch.cuda.is_available() and recipe.model.dtype == "bfloat16"):
+        return torch.bfloat16
+    return torch.float16 if more.get("fp16") else None
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

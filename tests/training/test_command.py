@@ -8,13 +8,15 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+import torch
 import yaml
 
 from rhythm_kernels import HeadGroups
 from training.__main__ import main
+from training.evaluation import evaluate, generate
 from training.pages.report import write_report
 
-from .runs import TINY, save_model
+from .runs import FEW, TINY, save_model
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +207,20 @@ def test_mistakes_end_in_one_line(words, message, capsys, tmp_path):
     assert error.startswith("error: ")
     assert message in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_before_and_after_are_computed_alike(tmp_path, monkeypatch):
+    """A trainer gives the model's forward bfloat16 when it begins, and leaves it so; evaluations have it too."""
+    model, run, found = save_model(tmp_path / "start", 64, 4, 4), tmp_path / "run", []
+
+    def answer(model, tokenizer, prompts, decoding):
+        found.append(model(input_ids=torch.tensor([[3, 4, 5, 6]])).logits.float())
+        return generate.answer(model, tokenizer, prompts, decoding)
+
+    monkeypatch.setattr(evaluate, "answer", answer)
+    words = [*FEW, "grpo.bf16=true", "grpo.learning_rate=0", f"model.path={model}", f"output.path={run}"]
+    assert main(["train", TINY, *words]) == 0
+    assert main(["evaluate", str(run)]) == 0
+    assert len(found) == 6 and all(torch.equal(found[0], logits) for logits in found)
+    assert main(["evaluate", str(run), "grpo.bf16=false", f"--output={tmp_path / 'out'}"]) == 0
+    assert not torch.equal(found[0], found[-1])

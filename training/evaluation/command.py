@@ -16,7 +16,7 @@ import torch
 
 from ..folder import CONFIG, EVALUATION, RESPONSES, Interrupted, Run, lock, read_run, saved_model
 from ..models import check_model, load
-from ..recipe import Recipe, RecipeError, load_recipe, override, parse_recipe
+from ..recipe import Recipe, RecipeError, half_precision, load_recipe, override, parse_recipe
 from ..rows import FileSettings
 from ..task import Asked, Instance, instances_of, make
 from ..train import versions
@@ -28,8 +28,9 @@ from .summary import KINDS, digest, questions
 
 RUNS = Path("runs/evaluate")  # where evaluations of models that are not of a run are left
 MAX_TOKENS = 1024  # of a model and a task without a recipe, where eval.max_tokens says nothing
-_OF_RUN = ("eval.", "task.", "model.dtype=", "model.attn_implementation=", "grpo.max_completion_length=")
-_OF_RECIPE = ("eval.", "task.", "model.", "grpo.max_completion_length=")
+_ALWAYS = ("eval.", "task.", "grpo.max_completion_length=", "grpo.bf16=", "grpo.fp16=")
+_OF_RUN = (*_ALWAYS, "model.dtype=", "model.attn_implementation=")
+_OF_RECIPE = (*_ALWAYS, "model.")
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,7 @@ def identity_of(
             "tokenizer": digest([sorted(tokenizer.get_vocab().items()), [prompt.tokens for prompt in prompts]]),
             "ends": sorted(ends(model, tokenizer)),
             "dtype": recipe.model.dtype,
+            "computed_in": str(half_precision(recipe)),
             "attn_implementation": recipe.model.attn_implementation,
         },
         "task": task,

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
-from ..recipe import Eval, Recipe
+from ..recipe import Eval, Recipe, half_precision
 from ..settings import RecipeError
 from ..task import CORRECTNESS, Asked, Instance, Task, asked
 from .generate import Decoding, answer, by_length, ends, random_state, random_stream
@@ -177,7 +178,7 @@ def evaluate_both(
     results = {}
     for kind, temperature in zip(KINDS, (recipe.eval.temperature, 0.0)):
         count = sum(samples_of(instances, recipe.eval.samples if temperature > 0 else 1))
-        with _bar(f"{when}, {kind}", count) as progress:
+        with _bar(f"{when}, {kind}", count) as progress, autocast(recipe, model.device):
             results[kind] = evaluate(
                 model,
                 tokenizer,
@@ -192,6 +193,12 @@ def evaluate_both(
                 progress=progress,
             )
     return results
+
+
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision that a training step computes in: before training too, when the trainer has not set it yet."""
+    kind = half_precision(recipe)
+    return nullcontext() if kind is None else torch.autocast(device.type, kind)
 
 
 @contextmanager
