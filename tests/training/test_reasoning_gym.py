@@ -13,8 +13,6 @@ from training.tasks import reasoning_gym
 from training.tasks.reasoning_gym import ReasoningGym, answer_of, questions
 from training.tasks.reasoning_gym.questions import split_of
 
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("reasoning_gym"), reason="reasoning_gym is not installed")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _end_processes():
