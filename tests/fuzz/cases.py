@@ -284,7 +284,8 @@ def cases(draw: st.DrawFn, longest: int = 300, small: bool = False) -> Case:
             if layout != "contiguous" or axis:
                 layouts.append((name, layout, axis))
     heads = None
-    if n_heads > 1 and draw(st.sampled_from([True, True, False])):
+    # Of few heads there are few subsets, so they are asked for more often
+    if n_heads > 1 and draw(st.sampled_from([True, True, True, True, False] if small else [True, True, False])):
         heads = tuple(draw(st.lists(st.integers(0, n_heads - 1), min_size=1, max_size=n_heads, unique=True)))
     low = draw(edges(0, 20))
     longest_of_all = max(b - a for _, a, b, _ in _plain(kind, lengths, starts, ends))

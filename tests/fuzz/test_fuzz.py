@@ -7,14 +7,17 @@ shrunk, as the `Case` that it is; `hold(Case(...), backend)` repeats it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 
 import rhythm_kernels as rk
 from rhythm_kernels.backend.tiled_torch import passes, tiles
@@ -42,6 +45,20 @@ RUNS = [pytest.param(backend, 0, n, id=backend) for backend, n in QUICK.items()]
 ]
 
 
+@contextmanager
+def by_seed_alone() -> Iterator[None]:
+    """Draws that no other code decides: hypothesis also draws numbers that stand in the modules which are loaded."""
+    if not hasattr(providers, "_get_local_constants"):  # of a release that does not
+        yield
+        return
+    with patch.object(providers, "_get_local_constants", providers.Constants):
+        providers.CONSTANTS_CACHE.cache.clear()
+        try:
+            yield
+        finally:
+            providers.CONSTANTS_CACHE.cache.clear()
+
+
 def fuzz(strategy: st.SearchStrategy[Any], number: int, run: int, check: Callable[[Any], None]) -> Tally:
     """Check `number` cases, the same ones for the same `run`."""
     tally = Tally()
@@ -59,7 +76,8 @@ def fuzz(strategy: st.SearchStrategy[Any], number: int, run: int, check: Callabl
         tally.add(case.traits)
         check(case)
 
-    each()
+    with by_seed_alone():
+        each()
     return tally
 
 
@@ -119,3 +137,15 @@ def test_a_case_is_its_seed() -> None:
         again = eval(repr(case), {"Case": Case, "inf": float("inf")})
         for name, x in make(case).given.items():
             assert torch.equal(x.nan_to_num(), make(again).given[name].nan_to_num())
+
+
+def test_a_seed_decides_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other modules hold."""
+    if not hasattr(providers, "_get_local_constants"):
+        pytest.skip("this hypothesis draws from no modules")
+    found: list[list[Case]] = []
+    for held in ([], [7, 11, 13, 17]):
+        monkeypatch.setattr(providers, "_local_constants", providers.Constants(integers=providers.SortedSet(held)))
+        found.append([])
+        fuzz(cases(90), 40, 3, found[-1].append)
+    assert found[0] == found[1]
