@@ -11,10 +11,10 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .dry_run.stand_in import stand_in
 from .evaluation.generate import Decoding, answer, padded, random_stream
 from .reading import misfit, read_json
 from .recipe import ROOT, Recipe, RecipeError
+from .stand_in import stand_in
 from .task import Asked, Instance, Task, asked
 
 _FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")

@@ -28,7 +28,7 @@ class FileSettings(TaskSettings):
             files = getattr(self, split)
             if isinstance(files, dict) and not (files and all(isinstance(name, str) and name for name in files)):
                 raise ValueError(f"{split} must be a file, or files by the names of their sets, got {files!r}")
-            for name, path in files.items() if isinstance(files, dict) else [("", files)]:
+            for name, path in _by_set(files):
                 if path is not None or name:
                     check(f"{split}.{name}" if name else split, path)
 
@@ -93,8 +93,9 @@ class FileTask(Task):
             ValueError, OSError: for one that holds something else, or cannot be read.
         """
         for split in ("train", "validation", "test"):
-            files = getattr(self.settings, split)
-            for path in files.values() if isinstance(files, dict) else filter(None, [files]):
+            for _, path in _by_set(getattr(self.settings, split)):
+                if path is None:
+                    continue
                 try:
                     for number, row in rows(path, distinct=True):
                         if row is not None:
@@ -116,7 +117,7 @@ class FileTask(Task):
         taken = {other: {key for key, _ in self._split(other)} for other in others}
         dropped = dict.fromkeys(("again", *taken, "none"), 0)
         sets = []
-        for name, path in files.items() if isinstance(files, dict) else [("", files)]:
+        for name, path in _by_set(files):
             kept: dict[bytes, Instance] = {}
             for number, row in rows(path, distinct=True):
                 if row is None:
@@ -153,6 +154,11 @@ _SAID = {
     "test": "test asks too",
     "none": "have no answer",
 }
+
+
+def _by_set(files: Any) -> list[tuple[str, Any]]:
+    """The files of a split with the names of their sets; a single one, or none, has the name ""."""
+    return list(files.items()) if isinstance(files, dict) else [("", files)]
 
 
 def _named(files: str | dict[str, str]) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,3 +80,31 @@ def largest_file(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
+
+
+def interrupted(words: Sequence[str], ready: Callable[[], object], **env: str) -> str:
+    """What `python -m training WORDS` says where Ctrl-C comes as soon as `ready` is true; asserts status 130."""
+
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and so would its child
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "training", *words],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        preexec_fn=listen,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        try:
+            waited = time.monotonic() + 240
+            while not ready():
+                assert process.poll() is None and time.monotonic() < waited
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    return error

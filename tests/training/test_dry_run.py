@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +19,13 @@ from training.__main__ import main
 from training.dry_run import command as dry
 from training.dry_run import trial_model
 from training.dry_run.cut_down import check_sizes, cut_down, few, left_out
-from training.dry_run.stand_in import byte_tokenizer
 from training.recipe import ROOT, RecipeError, load_recipe
 from training.row_files import Unreachable
+from training.stand_in import byte_tokenizer
 from training.task import Task, TaskSettings
 
 from .fake_run import interrupt
-from .runs import TINY
+from .runs import TINY, interrupted
 
 RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
 QWEN = ["model.path=Qwen/Qwen3-0.6B-Base", "model.architecture=Qwen3ForCausalLM"]
@@ -332,29 +328,7 @@ def test_ctrl_c_in_a_process(tmp_path):
     words = ["train", TINY, "--dry-run", "task.train_size=200000", f"output.path={tmp_path / 'run'}"]
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-
-    def listen():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and so would its child
-
-    with subprocess.Popen(
-        [sys.executable, "-m", "training", *words],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(scratch)},
-        preexec_fn=listen,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        try:
-            waited = time.monotonic() + 240
-            while not list(scratch.glob("dry-run-*")):
-                assert process.poll() is None and time.monotonic() < waited
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            _, error = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert process.returncode == 130
+    error = interrupted(words, lambda: list(scratch.glob("dry-run-*")), TMPDIR=str(scratch))
     assert error.strip().splitlines()[-1] == "interrupted; nothing was changed"
     assert list(scratch.iterdir()) == []
     assert not (tmp_path / "run").exists()

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 
 from training import train as training
 from training.__main__ import main
 from training.evaluation import command as evaluating
 from training.evaluation.command import evaluate_run
-from training.recipe import ROOT, RecipeError
+from training.recipe import RecipeError
 
 from .fake_run import interrupt, start, whole
-from .runs import TINY, largest_file, save_model
+from .runs import TINY, interrupted, largest_file, save_model
 
 
 def status_of(words):
@@ -126,23 +121,9 @@ def test_no_room_for_the_model(settings, tmp_path, capsys):
 def test_ctrl_c_in_a_process(settings, tmp_path):
     """SIGINT in the middle of TRL's training: status 130, one line, no traceback."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "training", "train", TINY, *settings, "grpo.max_steps=5000", f"output.path={run}"]
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-
-    def listen():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and so would its child
-
-    with subprocess.Popen(command, cwd=ROOT, preexec_fn=listen, **pipes) as process:
-        try:
-            waited = time.monotonic() + 240
-            while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text().count("\n"):
-                assert process.poll() is None and time.monotonic() < waited
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            _, error = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    assert process.returncode == 130
+    metrics = run / "metrics.jsonl"
+    words = ["train", TINY, *settings, "grpo.max_steps=5000", f"output.path={run}"]
+    error = interrupted(words, lambda: metrics.exists() and metrics.read_text().count("\n"))
     assert "Traceback" not in error
     last = error.strip().splitlines()[-1]
     assert last.startswith("interrupted; kept until another run starts there: the metrics of ")

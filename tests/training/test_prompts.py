@@ -7,7 +7,6 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from rhythm_kernels import RhythmSettings
-from training.dry_run.stand_in import byte_tokenizer, random_model, small_config
 from training.evaluation.evaluate import evaluate
 from training.evaluation.generate import Decoding, answer, ends
 from training.evaluation.summary import Evaluation, Response
@@ -15,6 +14,7 @@ from training.models import check_model
 from training.pages.examples import _inputs, examples
 from training.recipe import load_recipe
 from training.reference_loop import sample
+from training.stand_in import byte_tokenizer, random_model, small_config
 from training.task import Task, TaskSettings, asked
 
 from .runs import TINY

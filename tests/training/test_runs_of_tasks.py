@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from training.__main__ import main
-from training.dry_run.stand_in import byte_tokenizer
+from training.stand_in import byte_tokenizer
 from training.tasks import multiple_choice
 from training.tasks.reasoning_gym import questions
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, Qwen3Config
 
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
-from training.dry_run.stand_in import byte_tokenizer, class_of, parameters, random_model, small_config, stand_in
 from training.models import load
 from training.recipe import RecipeError, load_recipe
+from training.stand_in import byte_tokenizer, class_of, parameters, random_model, small_config, stand_in
 
 from .runs import TINY
 

@@ -26,10 +26,10 @@ from ..pages.formats import credit_name, size
 from ..recipe import Output, Recipe, RecipeError, parse_recipe, read_recipe
 from ..row_files import Unreachable
 from ..rows import FileTask
+from ..stand_in import parameters
 from ..task import CORRECTNESS, Instance, SplitName, Task, check_rewards, instances_of, make
 from ..train import check_groups, run
 from .cut_down import PROMPTS, check_sizes, cut_down, few, left_out
-from .stand_in import parameters
 from .trial_model import Findings, TrialModel, trial_model
 
 _FIRST, _PATIENCE = 32, 10.0  # rows to begin with, and seconds after which no more are made

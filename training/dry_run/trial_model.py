@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..models import load, place
 from ..recipe import Recipe, RecipeError
 from ..row_files import unreachable
-from .stand_in import causal_class, class_of, random_model, small_config, stand_in
+from ..stand_in import causal_class, class_of, random_model, small_config, stand_in
 
 SMALL = 64 * 2**20  # bytes of weights, up to which a model is used itself
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rhythm_kernels.probe.structure import find_decoder
 
-from ..settings import RecipeError
+from .settings import RecipeError
 
 PAD, EOS = "<pad>", "<eos>"
 SEED = 0
