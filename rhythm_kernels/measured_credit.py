@@ -65,8 +65,9 @@ class RhythmCredit:
     The measured forwards must be those of the policy that wrote the responses: those for the old log-probs, or the
     first training forward where there are none. In modes that read no attention (`uniform`, `random`, `entropy`)
     nothing is calibrated or measured, and a trainer's code need not change; `entropy` and `random` take what they
-    choose by in :meth:`gamma` or :meth:`shape`. Of several processes each measures its own part of the batch. Send the
-    `groups` of one to all after a calibration, by `torch.distributed.broadcast_object_list` for example.
+    choose by in :meth:`gamma` or :meth:`shape`. Of several processes each measures its own part of the batch: hand
+    :meth:`calibrating` and :meth:`statistics` what sums over them; or send the `groups` of one to all after a
+    calibration.
 
     Args:
         model: the policy alone, without a critic; else as for :class:`rhythm_kernels.RhythmProbe`. The attribute may
@@ -141,11 +142,15 @@ class RhythmCredit:
         return self._groups
 
     @contextmanager
-    def calibrating(self, response_mask: Tensor) -> Iterator[None]:
+    def calibrating(
+        self, response_mask: Tensor, reduce: Callable[[Tensor], Tensor | None] | None = None
+    ) -> Iterator[None]:
         """The same by forwards that the caller makes in this block, over one batch, without gradients or dropout.
 
         Args:
             response_mask: as for :meth:`measuring`.
+            reduce: sums a float64 vector over the processes that share a batch, all of which then must calibrate, and
+                returns it or works in place: the groups are then those of the whole batch, the same everywhere.
 
         Raises:
             ValueError: no response token was met.
@@ -158,6 +163,8 @@ class RhythmCredit:
         calibration = BatchCalibration(self.model, layers, quantile, response_mask)
         with evaluating(self.model), calibration:
             yield
+        if reduce is not None:
+            calibration.add_up(reduce)
         self.groups = calibration.groups()
 
     @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -173,6 +173,21 @@ class Calibration:
     def examine(self) -> None:
         """Wait for the forwards made so far, and raise what of them could not be measured."""
         self._capture.examine(wait=True)
+
+    def add_up(self, reduce: Callable[[Tensor], Tensor | None]) -> None:
+        """Let the tally be that of all processes, each of which met a part of the batch.
+
+        Args:
+            reduce: sums a float64 vector over the processes, and returns it or works in place.
+        """
+        counts = [self._tokens, self._sequences, self._responses]
+        tallied = [*self._span.values(), *self._kurtosis.values()]
+        local = torch.cat([*tallied, torch.tensor(counts, dtype=torch.float64)]).to(self._device)
+        reduced = reduce(local)
+        sums = (local if reduced is None else reduced).cpu().split([*map(len, tallied), len(counts)])
+        for mine, of_all in zip(tallied, sums):
+            mine.copy_(of_all)
+        self._tokens, self._sequences, self._responses = map(int, sums[-1])
 
     def groups(self) -> HeadGroups:
         """The heads ranked by all that was tallied; on every tensor-parallel rank the same.

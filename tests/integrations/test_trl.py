@@ -510,7 +510,7 @@ def test_last_token():
 @pytest.mark.long
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_two_processes_agree(tmp_path, iterations):
-    """Each process calibrates on its own half of the batch: all must use the groups of the first."""
+    """Each process measures its own half of the batch: all must use the same groups and learn the same."""
     root = Path(__file__).parents[2]
     words = ["--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     script = ["tests/integrations/two_processes.py", str(tmp_path), str(iterations)]

@@ -264,10 +264,12 @@ def _sharded_rank(rank: int, folder: str, path: str) -> None:
         return output
 
     GRPOTrainer._generate_and_score_completions = generate
-    first = written(0)
-    tokens, live = tokens_of(first)
-    given = {"input_ids": tokens, "attention_mask": live, "use_cache": False}
-    spans = spans_from_maps(build_model().model, [(given, over_sequence(first["completion_mask"], tokens))])
+    parts = []
+    for part in map(written, range(2)):
+        tokens, live = tokens_of(part)
+        given = {"input_ids": tokens, "attention_mask": live, "use_cache": False}
+        parts.append((given, over_sequence(part["completion_mask"], tokens)))
+    spans, of_the_first = (spans_from_maps(build_model().model, some) for some in (parts, parts[:1]))
     for shard in (sharded_1, sharded_2):
         changed = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **PATHS[path]}
         args = RhythmGRPOConfig(**options(folder, **changed), **RHYTHM)
@@ -277,15 +279,21 @@ def _sharded_rank(rank: int, folder: str, path: str) -> None:
         trainer.current_gradient_accumulation_steps = 2
 
         mask = batch["completion_mask"]
-        if rank == 1:  # one process has no response token: all wait for the next batch
-            batch["completion_mask"] = torch.zeros_like(mask)
+        batch["completion_mask"] = torch.zeros_like(mask)  # nobody has a response token: all wait for the next batch
         trainer._generate_and_score_completions(None)
         assert trainer.rhythm_groups is None
+        if rank == 0:  # one has none: the groups are those of the others' part
+            batch["completion_mask"] = mask
+        trainer._generate_and_score_completions(None)
+        assert recorded(trainer.rhythm_groups) == pytest.approx(expected(of_the_first), abs=1e-4)
+        assert trainer.rhythm_groups.provenance["calibration"]["sequences"] == 8
         batch["completion_mask"] = mask
+        trainer.rhythm._groups = None
 
         inputs = trainer._generate_and_score_completions(None)
         assert found(trainer.rhythm_groups) == ranked(spans)
         assert recorded(trainer.rhythm_groups) == pytest.approx(expected(spans), abs=1e-4)
+        assert recorded(trainer.rhythm_groups) != pytest.approx(expected(of_the_first), abs=1e-4)
         trainer._compute_loss(trainer.model, inputs).backward()
         assert (inputs["rhythm_gamma"] > 1).any()
     dist.destroy_process_group()
