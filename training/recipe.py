@@ -14,8 +14,9 @@ import torch
 
 from rhythm_kernels import RhythmSettings
 
+from .lora import Lora, read_lora
 from .reading import read_yaml
-from .settings import TRL_WORDS, LossType, RecipeError, checked, refuse
+from .settings import TRL_KINDS, LossType, RecipeError, checked, refuse
 from .task import SplitName, TaskSettings, find, names
 
 ROOT = Path(__file__).resolve().parent.parent  # paths in recipes are relative to it
@@ -29,6 +30,7 @@ class Model:
     architecture: str | None = None  # a class of transformers, which stands in where path is null and in dry runs
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     attn_implementation: str = "sdpa"
+    lora: Lora | None = None  # null: all weights are trained
 
 
 @dataclass
@@ -180,6 +182,7 @@ def parse_recipe(content: Mapping[str, Any]) -> Recipe:
                 refuse(str(key), value)
             _known(key, kinds, f"key of {section}")
             value = checked(f"{section}.{key}", value, kinds[key])
+            value = read_lora(value) if kind is Model and key == "lora" else value
             (values if key in ours else values.setdefault("more", {}))[key] = value
         try:
             sections[section] = kind(**values)
@@ -205,11 +208,14 @@ def _grpo_kinds(ours: dict[str, Any]) -> dict[str, Any]:
 
     theirs = typing.get_type_hints(GRPOConfig)
     fields = [f.name for f in dataclasses.fields(GRPOConfig) if f.init]
-    return ours | {name: TRL_WORDS.get(name, theirs[name]) for name in fields if name not in ours or ours[name] is str}
+    return ours | {name: TRL_KINDS.get(name, theirs[name]) for name in fields if name not in ours or ours[name] is str}
 
 
 # Types of settings that may be more in Python than in a file.
-_TYPED: dict[str, dict[str, Any]] = {"rhythm": {"layers": str | list[int], "groups": str | None}}
+_TYPED: dict[str, dict[str, Any]] = {
+    "rhythm": {"layers": str | list[int], "groups": str | None},
+    "model": {"lora": dict[str, Any] | None},  # in a file
+}
 _SECTIONS: dict[str, Any] = {
     "task": TaskSettings,  # of which each task has its own kind
     "model": Model,

@@ -25,7 +25,13 @@ TRL_WORDS: dict[str, Any] = {
     "scale_rewards": Literal["group", "batch", "none", True, False],
     "multi_objective_aggregation": Literal["sum_then_normalize", "normalize_then_sum"],
     "vllm_mode": Literal["colocate", "server"],
+    "vllm_model_impl": Literal["vllm", "transformers"],
     "vllm_importance_sampling_mode": Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
+}
+
+# The types of all fields that are not taken as TRL declares them.
+TRL_KINDS: dict[str, Any] = TRL_WORDS | {
+    "report_to": Literal["none", "wandb", "tensorboard"] | list[Literal["wandb", "tensorboard"]],
 }
 
 # Ranges that nothing else checks, or only once the evaluation before training is over. The section rhythm checks itself
@@ -37,7 +43,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda x: isinstance(x, str) or x >= 1,
         "eval.batch_size grpo.max_steps grpo.per_device_train_batch_size grpo.steps_per_generation "
         "grpo.gradient_accumulation_steps grpo.max_completion_length grpo.num_iterations grpo.ref_model_sync_steps "
-        "grpo.num_completions_to_print grpo.pad_to_multiple_of grpo.dataloader_prefetch_factor eval.max_tokens",
+        "grpo.num_completions_to_print grpo.pad_to_multiple_of grpo.dataloader_prefetch_factor eval.max_tokens "
+        "grpo.ddp_bucket_cap_mb grpo.ddp_timeout grpo.vllm_tensor_parallel_size model.lora.r",
     ),
     (
         "at least 1 and at most 10000, or a mapping of such by test set",
@@ -59,18 +66,19 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "above 0",
         lambda x: x > 0,
-        "grpo.temperature grpo.repetition_penalty grpo.save_steps grpo.sapo_temperature_pos grpo.sapo_temperature_neg",
+        "grpo.temperature grpo.repetition_penalty grpo.save_steps grpo.sapo_temperature_pos grpo.sapo_temperature_neg "
+        "model.lora.alpha",
     ),
     ("at least 0, where 0 is greedy", lambda x: x >= 0, "eval.temperature"),
-    ("above 0 and at most 1", lambda x: 0 < x <= 1, "grpo.top_p eval.top_p"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "grpo.top_p eval.top_p grpo.vllm_gpu_memory_utilization"),
     (
         "at least 0 and at most 1",
         lambda x: 0 <= x <= 1,
         "grpo.min_p grpo.top_entropy_quantile grpo.ref_model_mixup_alpha",
     ),
-    ("at least 0 and below 1", lambda x: 0 <= x < 1, "grpo.adam_beta1 grpo.adam_beta2"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "grpo.adam_beta1 grpo.adam_beta2 model.lora.dropout"),
     ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, "grpo.seed grpo.data_seed eval.seed"),
-    ("a list of at least one", lambda x: len(x) > 0, "grpo.rewards"),
+    ("a list of at least one", lambda x: len(x) > 0, "grpo.rewards model.lora.target_modules"),
     ("the name of a folder", lambda x: x.strip() and "\0" not in x, "output.path model.path"),
 )
 _RANGE_OF = {name: (words, test) for words, test, names in _RANGES for name in names.split()}
@@ -84,12 +92,16 @@ _REFUSED = (
         r"|metric_for_best_model|greater_is_better",
         "a run evaluates before and after its training, as the section eval says, and keeps its last model",
     ),
-    (r"deepspeed|ds3_\w+|fsdp\w*|ddp_\w+|parallelism_config|local_rank|\w+_on_each_node", "a run is one process"),
+    (r"fsdp\w*", "how processes divide a model, the file of accelerate launch says: training/launch/fsdp2.yaml"),
+    (r"deepspeed", "how processes divide a model, the file of accelerate launch says: training/launch/zero3.yaml"),
+    (r"local_rank", "accelerate launch tells each process its number"),
+    (r"parallelism_config", "processes share a batch, or a model too by FSDP2 or ZeRO-3: no layer is divided"),
+    (r"\w+_on_each_node", "the main process writes, into a folder that all nodes see"),
     (
-        r"report_to|run_name|project|trackio_\w+|logging_\w+|log_level\w*|disable_tqdm|skip_memory_metrics"
-        r"|include_num_input_tokens_seen",
+        r"logging_\w+|log_level\w*|disable_tqdm|skip_memory_metrics|include_num_input_tokens_seen",
         "metrics are written to metrics.jsonl in output.path, a line a step",
     ),
+    (r"trackio_\w+", "grpo.report_to knows wandb and tensorboard"),
     (r"output_dir|overwrite_output_dir", "the folder of a run is output.path"),
     (r"optim|optim_\w+", "the optimizer is grpo.optimizer"),
     (r"reward_weights", "the rewards of grpo.rewards are added up"),
@@ -103,22 +115,37 @@ _REFUSED = (
         "the task gives the prompts and what is read with them",
     ),
 )
-_NEEDS = {"grpo.use_vllm": "vllm", "grpo.use_liger_kernel": "liger_kernel"}
+# Settings that need a package: the value that needs none, and the package of each other value, or of all others.
+_NEEDS: dict[str, tuple[str, str | dict[str, str]]] = {
+    "grpo.use_vllm": ("false", "vllm"),
+    "grpo.use_liger_kernel": ("false", "liger_kernel"),
+    "grpo.report_to": ("none", {"wandb": "wandb", "tensorboard": "tensorboard"}),
+    "model.lora": ("null", "peft"),
+}
 _PATHS = ("output.path", "model.path", "rhythm.groups", "grpo.accelerator_config")
 
-# Fields that are read only if another has a certain value: their names, a test of the configuration, what to set.
+# Fields that are read only if another has a certain value: their names, a test of the configuration, what is missing.
 _HEEDED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("save_steps", lambda config: config.save_strategy == "steps", "save_strategy=steps"),
-    ("save_total_limit|save_only_model", lambda config: config.save_strategy != "no", "save_strategy=steps"),
+    ("save_steps", lambda config: config.save_strategy == "steps", "grpo.save_strategy=steps"),
+    ("save_total_limit|save_only_model", lambda config: config.save_strategy != "no", "grpo.save_strategy=steps"),
     (
         "(gradient|activation)_checkpointing_kwargs",
         lambda config: config.gradient_checkpointing,  # of the two names for one thing, transformers fills in both
-        "gradient_checkpointing=true",
+        "grpo.gradient_checkpointing=true",
     ),
-    (r"sapo_\w+", lambda config: config.loss_type == "sapo", "loss_type=sapo"),
-    (r"vespo_\w+", lambda config: config.loss_type == "vespo", "loss_type=vespo"),
-    (r"vllm_\w+", lambda config: config.use_vllm, "use_vllm=true"),
-    (r"ref_model_\w+", lambda config: config.sync_ref_model, "sync_ref_model=true"),
+    (r"sapo_\w+", lambda config: config.loss_type == "sapo", "grpo.loss_type=sapo"),
+    (r"vespo_\w+", lambda config: config.loss_type == "vespo", "grpo.loss_type=vespo"),
+    (r"vllm_\w+", lambda config: config.use_vllm, "grpo.use_vllm=true"),
+    (r"vllm_(server_\w+|group_port)", lambda config: config.vllm_mode == "server", "grpo.vllm_mode=server"),
+    (
+        "vllm_(gpu_memory_utilization|max_model_length|tensor_parallel_size|enable_sleep_mode)",
+        lambda config: config.vllm_mode == "colocate",  # a server has been told when it was started
+        "grpo.vllm_mode=colocate",
+    ),
+    (r"ref_model_\w+", lambda config: config.sync_ref_model, "grpo.sync_ref_model=true"),
+    (r"ddp_\w+", lambda config: config.world_size > 1, "several processes, as `accelerate launch` starts them"),
+    (r"ds3_\w+", lambda config: config.deepspeed_plugin is not None, "a launch with training/launch/zero3.yaml"),
+    ("run_name|project", lambda config: "wandb" in config.report_to, "grpo.report_to=wandb"),
 )
 
 
@@ -127,7 +154,7 @@ def unheeded(given: Mapping[str, Any], config: Any) -> None:
     for key, value in given.items():
         for names, heeded, wanted in _HEEDED:
             if value and re.fullmatch(names, key) and not heeded(config):
-                raise RecipeError(f"grpo.{key} must not be set, got {value!r}: nothing heeds it without grpo.{wanted}")
+                raise RecipeError(f"grpo.{key} must not be set, got {value!r}: nothing heeds it without {wanted}")
 
 
 def refuse(key: str, value: Any = None) -> None:
@@ -159,9 +186,21 @@ def checked(name: str, value: Any, kind: Any) -> Any:
     words, test = _RANGE_OF.get(name, ("", lambda _: True))
     if value is not None and not test(value):
         raise RecipeError(f"{name} must be {words}, got {value!r}")
-    if value and name in _NEEDS and importlib.util.find_spec(_NEEDS[name]) is None:
-        raise RecipeError(f"{name} must be false, got {value!r}: the package {_NEEDS[name]} is not installed")
+    for package in _packages(name, value):
+        if importlib.util.find_spec(package) is None:
+            without = _NEEDS[name][0]
+            raise RecipeError(f"{name} must be {without}, got {value!r}: the package {package} is not installed")
     return value
+
+
+def _packages(name: str, value: Any) -> list[str]:
+    """The packages that a value of a setting needs."""
+    _, needed = _NEEDS.get(name, ("", ""))
+    if not value or not needed:
+        return []
+    if isinstance(needed, str):
+        return [needed]
+    return [needed[one] for one in ([value] if isinstance(value, str) else value) if one in needed]
 
 
 def _coerce(value: Any, kind: Any) -> Any:

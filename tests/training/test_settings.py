@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rhythm_kernels.integrations.trl import RhythmGRPOConfig
 from training import train as training
 from training.__main__ import main
 from training.grpo import Recorder, build_trainer, trainer_config
@@ -114,9 +115,29 @@ def refused(tmp_path, monkeypatch, capsys):
         ("grpo.steps_per_generation=0", "must be at least 1"),
         ("grpo.warmup_steps=-1", "grpo.warmup_steps must be at least 0 ... got -1"),
         ("grpo.auto_find_batch_size=true", "auto_find_batch_size is not supported by GRPO"),
-        ("grpo.deepspeed=x.json", "grpo.deepspeed must not be set ... a run is one process"),
-        ("grpo.fsdp=full_shard", "grpo.fsdp must not be set ... a run is one process"),
-        ("grpo.report_to=wandb", "grpo.report_to must not be set ... metrics are written to metrics.jsonl"),
+        ("grpo.ds3_gather_for_generation=true", "nothing heeds it without a launch with training/launch/zero3.yaml"),
+        ("grpo.deepspeed=x.json", "the file of accelerate launch says: training/launch/zero3.yaml"),
+        ("grpo.fsdp=full_shard", "the file of accelerate launch says: training/launch/fsdp2.yaml"),
+        ("grpo.fsdp_config={version: 1}", "grpo.fsdp_config must not be set ... training/launch/fsdp2.yaml"),
+        ("grpo.ddp_timeout=7200", "grpo.ddp_timeout must not be set, got 7200 ... without several processes"),
+        ("grpo.ddp_timeout=0", "grpo.ddp_timeout must be at least 1, got 0"),
+        ("grpo.local_rank=1", "grpo.local_rank must not be set, got 1: accelerate launch tells each process"),
+        ("grpo.parallelism_config={tp_size: 2}", "must not be set ... by FSDP2 or ZeRO-3: no layer is divided"),
+        ("grpo.save_on_each_node=true", "must not be set, got True: the main process writes"),
+        ("grpo.report_to=comet", "must be one of none, wandb, tensorboard or a list, each entry one of wandb"),
+        ("grpo.run_name=first", "grpo.run_name must not be set ... without grpo.report_to=wandb"),
+        ("grpo.project=rhythm", "grpo.project must not be set ... without grpo.report_to=wandb"),
+        ("grpo.trackio_space_id=me/mine", "must not be set ... grpo.report_to knows wandb and tensorboard"),
+        ("grpo.vllm_mode=serve", "grpo.vllm_mode must be one of colocate, server, got 'serve'"),
+        ("grpo.vllm_server_port=8001", "grpo.vllm_server_port must not be set ... without grpo.use_vllm=true"),
+        ("grpo.vllm_gpu_memory_utilization=2", "must be above 0 and at most 1, got 2.0"),
+        ("model.lora={rank: 8}", "model.lora must not have the key 'rank'; known: r, alpha, dropout, target_modules"),
+        ("model.lora={target: all-linear}", "must not have the key 'target'; did you mean target_modules?"),
+        ("model.lora={r: 0}", "model.lora.r must be at least 1, got 0"),
+        ("model.lora={alpha: 0}", "model.lora.alpha must be above 0, got 0.0"),
+        ("model.lora={dropout: 1}", "model.lora.dropout must be at least 0 and below 1, got 1.0"),
+        ("model.lora={target_modules: []}", "model.lora.target_modules must be a list of at least one, got []"),
+        ("model.lora=16", "model.lora must be a mapping or null, got 16"),
         ("grpo.logging_strategy=epoch", "grpo.logging_strategy must not be set ... metrics are written"),
         ("grpo.resume_from_checkpoint=nope", "must not be set, got 'nope': runs cannot be resumed yet"),
         ("grpo.resume_from_checkpoint=", "must not be set, got None: runs cannot be resumed yet"),
@@ -191,12 +212,40 @@ def test_before_the_model(refused, monkeypatch, override, message):
     assert all(part in error for part in message.split(" ... ")), error
 
 
-@pytest.mark.parametrize(("name", "package"), [("use_vllm", "vllm"), ("use_liger_kernel", "liger_kernel")])
-def test_packages_that_are_not_there(refused, monkeypatch, name, package):
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grpo.use_vllm=true", "grpo.use_vllm must be false, got True: the package vllm is not installed"),
+        ("grpo.use_liger_kernel=true", "must be false, got True: the package liger_kernel is not installed"),
+        ("grpo.report_to=wandb", "grpo.report_to must be none, got 'wandb': the package wandb is not installed"),
+        ("grpo.report_to=[wandb]", "grpo.report_to must be none, got ['wandb']: the package wandb is not installed"),
+        ("grpo.report_to=tensorboard", "must be none, got 'tensorboard': the package tensorboard is not installed"),
+        ("model.lora={r: 8}", "model.lora must be null, got {'r': 8}: the package peft is not installed"),
+    ],
+)
+def test_packages_that_are_not_there(refused, monkeypatch, override, message):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert (
-        refused(f"grpo.{name}=true") == f"grpo.{name} must be false, got True: the package {package} is not installed\n"
-    )
+    assert refused(override).endswith(f"{message}\n")
+
+
+def test_settings_of_an_engine_that_the_run_does_not_use(refused, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    server = ("grpo.use_vllm=true", "grpo.vllm_mode=server")
+    assert "without grpo.vllm_mode=colocate" in refused(*server, "grpo.vllm_gpu_memory_utilization=0.5")
+    assert "without grpo.vllm_mode=server" in refused(server[0], "grpo.vllm_server_base_url=http://localhost:8000")
+    taken = trainer_config(load_recipe(TINY, [*server, "grpo.vllm_server_host=HOST", "grpo.vllm_server_port=8001"]))
+    assert (taken.vllm_mode, taken.vllm_server_host, taken.vllm_server_port) == ("server", "HOST", 8001)
+    colocated = ["grpo.vllm_gpu_memory_utilization=0.5", "grpo.vllm_tensor_parallel_size=2"]
+    assert trainer_config(load_recipe(TINY, [server[0], *colocated])).vllm_mode == "colocate"
+
+
+def test_settings_of_several_processes(monkeypatch):
+    words = ["grpo.ddp_timeout=7200", "grpo.ddp_find_unused_parameters=false"]
+    with pytest.raises(RecipeError, match="without several processes"):
+        trainer_config(load_recipe(TINY, words))
+    monkeypatch.setattr(RhythmGRPOConfig, "world_size", 2)
+    config = trainer_config(load_recipe(TINY, words))
+    assert (config.ddp_timeout, config.ddp_find_unused_parameters) == (7200, False)
 
 
 def test_half_precision_that_would_be_ignored(refused):
