@@ -1,0 +1,101 @@
+"""Several processes: what the main one finds is known to all, they wait for it as long as it takes, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config
+
+from training import processes
+from training.recipe import RecipeError
+from training.sharding import dividing, is_divided, whole_models
+
+
+def found_by(rank, ask):
+    """What a call says, as text that JSON can hold."""
+    try:
+        return ask()
+    except (Exception, SystemExit) as error:
+        return [type(error).__name__, str(error)]
+
+
+def slow():
+    time.sleep(4)
+    return {"step": 3}
+
+
+def refuse():
+    raise RecipeError("output.path must be another folder")
+
+
+def _rank(rank: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=2)
+    )
+    said = {"count": processes.count(), "main": processes.is_main()}
+    said["slow"] = found_by(rank, lambda: processes.from_main(slow))  # twice as long as the timeout of the others
+    said["refused"] = found_by(rank, lambda: processes.from_main(refuse))
+    said["none"] = found_by(rank, lambda: processes.from_main(lambda: None))
+    if rank == 0:
+        time.sleep(4)
+    said["waited"] = found_by(rank, processes.wait_for_all)
+    if rank == 1:
+        Path(folder, "1.json").write_text(json.dumps(said))
+        os._exit(0)  # as where a process is killed
+    said["alone"] = found_by(rank, processes.wait_for_all)
+    Path(folder, "0.json").write_text(json.dumps(said))
+    os._exit(0)
+
+
+@pytest.mark.long
+def test_two_processes_wait_and_end_together(tmp_path):
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert (main["count"], main["main"], other["main"]) == (2, True, False)
+    assert main["slow"] == other["slow"] == {"step": 3}
+    assert main["refused"] == ["RecipeError", "output.path must be another folder"]
+    assert other["refused"] == ["Ended", "2"]  # without a word: an exit status
+    assert main["none"] is other["none"] is None
+    assert main["waited"] is other["waited"] is None
+    assert main["alone"] == ["ConnectionError", "another process of the run has ended"]
+
+
+def test_one_process_asks_nobody(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # of some other program: no launcher gave this process a number
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert processes.count() == 1 and processes.is_main()
+    assert processes.from_main(lambda: 7) == 7
+    processes.wait_for_all()
+    with pytest.raises(RuntimeError, match="gloo"), processes.together():
+        raise RuntimeError("gloo is not there")
+
+
+def test_zero3_divides_a_model_only_in_its_training():
+    """DeepSpeed is no package of the tests: a configuration that says it is ZeRO-3's is enough for transformers."""
+    divides = type("Configuration", (), {"is_zero3": lambda self: True})()
+    config = SimpleNamespace(deepspeed_plugin=SimpleNamespace(dschf=divides))
+    set_hf_deepspeed_config(divides)
+    seen = []
+    with whole_models(config):
+        seen.append(is_deepspeed_zero3_enabled())
+        with dividing(config):
+            seen.append(is_deepspeed_zero3_enabled())
+        seen.append(is_deepspeed_zero3_enabled())
+    assert [*seen, is_deepspeed_zero3_enabled()] == [False, True, False, True]
+    del divides, config  # transformers knows it by a weak reference
+    assert not is_deepspeed_zero3_enabled()
+
+
+@pytest.mark.parametrize(("stage", "fsdp", "divided"), [(2, False, False), (3, False, True), (None, True, True)])
+def test_which_engines_divide(stage, fsdp, divided):
+    state = SimpleNamespace(deepspeed_plugin=stage and SimpleNamespace(zero_stage=stage))
+    assert is_divided(SimpleNamespace(is_fsdp_enabled=fsdp, accelerator=SimpleNamespace(state=state))) == divided
