@@ -1,4 +1,4 @@
-"""Several processes: what the main one finds is known to all, they wait for it as long as it takes, and end together."""
+"""Several processes: what the main one finds is known to all, they wait for it patiently, and they end together."""
 
 from __future__ import annotations
 
