@@ -1,25 +1,21 @@
-"""training/README.md as it stands: how to bring a task, and the script for several processes."""
+"""training/README.md as it stands: how to bring a task, the sizes of its tables, and how several processes start."""
 
 from __future__ import annotations
 
-import os
 import re
-import runpy
 import shlex
-import subprocess
 import sys
 
 import pytest
 import yaml
 
 from training.__main__ import main
-from training.recipe import ROOT
+from training.recipe import ROOT, load_recipe
 
 README = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
 SMALL = [  # sizes, and a model that is there without a hub: nothing else differs from what is printed
     *("model.path=null", "grpo.max_steps=2", "grpo.per_device_train_batch_size=8", "eval.size=8"),
 ]
-TWO = ["grpo.max_steps=2", "grpo.per_device_train_batch_size=8", "grpo.steps_per_generation=2", "task.train_size=64"]
 
 
 def section(title: str) -> str:
@@ -71,47 +67,25 @@ def test_the_sizes_of_its_table_are_the_papers():
         assert (int(a) * processes * int(b), int(a) * processes * int(c)) == (32, 512)
 
 
-@pytest.fixture
-def script(tmp_path):
-    """The script, in a folder of its own, and the recipe of the demo with two short steps."""
+def test_the_launch_of_several_processes():
+    """The command is one that accelerate and a run take; the files of the table are those that there are."""
+    from accelerate.commands.launch import launch_command_parser
+
     text = section("On one GPU, one node, several nodes")
-    (content,) = blocks(text, "python")
-    path = tmp_path / "several.py"
-    path.write_text(content)
-    words = [
-        "training/recipes/countdown_tiny.yaml",
-        *TWO,
-        "grpo.max_completion_length=32",
-        f"output.path={tmp_path}/run",
-    ]
-    return path, words
+    (command,) = blocks(text, "bash")
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:2] == ["accelerate", "launch"]
+    given = launch_command_parser().parse_args(words[2:])
+    assert (given.config_file, given.module, given.training_script) == ("training/launch/ddp.yaml", True, "training")
+    assert given.training_script_args[:2] == ["train", "RECIPE.yaml"]
+    load_recipe(ROOT / "training" / "recipes" / "countdown_tiny.yaml", given.training_script_args[2:])
+    assert set(re.findall(r"`(\w+\.yaml)`", text)) == {p.name for p in (ROOT / "training" / "launch").glob("*.yaml")}
 
 
-def test_the_script_for_several_processes_as_one(script, tmp_path, monkeypatch):
-    path, words = script
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [str(path), *words])
-    trainer = runpy.run_path(str(path), run_name="__main__")["trainer"]
-    assert (trainer.state.global_step, trainer.args.generation_batch_size) == (2, 16)
-    assert trainer.rhythm_groups is not None
-    after = ["model.path=" + str(tmp_path / "run" / "model"), "eval.size=8", "grpo.max_completion_length=32"]
-    assert main(["evaluate", words[0], *after, "--output", str(tmp_path / "measured")]) == 0
-
-
-@pytest.mark.long
-def test_the_script_for_several_processes_as_two(script, tmp_path):
-    """As `torchrun` starts it: both take part in a batch, and one model is written."""
-    path, words = script
-    with path.open("a") as file:
-        file.write('    print("of", trainer.accelerator.num_processes, "batch", config.generation_batch_size)\n')
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(path), *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("of 2 batch 32") == 2
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+def test_lora_and_reports(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    text = section("LoRA, and reports elsewhere")
+    (lora,) = re.findall(r"`(model\.lora=\{.*?\})`", text)
+    words = [lora, "grpo.report_to=[wandb, tensorboard]", "grpo.run_name=first", "grpo.project=rhythm"]
+    recipe = load_recipe(ROOT / "training" / "recipes" / "countdown_tiny.yaml", words)
+    assert (recipe.model.lora.r, recipe.model.lora.alpha) == (16, 32.0)
