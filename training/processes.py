@@ -8,6 +8,7 @@ over gloo, on the CPU, for as long as it takes: NCCL would give up after minutes
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -72,6 +73,17 @@ def from_main(make: Callable[[], T]) -> T:
     if sent[0] is None:
         raise Ended(2)
     return sent[0][0]
+
+
+def own_failure() -> str:
+    """What to put before an error that ends this process: nothing in the main one, otherwise its number.
+
+    What goes wrong in all processes at once, the main one says: the launcher ends the others while they wait here.
+    """
+    if is_main():
+        return ""
+    time.sleep(10)
+    return f"process {number()}: "
 
 
 @contextmanager

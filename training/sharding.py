@@ -14,6 +14,7 @@ from typing import Any
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from .lora import merged
+from .models import load
 from .recipe import Recipe, RecipeError
 
 
@@ -48,8 +49,9 @@ def gathered(trainer: Any) -> dict[str, Any] | None:
     return weights if trainer.accelerator.is_main_process else None
 
 
-def made_whole(recipe: Recipe, model: Any, weights: dict[str, Any]) -> Any:
-    """A fresh model of the recipe with the weights of its training, an adapter's among them."""
+def made_whole(recipe: Recipe, weights: dict[str, Any]) -> Any:
+    """A fresh model of the recipe with the weights of its training, those of an adapter merged."""
+    model, _ = load(recipe)
     if recipe.model.lora is not None:
         from peft import get_peft_model
 

@@ -19,7 +19,9 @@ from .runs import FEW, TINY, save_model
 @pytest.fixture
 def recipe(tmp_path):
     save_model(tmp_path / "model", 16, 2, 2)
-    return load_recipe(TINY, [f"model.path={tmp_path / 'model'}", "model.lora={r: 2, target_modules: [q_proj, v_proj]}"])
+    return load_recipe(
+        TINY, [f"model.path={tmp_path / 'model'}", "model.lora={r: 2, target_modules: [q_proj, v_proj]}"]
+    )
 
 
 def test_gathered_weights_become_a_whole_model(recipe):
@@ -54,7 +56,14 @@ def test_settings_are_those_of_peft(recipe):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_run_with_an_adapter(tmp_path, optimizer):
     """Only what the adapter is beside changes; in two parts it is the same run."""
-    words = [TINY, *FEW, "model.lora={r: 4}", "grpo.max_steps=4", "grpo.learning_rate=0.1", f"grpo.optimizer={optimizer}"]
+    words = [
+        TINY,
+        *FEW,
+        "model.lora={r: 4}",
+        "grpo.max_steps=4",
+        "grpo.learning_rate=0.1",
+        f"grpo.optimizer={optimizer}",
+    ]
     words += ["grpo.lr_scheduler_type=constant", "grpo.max_completion_length=32", "grpo.per_device_train_batch_size=16"]
     words += ["grpo.num_generations=8", "task.train_size=64"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
