@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_
 
 from training import processes
 from training.recipe import RecipeError
-from training.sharding import dividing, is_divided, whole_models
+from training.sharding import check_sharding, dividing, is_divided, whole_models
 
 
 def found_by(rank, ask):
@@ -93,6 +94,25 @@ def test_zero3_divides_a_model_only_in_its_training():
     assert [*seen, is_deepspeed_zero3_enabled()] == [False, True, False, True]
     del divides, config  # transformers knows it by a weak reference
     assert not is_deepspeed_zero3_enabled()
+
+
+@pytest.mark.parametrize(
+    ("enabled", "version", "one_loads", "message"),
+    [
+        (False, 2, False, "distributed_type must not be FSDP without a GPU for each process"),
+        (True, 1, False, "fsdp_version must be 2, got 1: see training/launch/fsdp2.yaml"),
+        (True, 2, True, "fsdp_cpu_ram_efficient_loading must be false, got true"),
+        (True, 2, False, None),
+    ],
+)
+def test_which_launches_of_fsdp_are_refused(monkeypatch, enabled, version, one_loads, message):
+    plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=one_loads)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    trainer = SimpleNamespace(is_fsdp_enabled=enabled, accelerator=accelerator)
+    check_sharding(trainer)  # nobody asked for FSDP
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match=message) if message else nullcontext():
+        check_sharding(trainer)
 
 
 @pytest.mark.parametrize(("stage", "fsdp", "divided"), [(2, False, False), (3, False, True), (None, True, True)])

@@ -121,7 +121,7 @@ def refused(tmp_path, monkeypatch, capsys):
         ("grpo.ddp_timeout=0", "grpo.ddp_timeout must be at least 1, got 0"),
         ("grpo.local_rank=1", "grpo.local_rank must not be set, got 1: accelerate launch tells each process"),
         ("grpo.parallelism_config={tp_size: 2}", "must not be set ... by FSDP2 or ZeRO-3: no layer is divided"),
-        ("grpo.save_on_each_node=true", "must not be set, got True: the main process writes"),
+        ("grpo.log_on_each_node=false", "must not be set, got False: the main process writes"),
         ("grpo.report_to=comet", "must be one of none, wandb, tensorboard or a list, each entry one of wandb"),
         ("grpo.run_name=first", "grpo.run_name must not be set ... without grpo.report_to=wandb"),
         ("grpo.project=rhythm", "grpo.project must not be set ... without grpo.report_to=wandb"),
@@ -236,6 +236,15 @@ def test_settings_of_an_engine_that_the_run_does_not_use(refused, monkeypatch):
     assert (taken.vllm_mode, taken.vllm_server_host, taken.vllm_server_port) == ("server", "HOST", 8001)
     colocated = ["grpo.vllm_gpu_memory_utilization=0.5", "grpo.vllm_tensor_parallel_size=2"]
     assert trainer_config(load_recipe(TINY, [server[0], *colocated])).vllm_mode == "colocate"
+
+
+def test_reports_elsewhere(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("WANDB_PROJECT", "another")
+    words = ["grpo.report_to=[wandb, tensorboard]", "grpo.project=rhythm", "output.path=runs/first"]
+    config = trainer_config(load_recipe(TINY, words))
+    assert (config.report_to, config.run_name) == (["wandb", "tensorboard"], "first")
+    assert os.environ["WANDB_PROJECT"] == "rhythm"
 
 
 def test_settings_of_several_processes(monkeypatch):
