@@ -125,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             compare_runs(options.runs, options.output)
     except (RecipeError, RunError, OSError, UnicodeError, ImportError) as error:
-        print(f"error: {processes.own_failure()}{' '.join(str(error).split())}", file=sys.stderr)  # of libraries
+        said = " ".join(str(error).split())  # libraries write paragraphs
+        print(f"error: {processes.own_failure(said)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         if processes.is_main():

@@ -8,15 +8,17 @@ over gloo, on the CPU, for as long as it takes: NCCL would give up after minutes
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_WORD = "rhythm: why a process ended"
 _PEER = ("connection closed by peer", "connection reset by peer", "connection refused", "gloo", "nccl")
 
 
@@ -75,20 +77,22 @@ def from_main(make: Callable[[], T]) -> T:
     return sent[0][0]
 
 
-def own_failure() -> str:
-    """What to put before an error that ends this process: nothing in the main one, otherwise its number.
+def own_failure(said: str) -> str:
+    """What to print for an error that ends this process: in the main one as it is, otherwise with its number.
 
-    What goes wrong in all processes at once, the main one says: the launcher ends the others while they wait here.
+    What goes wrong in all processes at once, the main one says; and what goes wrong in another, once it has noticed.
+    The launcher then ends the others, while they wait here.
     """
     if is_main():
-        return ""
+        return said
+    _leave_word(said)
     time.sleep(10)
-    return f"process {number()}: "
+    return f"process {number()}: {said}"
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What processes do together: where one of them is gone, the main one says so and the others end.
+    """What processes do together: where one of them fails, the main one says why and the others end.
 
     Raises:
         ConnectionError: in the main process.
@@ -101,7 +105,35 @@ def together() -> Iterator[None]:
             raise
         if not is_main():
             raise Ended(2) from error
-        raise ConnectionError("another process of the run has ended") from error
+        raise ConnectionError(_last_word() or "another process of the run has ended") from error
+    except Exception as error:
+        if not is_main():
+            _leave_word(" ".join(str(error).split()))  # at once: the main process notices before this one is done
+        raise
+
+
+def _leave_word(said: str) -> None:
+    """Tell the main process why this one ends."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        with suppress(RuntimeError):
+            distributed.distributed_c10d._get_default_store().set(_WORD, f"process {number()}: {said}")
+
+
+def _last_word() -> str:
+    """Why another process ended, if it says so within seconds."""
+    from torch import distributed
+
+    with suppress(ValueError):  # of another thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of the launcher, before there is a line
+    store = distributed.distributed_c10d._get_default_store()
+    with suppress(RuntimeError):
+        for _ in range(20):
+            if store.check([_WORD]):
+                return store.get(_WORD).decode()
+            time.sleep(0.1)
+    return ""
 
 
 @cache
