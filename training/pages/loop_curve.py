@@ -41,13 +41,13 @@ def read(path: Path, name: str) -> list[tuple[float, float]]:
 
 
 def chart(runs: dict[str, Sequence[tuple[float, float]]], of: str) -> str:
-    """The running mean of each run, with the names of the runs at the bottom on the right."""
+    """The running mean of each run, with the names of the runs at the bottom."""
     drawn = curves(list(runs.values()), list(runs), label=f"{of} by step")
     key = []
     for i, name in enumerate(runs):
-        y = HEIGHT - 37 - 14 * (len(runs) - 1 - i)
-        key.append(f'<path class="mean s{i % 5}" d="M{WIDTH - 110} {y - 4}h18"/>')
-        key.append(f'<text x="{WIDTH - 86}" y="{y}">{escape(name)}</text>')
+        x, y = 62 + 82 * i, HEIGHT - 42
+        key.append(f'<path class="mean s{i % 5}" d="M{x} {y - 4}h18"/>')
+        key.append(f'<text x="{x + 24}" y="{y}">{escape(name)}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * HEIGHT}" '
     body = drawn.replace("<svg ", head, 1).replace(">", f"><style>{_STYLE}</style>", 1)
     return body.removesuffix("</svg>") + "".join(key) + "</svg>\n"
