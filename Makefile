@@ -1,8 +1,8 @@
 # Every target makes its own virtual environment in .venv; nothing else on the machine is touched.
 #   make demo        set up, train the small model by GRPO with rhythm credit, leave runs/demo/report.html
 #   make demo-seeds  the demo's recipe for each mode (MODES) from each seed (SEEDS) into runs/seeds/<mode>-<seed>, then a
-#                    comparison by mode, runs/seeds/compare.html; about 3 minutes a run. Finished runs are kept, so that
-#                    an interrupted call goes on where it stopped: `make demo-seeds SEEDS="0 1 2 3" ARGS="grpo.max_steps=20"`
+#                    comparison by mode, runs/seeds/compare.html; about 3 minutes a run. Finished runs are kept, and an
+#                    unfinished one goes on, so that an interrupted call goes on where it stopped: `make demo-seeds SEEDS="0 1 2 3" ARGS="grpo.max_steps=20"`
 #                    (with other ARGS, remove runs/seeds first). The first mode is the one the others are compared with.
 #   make test        set up, run the tests (under ten minutes)
 #   make test-long   the tests that do not fit ten minutes
@@ -33,7 +33,7 @@ demo: $(VENV)/.train
 	$(BIN)/python -m training train training/recipes/countdown_tiny.yaml --overwrite $(ARGS)
 
 # Seeds outside, modes inside, so that the modes have nearly the same seeds wherever it is stopped. A run is finished when
-# it holds its result and its model, which is written last.
+# it holds its result, which is written last, and its model.
 demo-seeds: $(VENV)/.train
 	set -e; for seed in $(SEEDS); do for mode in $(MODES); do \
 	    run=runs/seeds/$$mode-$$seed; \

@@ -17,9 +17,10 @@ The TRL subclass in `rhythm_kernels/integrations/trl.py` is tested against this 
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,6 +110,48 @@ def surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask
     return -(objective * mask).sum() / mask.sum().clamp(min=1)
 
 
+def measure(
+    model: nn.Module, batch: Batch, credit: RhythmCredit, generator: torch.Generator | None, temperature: float
+) -> Tensor:
+    """The first forward over a batch, measured: token log-probs to learn from, and the credit's gamma.
+
+    The model must still be the one that sampled: this forward is the behaviour policy's.
+    """
+    with credit.measuring(batch.response_mask):
+        distributions = log_distributions(model, batch, temperature)
+    credit.gamma(token_entropies(distributions), generator)
+    return token_log_probs(distributions, batch)
+
+
+def improve(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    log_probs: Tensor,
+    shaped: Tensor,
+    temperature: float,
+    *,
+    iterations: int = 1,
+    max_grad_norm: float = 1.0,
+) -> float:
+    """Take `iterations` optimizer steps on shaped advantages; the first uses the forward that `measure` made.
+
+    Returns:
+        The loss of the first step.
+    """
+    old_log_probs, losses = log_probs.detach(), []
+    for iteration in range(iterations):
+        if iteration > 0:
+            log_probs = token_log_probs(log_distributions(model, batch, temperature), batch)
+        loss = surrogate(log_probs, old_log_probs, shaped, batch.response_mask)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses[0]
+
+
 def learn(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -118,37 +161,22 @@ def learn(
     *,
     generator: torch.Generator | None = None,
     temperature: float = 1.0,
-    iterations: int = 1,
-    max_grad_norm: float = 1.0,
+    **steps: Any,
 ) -> dict[str, float]:
-    """One batch: measure in the first forward, shape the advantages, and take `iterations` optimizer steps.
+    """One batch: measure in the first forward, shape the advantages, and take the optimizer's steps.
 
     Args:
         advantages: `(B,)`, one a response.
         credit: of this model, with head groups where its mode needs them.
         generator: draws the tokens of `mode="random"`.
+        steps: `iterations` and `max_grad_norm` of `improve`.
 
     Returns:
         `loss` of the first step, and the statistics of the credit.
     """
-    # The model is still the one that sampled: this forward is the behaviour policy's, and it is the one measured.
-    with credit.measuring(batch.response_mask):
-        distributions = log_distributions(model, batch, temperature)
-    log_probs = token_log_probs(distributions, batch)
-    old_log_probs = log_probs.detach()
-    credit.gamma(token_entropies(distributions), generator)
-    shaped = credit.shape(advantages)
-    report: dict[str, float] = {}
-    for iteration in range(iterations):
-        if iteration > 0:
-            log_probs = token_log_probs(log_distributions(model, batch, temperature), batch)
-        loss = surrogate(log_probs, old_log_probs, shaped, batch.response_mask)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        optimizer.step()
-        report.setdefault("loss", float(loss.detach()))
-    return {**report, **credit.statistics()}
+    log_probs = measure(model, batch, credit, generator, temperature)
+    loss = improve(model, optimizer, batch, log_probs, credit.shape(advantages), temperature, **steps)
+    return {"loss": loss, **credit.statistics()}
 
 
 def train(
@@ -156,12 +184,14 @@ def train(
     tokenizer: Any,
     questions: Sequence[tuple[list[int], Callable[[str], float]]],
     recipe: Recipe,
+    learner: Callable[..., dict[str, float]] | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train in place, yielding one report a step.
 
     Args:
         questions: prompts as tokens, each with the function that rewards a completion; drawn in random order.
         recipe: of its section `grpo`, the settings named in this file are obeyed and no others.
+        learner: another algorithm: called as `learn` is, but with the rewards `(B,)` in place of advantages.
     """
     grpo = recipe.grpo
     torch.manual_seed(grpo.seed)
@@ -193,12 +223,11 @@ def train(
         rewards = torch.tensor([judge(text) for judge, text in zip(judges, texts)], device=model.device)
         if credit.calibration_due(step):  # which heads are local and which are global, from this batch (eq. 7)
             credit.calibrate([vars(batch)])
-        advantages = group_advantages(rewards, grpo.num_generations)
-        report = learn(
+        report = (learner or learn)(
             model,
             optimizer,
             batch,
-            advantages,
+            rewards if learner else group_advantages(rewards, grpo.num_generations),
             credit,
             generator=draws,
             temperature=grpo.temperature,
@@ -216,30 +245,38 @@ def _rate(step: int, warmup: int, total: int) -> float:
     return (total - step) / max(1, total - warmup)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Train as a recipe says, and print a line a step."""
+def main(train: Callable[..., Iterator[dict[str, float]]]) -> None:
+    """The command of this loop, or of another that has the same `train`: as a recipe says, printing a line a step."""
     from .models import load
     from .task import as_asked, check_rewards, instances_of, make
 
-    recipe = load_recipe(arguments[0], arguments[1:])
-    task = make(recipe.task)
-    check_rewards(task, recipe.grpo.rewards)
-    model, tokenizer = load(recipe)
-    judges = [task.rewards[name] for name in recipe.grpo.rewards]
+    parser = argparse.ArgumentParser(description="Train as a recipe says, in one process, and print a line a step.")
+    parser.add_argument("recipe", help="a YAML file, for example training/recipes/countdown_tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="where the trained model is written; else nowhere")
+    asked = parser.parse_intermixed_args()
+    try:
+        if asked.save:
+            asked.save.mkdir(parents=True, exist_ok=True)  # what cannot be written should not be trained
+        recipe = load_recipe(asked.recipe, asked.overrides)
+        task = make(recipe.task)
+        check_rewards(task, recipe.grpo.rewards)
+        model, tokenizer = load(recipe)
+        judges = [task.rewards[name] for name in recipe.grpo.rewards]
 
-    def judge(instance: Instance) -> Callable[[str], float]:
-        return lambda text: sum(reward([text], [instance])[0] for reward in judges)
+        def judge(instance: Instance) -> Callable[[str], float]:
+            return lambda text: sum(reward([text], [instance])[0] for reward in judges)
 
-    instances = instances_of(task, "train", recipe.task.train_size)
-    questions = [(as_asked(task.prompt(instance), tokenizer).tokens, judge(instance)) for instance in instances]
-    for report in train(model, tokenizer, questions, recipe):
-        print("  ".join(f"{name} {value:.4g}" for name, value in report.items()), flush=True)
+        instances = instances_of(task, "train", recipe.task.train_size)
+        questions = [(as_asked(task.prompt(instance), tokenizer).tokens, judge(instance)) for instance in instances]
+        for report in train(model, tokenizer, questions, recipe):
+            print("  ".join(f"{name} {value:.4g}" for name, value in report.items()), flush=True)
+        if asked.save:
+            model.save_pretrained(asked.save)
+            tokenizer.save_pretrained(asked.save)
+    except (RecipeError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m training.reference_loop RECIPE [section.key=value ...]")
-    try:
-        main(sys.argv[1:])
-    except RecipeError as error:
-        sys.exit(f"error: {error}")
+    main(train)

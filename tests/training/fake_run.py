@@ -104,7 +104,8 @@ def replace_slow_parts(monkeypatch):
 
 def start(folder, seed, *overrides, overwrite=True):
     """A run of two steps whose configuration, metrics, result, report and model all say its seed."""
-    given = [f"output.path={folder}", f"grpo.seed={seed}", "eval.size=8", "grpo.max_steps=2", *overrides]
+    given = [f"output.path={folder}", f"grpo.seed={seed}", "eval.size=8", "grpo.max_steps=2", "task.train_size=8"]
+    given += overrides
     training.run(load_recipe(TINY, given), overwrite=overwrite)
 
 

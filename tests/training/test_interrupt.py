@@ -27,7 +27,16 @@ def test_ctrl_c_says_what_is_kept(fast, tmp_path, monkeypatch, capsys, moment):
     start(run, 1)
     monkeypatch.setattr(training, moment, interrupt)
     capsys.readouterr()
-    words = ["train", TINY, f"output.path={run}", "grpo.seed=2", "eval.size=8", "grpo.max_steps=2", "--overwrite"]
+    words = [
+        "train",
+        TINY,
+        f"output.path={run}",
+        "grpo.seed=2",
+        "eval.size=8",
+        "grpo.max_steps=2",
+        "task.train_size=8",
+        "--overwrite",
+    ]
     assert status_of(words) == 130
     lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("train:")]  # bars
     assert len(lines) == 1
@@ -36,14 +45,12 @@ def test_ctrl_c_says_what_is_kept(fast, tmp_path, monkeypatch, capsys, moment):
     unchanged = moment in ("load", "build_trainer")
     assert ("nothing was changed" in said) == unchanged
     assert ("kept: nothing of this run" in said) == (moment == "evaluate_both")
-    trained = moment in ("examples", "write_report")
-    checkpoint = run / "checkpoints" / "checkpoint-2"
-    assert (
-        f"the metrics of 2 steps in {run / 'metrics.jsonl'}, the checkpoint of step 2 in {checkpoint}" in said
-    ) == trained
-    assert (f"it goes on with: python -m training train --resume {run}; " in said) == (
-        not unchanged and moment != "write_report"
+    trained, finished = moment in ("examples", "write_report"), moment == "write_report"
+    kept = (
+        f"metrics of 2 steps in {run / 'metrics.jsonl'}, the checkpoint of step 2 in {run / 'checkpoints'}/checkpoint-2"
     )
+    assert (kept in said) == trained
+    assert (f"it goes on with: python -m training train --resume {run}; " in said) == (not unchanged and not finished)
     assert (f"mv {run / 'previous'} ELSEWHERE" in said) != unchanged
     assert whole(run, fast, tmp_path) == {"load": 1, "build_trainer": 1, "write_report": 2}.get(moment)
 
@@ -115,9 +122,8 @@ def test_no_room_for_the_model(settings, tmp_path, capsys):
     assert status == 2
     assert len(errors) == 1
     assert str(run / "checkpoints") in errors[0]
-    assert errors[0].endswith(
-        f"; kept: the metrics of 1 step in {run / 'metrics.jsonl'}; it goes on with: python -m training train --resume {run}"
-    )
+    kept = f"; kept: the metrics of 1 step in {run / 'metrics.jsonl'}; "
+    assert errors[0].endswith(f"{kept}it goes on with: python -m training train --resume {run}")
     assert {p.name for p in run.iterdir()} == {"config.yaml", "metrics.jsonl", "before.json", "checkpoints"}
     assert not list((run / "checkpoints").iterdir())
     assert main(["evaluate", str(run)]) == 2
