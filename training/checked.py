@@ -179,7 +179,7 @@ _LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 
 def _may_be_own(filename: str) -> bool:
-    """Whether code of a file may be the task's: not Python's, not an installed package's, not that which calls tasks."""
+    """Whether a file's code may be the task's: not Python's, not an installed package's, not that which calls tasks."""
     path = Path(filename)
     if filename.startswith("<") or path.is_relative_to(_LIBRARY) or {"site-packages", "dist-packages"} & {*path.parts}:
         return False
