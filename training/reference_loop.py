@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 from rhythm_kernels import RhythmCredit
 
+from .divergence import check_finite, in_step
 from .evaluation.generate import ends, padded
 from .recipe import Recipe, RecipeError, load_recipe
 from .task import Instance
@@ -71,9 +74,11 @@ def sample(
 
 
 def group_advantages(rewards: Tensor, group: int) -> Tensor:
-    """Eq. 6: `(B,)` rewards, centred and scaled within each group of responses to one prompt."""
+    """Eq. 6: `(B,)` rewards, centred and scaled within each group of responses to one prompt; 0 where all are equal."""
     grouped = rewards.view(-1, group)
     centred = grouped - grouped.mean(dim=1, keepdim=True)
+    # The mean of equal numbers is rounded: of sixteen times 0.7 it is not 0.7, and Adam magnifies small gradients.
+    centred = centred.where(grouped.amin(dim=1, keepdim=True) < grouped.amax(dim=1, keepdim=True), 0.0)
     return (centred / (grouped.std(dim=1, keepdim=True) + 1e-4)).flatten()
 
 
@@ -130,6 +135,9 @@ def learn(
 
     Returns:
         `loss` of the first step, and the statistics of the credit.
+
+    Raises:
+        DivergedError: for a loss or a gradient that is not finite, before the weights are touched.
     """
     # The model is still the one that sampled: this forward is the behaviour policy's, and it is the one measured.
     with credit.measuring(batch.response_mask):
@@ -145,7 +153,8 @@ def learn(
         loss = surrogate(log_probs, old_log_probs, shaped, batch.response_mask)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        check_finite(loss=float(loss.detach()), gradient_norm=float(norm))
         optimizer.step()
         report.setdefault("loss", float(loss.detach()))
     return {**report, **credit.statistics()}
@@ -160,10 +169,23 @@ def train(
     """Train in place, yielding one report a step.
 
     Args:
-        questions: prompts as tokens, each with the function that rewards a completion; drawn in random order.
+        questions: prompts as tokens, each with the function that rewards a completion; drawn in random order. What
+            such a function raises passes.
         recipe: of its section `grpo`, the settings named in this file are obeyed and no others.
+
+    Raises:
+        ValueError: for no questions, a reward that is no finite number, settings that do not fit.
+        DivergedError: where the model's numbers are not finite any more. No step is taken with them.
     """
     grpo = recipe.grpo
+    count = grpo.per_device_train_batch_size // grpo.num_generations
+    if count < 1:
+        raise RecipeError(
+            f"grpo.per_device_train_batch_size must be at least grpo.num_generations, {grpo.num_generations}, got "
+            f"{grpo.per_device_train_batch_size}"
+        )
+    if not questions:
+        raise ValueError("questions must hold some, got none")
     torch.manual_seed(grpo.seed)
     order, draws = (torch.Generator().manual_seed(grpo.seed) for _ in range(2))
     try:
@@ -175,38 +197,51 @@ def train(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, grpo.warmup_steps, grpo.max_steps))
     for step in range(grpo.max_steps):
-        count = grpo.per_device_train_batch_size // grpo.num_generations
         drawn = [questions[i] for i in torch.randperm(len(questions), generator=order)[:count].tolist()]
-        batch = sample(
-            model,
-            tokenizer,
-            [prompt for prompt, _ in drawn],
-            grpo.num_generations,
-            grpo.max_completion_length,
-            grpo.temperature,
-        )
+        with in_step(step + 1):
+            batch = sample(
+                model,
+                tokenizer,
+                [prompt for prompt, _ in drawn],
+                grpo.num_generations,
+                grpo.max_completion_length,
+                grpo.temperature,
+            )
         texts = [
             tokenizer.decode(ids[mask], skip_special_tokens=True)
             for ids, mask in zip(batch.input_ids, batch.response_mask)
         ]
         judges = [judge for _, judge in drawn for _ in range(grpo.num_generations)]
-        rewards = torch.tensor([judge(text) for judge, text in zip(judges, texts)], device=model.device)
+        rewards = torch.tensor([_reward(judge, text) for judge, text in zip(judges, texts)], device=model.device)
         if credit.calibration_due(step):  # which heads are local and which are global, from this batch (eq. 7)
             credit.calibrate([vars(batch)])
         advantages = group_advantages(rewards, grpo.num_generations)
-        report = learn(
-            model,
-            optimizer,
-            batch,
-            advantages,
-            credit,
-            generator=draws,
-            temperature=grpo.temperature,
-            max_grad_norm=grpo.max_grad_norm,
-        )
+        with in_step(step + 1):
+            report = learn(
+                model,
+                optimizer,
+                batch,
+                advantages,
+                credit,
+                generator=draws,
+                temperature=grpo.temperature,
+                max_grad_norm=grpo.max_grad_norm,
+            )
         schedule.step()
         tokens = float(batch.response_mask.sum() / len(texts))
         yield {"step": step + 1, "reward": float(rewards.mean()), "tokens": tokens, **report}
+
+
+def _reward(judge: Callable[[str], float], text: str) -> float:
+    """A reward as a number: a NaN among them would be the advantage of its whole group, and then every weight's."""
+    given = judge(text)
+    try:
+        reward = float("nan" if isinstance(given, str) else given)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: of a tensor of several numbers
+        reward = float("nan")
+    if not isfinite(reward):
+        raise ValueError(f"questions must hold functions that give a finite number, got {given!r} for {text[:80]!r}")
+    return reward
 
 
 def _rate(step: int, warmup: int, total: int) -> float:
@@ -216,30 +251,39 @@ def _rate(step: int, warmup: int, total: int) -> float:
     return (total - step) / max(1, total - warmup)
 
 
-def main(arguments: Sequence[str]) -> None:
+def carry_out(recipe: Recipe) -> None:
     """Train as a recipe says, and print a line a step."""
     from .models import load
     from .task import as_asked, check_rewards, instances_of, make
 
-    recipe = load_recipe(arguments[0], arguments[1:])
-    task = make(recipe.task)
-    check_rewards(task, recipe.grpo.rewards)
-    model, tokenizer = load(recipe)
-    judges = [task.rewards[name] for name in recipe.grpo.rewards]
+    with closing(make(recipe.task)) as task:
+        check_rewards(task, recipe.grpo.rewards)
+        model, tokenizer = load(recipe)
+        judges = [task.rewards[name] for name in recipe.grpo.rewards]
 
-    def judge(instance: Instance) -> Callable[[str], float]:
-        return lambda text: sum(reward([text], [instance])[0] for reward in judges)
+        def judge(instance: Instance) -> Callable[[str], float]:
+            return lambda text: sum(reward([text], [instance])[0] for reward in judges)
 
-    instances = instances_of(task, "train", recipe.task.train_size)
-    questions = [(as_asked(task.prompt(instance), tokenizer).tokens, judge(instance)) for instance in instances]
-    for report in train(model, tokenizer, questions, recipe):
-        print("  ".join(f"{name} {value:.4g}" for name, value in report.items()), flush=True)
+        instances = instances_of(task, "train", recipe.task.train_size)
+        questions = [(as_asked(task.prompt(instance), tokenizer).tokens, judge(instance)) for instance in instances]
+        for report in train(model, tokenizer, questions, recipe):
+            print("  ".join(f"{name} {value:.4g}" for name, value in report.items()), flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit status: 2 for a mistake, a task's error or a model that diverged, in a line; 130 for Ctrl-C."""
+    if not arguments:
+        print("usage: python -m training.reference_loop RECIPE [section.key=value ...]", file=sys.stderr)
+        return 2
+    try:
+        carry_out(load_recipe(arguments[0], arguments[1:]))
+    except (RecipeError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m training.reference_loop RECIPE [section.key=value ...]")
-    try:
-        main(sys.argv[1:])
-    except RecipeError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main(sys.argv[1:]))
