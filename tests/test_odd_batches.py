@@ -12,8 +12,8 @@ import rhythm_kernels as rk
 from .probe.probe_models import packed_batch, tiny_model
 from .test_measured_credit import SETTINGS, batch_of, calibrated, forward
 
-MODES = ("coupled", "local", "global", "uniform", "random", "entropy")
-READING = MODES[:3]
+READING = ("coupled", "local", "global")
+MODES = (*READING, "uniform", "random", "entropy")
 NOTHING = {"gamma_mean": 1.0, "boosted_share": 0.0}
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -2.0])
 

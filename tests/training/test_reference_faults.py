@@ -15,7 +15,9 @@ from ..integrations.toy import PROMPTS, build_model, build_tokenizer
 from .runs import FEW, save_model
 
 TOKENS = build_tokenizer()(PROMPTS)["input_ids"]
-MODES = ("coupled", "local", "global", "uniform", "random", "entropy")
+READING = ("coupled", "local", "global")
+OTHERS = [pytest.param(mode, marks=pytest.mark.long) for mode in ("local", "global", "uniform", "entropy")]
+MODES = ["coupled", "random", *OTHERS]
 END = 1
 
 
@@ -81,7 +83,7 @@ def test_a_batch_without_a_response_is_no_step(batch, mode):
     before, optimizer, credit = weights(model), adam(model), credit_of(model, mode)
     empty = Batch(batch.input_ids, batch.attention_mask, torch.zeros_like(batch.response_mask))
     advantages = torch.arange(16.0) - 7.5
-    reads = mode in MODES[:3]
+    reads = mode in READING
     assert credit.calibration_due(0) == reads
     credit.calibrate([vars(empty)])
     assert learn(model, optimizer, empty, advantages, credit) == {"loss": 0.0, "gamma_mean": 1.0, "boosted_share": 0.0}
@@ -145,7 +147,7 @@ def after(calls, fault):
 
 @pytest.mark.parametrize("fault", [1j, float("nan"), float("inf"), None, "1", [1.0, 2.0], torch.ones(2), 10**400])
 def test_a_reward_that_is_no_number(fault):
-    reports = run(after(20, lambda: fault))
+    reports = run(after(20, lambda: fault), max_completion_length=2)
     assert next(reports)["step"] == 1
     with pytest.raises(ValueError, match=r"must hold functions that give a finite number, got .* for '"):
         next(reports)
@@ -161,7 +163,7 @@ def test_what_a_reward_raises_passes(error):
     def fault():
         raise error
 
-    reports = run(after(20, fault))
+    reports = run(after(20, fault), max_completion_length=2)
     next(reports)
     with pytest.raises(type(error)) as caught:
         next(reports)
@@ -191,7 +193,7 @@ def test_a_gradient_that_is_not_finite_takes_no_step(batch):
 def test_a_model_that_diverges_names_the_step():
     reports = run(lambda text: float(len(text) % 3), learning_rate=1e30)
     assert next(reports)["step"] == 1
-    with pytest.raises(DivergedError, match=r"^step 2: the .*(nan|not finite).*; the model has diverged: try a smaller"):
+    with pytest.raises(DivergedError, match=r"^step 2: the .*(nan|not finite).*; the model has diverged: try"):
         next(reports)
 
 
