@@ -260,5 +260,5 @@ def test_commands_say_so_in_one_line(tmp_path, capsys, command):
     out = tmp_path / "out"
     assert main([*given, f"output.path={out}"] if command == "train" else [*given, "--output", str(out)]) == 2
     said = capsys.readouterr().err
-    assert f"error: {__name__}:Half: rewards['correctness'] must give 1 or 0 for each response, got 0.5\n" in said
+    assert f"error: {__name__}:Half: rewards['correctness'] must give 1 or 0 for each response, got 0.5" in said
     assert "Traceback" not in said and not (out / "result.json").exists() and not (out / "evaluation.json").exists()
