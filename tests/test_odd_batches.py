@@ -13,7 +13,8 @@ from .probe.probe_models import packed_batch, tiny_model
 from .test_measured_credit import SETTINGS, batch_of, calibrated, forward
 
 READING = ("coupled", "local", "global")
-MODES = (*READING, "uniform", "random", "entropy")
+OTHERS = [pytest.param(mode, marks=pytest.mark.long) for mode in ("local", "global", "uniform", "entropy")]
+MODES = ["coupled", "random", *OTHERS]
 NOTHING = {"gamma_mean": 1.0, "boosted_share": 0.0}
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -2.0])
 

@@ -123,9 +123,7 @@ def later(what, after, change):
     return lambda asked, times, right: change(right) if asked == what and times > after else right
 
 
-@pytest.mark.parametrize(
-    "fault", [x if x in ("raises", "leaves") else pytest.param(x, marks=pytest.mark.long) for x in FAULTS]
-)
+@pytest.mark.parametrize("fault", [x if x == "leaves" else pytest.param(x, marks=pytest.mark.long) for x in FAULTS])
 def test_a_reward_that_is_wrong_in_the_third_step(words, tmp_path, monkeypatch, capsys, fault):
     """The line names task, reward and place, and says that two steps and their checkpoints are kept."""
     run, (change, said) = tmp_path / "run", FAULTS[fault]
