@@ -30,7 +30,7 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc
 .PHONY: demo demo-seeds test test-long lint bench sanitize matrix clean
 
 demo: $(VENV)/.train
-	$(BIN)/python -m training train training/recipes/countdown_tiny.yaml $(ARGS)
+	$(BIN)/python -m training train training/recipes/countdown_tiny.yaml --overwrite $(ARGS)
 
 # Seeds outside, modes inside, so that the modes have nearly the same seeds wherever it is stopped. A run is finished when
 # it holds its result and its model, which is written last.

@@ -9,12 +9,13 @@ import sys
 import warnings
 from pathlib import Path
 
-from .folder import RunError
+from .open_run import RunError
 from .recipe import RecipeError, load_recipe
 
 EPILOGUE = """examples:
   python -m training train training/recipes/countdown_tiny.yaml
   python -m training train training/recipes/dapo_4b_1k.yaml --dry-run
+  python -m training train --resume runs/demo
   python -m training train training/recipes/countdown_tiny.yaml rhythm.mode=uniform output.path=runs/plain
   python -m training evaluate runs/demo eval.split=validation
   python -m training evaluate training/recipes/countdown_tiny.yaml eval.samples=8
@@ -38,12 +39,22 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="carry out a recipe; leaves metrics, model and report in its folder")
-    train.add_argument("recipe", help="a YAML file, for example training/recipes/countdown_tiny.yaml")
+    train.add_argument(
+        "recipe",
+        nargs="?",
+        help="a YAML file, for example training/recipes/countdown_tiny.yaml; an unfinished run of it goes on",
+    )
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file's")
     train.add_argument(
         "--dry-run",
         action="store_true",
         help="check the recipe end to end in under two minutes, without a GPU, with stand-ins for what is not here",
+    )
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in a folder, whatever its recipe")
+    train.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="begin anew; the run that is there goes once this one has finished",
     )
     evaluate = commands.add_parser(
         "evaluate",
@@ -75,6 +86,15 @@ def main(arguments: list[str] | None = None) -> int:
         rest = [word for word in rest if word.startswith("-")]
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    words: list[str] = []
+    if options.command == "train":
+        words = options.overrides
+        if options.resume is not None:
+            if options.overwrite or options.dry_run:
+                parser.error("--resume goes on with a run: neither --overwrite nor --dry-run")
+            words = [*([options.recipe] if options.recipe else []), *words]
+        elif options.recipe is None:
+            parser.error("train needs a RECIPE, or --resume RUN")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± must not fail a run that is done
@@ -83,11 +103,13 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "train" and options.dry_run:
             from .dry_run.command import dry_run
 
-            print(dry_run(options.recipe, options.overrides))
+            print(dry_run(options.recipe, words))
         elif options.command == "train":
+            from .start import resumed
             from .train import run
 
-            run(load_recipe(options.recipe, options.overrides))
+            recipe = resumed(options.resume, words) if options.resume else load_recipe(options.recipe, words)
+            run(recipe, overwrite=options.overwrite)
         elif options.command == "evaluate":
             from .evaluation.command import carry_out, subject
 

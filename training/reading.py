@@ -88,7 +88,17 @@ def misfit(value: Any, schema: Any, name: str = "") -> str:
     return "" if fits else f"{name} must be {_WORDS[schema]}, got {reprlib.repr(value)}"
 
 
-_WORDS = {int: "a whole number", float: "a finite number", str: "a word"}
+def differs(one: Any, two: Any, name: str = "") -> str:
+    """The first difference of two nested dictionaries, in words; empty where they are equal."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        for key in dict.fromkeys([*one, *two]):
+            if said := differs(one.get(key), two.get(key), f"{name}{'.' if name else ''}{key}"):
+                return said
+        return ""
+    return "" if one == two else f"{name} was {one}, is {two}"
+
+
+_WORDS = {int: "a whole number", float: "a finite number", str: "a word", list: "a list"}
 
 
 def _finite(number: float) -> bool:

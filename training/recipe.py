@@ -76,9 +76,11 @@ class Eval:
 
 @dataclass
 class Output:
-    """Where a run's files are written. Those of an earlier run are kept in `previous/` until this one has finished."""
+    """Where a run's files are written, and how often so much of it that it can go on from there."""
 
     path: str = "runs/demo"
+    checkpoint_steps: int | None = 50  # optimizer steps between checkpoints; null: none, a run cut off begins anew
+    checkpoints_kept: int | None = 1  # the newest ones; null: all
 
 
 @dataclass

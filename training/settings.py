@@ -37,7 +37,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda x: isinstance(x, str) or x >= 1,
         "eval.batch_size grpo.max_steps grpo.per_device_train_batch_size grpo.steps_per_generation "
         "grpo.gradient_accumulation_steps grpo.max_completion_length grpo.num_iterations grpo.ref_model_sync_steps "
-        "grpo.num_completions_to_print grpo.pad_to_multiple_of grpo.dataloader_prefetch_factor eval.max_tokens",
+        "grpo.num_completions_to_print grpo.pad_to_multiple_of grpo.dataloader_prefetch_factor eval.max_tokens "
+        "output.checkpoint_steps output.checkpoints_kept",
     ),
     (
         "at least 1 and at most 10000, or a mapping of such by test set",
@@ -59,7 +60,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "above 0",
         lambda x: x > 0,
-        "grpo.temperature grpo.repetition_penalty grpo.save_steps grpo.sapo_temperature_pos grpo.sapo_temperature_neg",
+        "grpo.temperature grpo.repetition_penalty grpo.sapo_temperature_pos grpo.sapo_temperature_neg",
     ),
     ("at least 0, where 0 is greedy", lambda x: x >= 0, "eval.temperature"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "grpo.top_p eval.top_p"),
@@ -77,7 +78,11 @@ _RANGE_OF = {name: (words, test) for words, test, names in _RANGES for name in n
 
 # Fields of `trl.GRPOConfig` that a run would ignore or overrule, or that would stop it half-way, and why.
 _REFUSED = (
-    (r"resume_from_checkpoint|ignore_data_skip|restore_\w+", "runs cannot be resumed yet; without it one begins anew"),
+    (
+        r"resume_from_checkpoint|ignore_data_skip|restore_\w+",
+        "train --resume RUN goes on with a run",
+    ),
+    (r"save_\w+|enable_jit_checkpoint", "output.checkpoint_steps and output.checkpoints_kept say it"),
     (r"push_to_hub|hub_\w+|log_completions_hub_repo", "nothing is uploaded; the model is saved in output.path"),
     (
         r"do_\w+|\w*eval_\w+|\w+_eval|prediction_loss_only|include_for_metrics|load_best_model_at_end"
@@ -108,8 +113,6 @@ _PATHS = ("output.path", "model.path", "rhythm.groups", "grpo.accelerator_config
 
 # Fields that are read only if another has a certain value: their names, a test of the configuration, what to set.
 _HEEDED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("save_steps", lambda config: config.save_strategy == "steps", "save_strategy=steps"),
-    ("save_total_limit|save_only_model", lambda config: config.save_strategy != "no", "save_strategy=steps"),
     (
         "(gradient|activation)_checkpointing_kwargs",
         lambda config: config.gradient_checkpointing,  # of the two names for one thing, transformers fills in both

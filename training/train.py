@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
-import time
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,67 +13,85 @@ import torch
 import yaml
 
 import rhythm_kernels
+from rhythm_kernels import HeadGroups
 
 from .evaluation.accuracies import aligned, change_lines
+from .evaluation.before import identity
+from .evaluation.before import load as load_before
+from .evaluation.before import save as save_before
 from .evaluation.evaluate import evaluate_both, samples_of
 from .evaluation.summary import differences, questions
-from .folder import CHECKPOINTS, CONFIG, HEADS, METRICS, MODEL, REPORT, RESULT, open_run, replacing, saving, write_text
-from .grpo import Recorder, build_trainer, trainer_config
+from .folder import (
+    BEFORE,
+    CHECKPOINTS,
+    CONFIG,
+    HEADS,
+    METRICS,
+    MODEL,
+    REPORT,
+    RESULT,
+    replacing,
+    saving,
+    write_text,
+)
+from .grpo import build_trainer, trainer_config
 from .models import check_model, load
+from .open_run import open_run
 from .pages.examples import examples
 from .pages.formats import credit_name, interval, points, ranges, share, size
 from .pages.report import write_report
 from .recipe import Recipe, RecipeError
+from .recorder import Recorder
+from .start import Start, start_of
 from .task import Task, check_rewards, instances_of, make
+from .trainer import Checkpointing, Trainer
 
 
-def run(recipe: Recipe, task: Task | None = None) -> Path:
-    """Carry a recipe out; returns the run's folder.
+def run(recipe: Recipe, task: Task | None = None, *, overwrite: bool = False) -> Path:
+    """Carry a recipe out, or go on with it where the run in its folder was cut off; returns the run's folder.
 
     Args:
         task: the one that the recipe describes, where the caller has made it.
+        overwrite: begin anew, whatever run the folder holds.
 
     Raises:
-        RecipeError: for settings that cannot be carried out, before anything is trained.
+        RecipeError: for settings that cannot be carried out, or a folder that holds another run, before anything is
+            trained.
         RunError: where the run's files cannot be written; it says what is kept.
         Interrupted: for Ctrl-C, likewise.
     """
-    started = time.perf_counter()
     task = task or make(recipe.task)
     config = trainer_config(recipe)
     check_rewards(task, recipe.grpo.rewards)
     held_out = instances_of(task, recipe.eval.split, recipe.eval.size)
+    trained_on = questions(instances_of(task, "train", recipe.task.train_size))
     check_groups(recipe)
     samples_of(held_out, recipe.eval.samples)  # refuses test sets that are not there
     folder = Path(recipe.output.path)
-    checkpoints = folder / CHECKPOINTS
+    of = identity(recipe, held_out)
     with closing(task), open_run(folder) as begin, TemporaryDirectory() as scratch:
-        model, tokenizer = load(recipe)
+        start = start_of(recipe, trained_on, overwrite=overwrite)
+        before = None if start.anew else load_before(folder / BEFORE, of)
+        model, tokenizer = load(recipe, folder / MODEL if start.trained and before else None)
         check_model(recipe, model, tokenizer, task, held_out)
         recorder = Recorder(folder / METRICS, recipe.grpo.max_steps)
-        made = Path(scratch, CHECKPOINTS)  # the trainer writes here until nothing can be refused any more
-        made.mkdir()
-        config.output_dir = str(made)
+        config.output_dir = scratch  # the trainer makes its folder there: nothing is written here yet
         trainer = build_trainer(recipe, config, model, tokenizer, task, recorder)
 
-        note = begin()
+        note = begin(start)
         write_text(folder / CONFIG, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-        config.output_dir = str(shutil.copytree(made, checkpoints))
         print(_headline(recipe, model, task, len(held_out)))
         if note:
             print(note)
 
-        before = evaluate_both(model, tokenizer, task, held_out, recipe, "before")
-        with recorder, saving(checkpoints):
-            trainer.train()
-        trained = time.perf_counter()
-        if not any(checkpoints.iterdir()):
-            checkpoints.rmdir()  # transformers makes the folder whether or not anything is saved
+        if before is None:
+            before = evaluate_both(model, tokenizer, task, held_out, recipe, "before")
+            save_before(folder / BEFORE, before, of)
+            if start.trained:
+                model, tokenizer = load(recipe, folder / MODEL)
+        groups, seconds = _train(recipe, trainer, start, recorder, trained_on, tokenizer)
         after = evaluate_both(model, tokenizer, task, held_out, recipe, "after")
 
-        if trainer.rhythm_groups is not None:
-            with replacing(folder / HEADS) as path:
-                trainer.rhythm_groups.save(path)
         sampled = before["sampled"], after["sampled"]
         members = sampled[0].by_set()
         result = {
@@ -83,7 +99,8 @@ def run(recipe: Recipe, task: Task | None = None) -> Path:
             "task": task.describe(),
             "mode": recipe.rhythm.mode,
             "seed": recipe.grpo.seed,
-            "steps": trainer.state.global_step,
+            "steps": recipe.grpo.max_steps,
+            "resumed": list(start.resumed),
             "split": recipe.eval.split,
             "questions": questions(held_out),
             "sets": {name: ranges(of) for name, of in members.items()} if len(members) > 1 else {},
@@ -95,18 +112,40 @@ def run(recipe: Recipe, task: Task | None = None) -> Path:
             "remark": task.remark(*(e.summary() for e in sampled)) if sampled[0].figures else "",
             "cost": cost(recorder.lines),
             "seconds": {
-                "training": round(trained - recorder.started, 1),
-                "total": round(time.perf_counter() - started, 1),
+                "training": round(seconds, 1),
+                "total": round(seconds + sum(e.seconds for found in (before, after) for e in found.values()), 1),
             },
-            "examples": examples(model, tokenizer, task, held_out, *sampled, recipe.rhythm, trainer.rhythm_groups),
+            "examples": examples(model, tokenizer, task, held_out, *sampled, recipe.rhythm, groups),
         }
-        write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")  # before the model, which may fill the disk
-        try:
-            write_report(folder)
-        finally:
-            _save_model(model, tokenizer, folder / MODEL)
+        write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")  # from here on, the run is finished
+        write_report(folder)
     print(summary(result, folder))
     return folder
+
+
+def _train(
+    recipe: Recipe, trainer: Trainer, start: Start, recorder: Recorder, questions: str, tokenizer: Any
+) -> tuple[HeadGroups | None, float]:
+    """Train the steps that are left, and save the model and its head groups, the model last.
+
+    Returns:
+        The head groups, and the seconds that all steps took.
+    """
+    folder = Path(recipe.output.path)
+    if start.trained:
+        recorder.read()
+        return (HeadGroups.load(folder / HEADS) if (folder / HEADS).exists() else None), start.seconds
+    run = Checkpointing(folder / CHECKPOINTS, recipe.output.checkpoints_kept, questions, start, recorder)
+    with recorder, saving(folder / CHECKPOINTS):
+        trainer.carry_on(run)
+    seconds = run.seconds()
+    if trainer.rhythm_groups is not None:
+        with replacing(folder / HEADS) as path:
+            trainer.rhythm_groups.save(path)
+    with replacing(folder / MODEL) as partial:
+        trainer.model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return trainer.rhythm_groups, seconds
 
 
 def check_groups(recipe: Recipe) -> None:
@@ -117,12 +156,6 @@ def check_groups(recipe: Recipe) -> None:
             f"rhythm.groups must be outside of output.path, got {groups!r}: this run moves the files there away; copy "
             "it to another folder"
         )
-
-
-def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
-    with replacing(path) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
 
 
 def cost(lines: list[dict[str, float]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ..heads import HeadGroups
 from ..measured_credit import GROUPS_FILE, NO_CREDIT, RhythmCredit
 from .trl_config import RhythmGRPOConfig
 from .trl_inputs import last_token, log_prob_arguments, response_mask
+from .trl_resume import load_progress, replay, save_progress
 
 __all__ = ["RhythmGRPOConfig", "RhythmGRPOTrainer"]
 
@@ -30,8 +31,8 @@ class RhythmGRPOTrainer(GRPOTrainer):
     """Drop-in `GRPOTrainer` whose token advantages follow the rhythm of attention (arXiv 2510.13554v2).
 
     Takes what `GRPOTrainer` takes, with a `RhythmGRPOConfig` as `args`. `rhythm` is its `RhythmCredit`, and
-    `rhythm_groups` the head groups in use (None before the first batch); they are saved with each checkpoint and read
-    back on resuming.
+    `rhythm_groups` the head groups in use (None before the first batch). They are saved with each checkpoint and read
+    back on resuming, as is what TRL's own checkpoints lack (`trl_resume`), so that a resumed run is the same run.
 
     Raises:
         TypeError, ValueError: for another configuration, a model without softmax attention, groups that do not fit it,
@@ -60,6 +61,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         self._armed = False  # whether the next log-prob pass is the policy's own and still to be measured
         self._entropy: Tensor | None = None  # of the measured pass, where TRL computes it
         self._loss: tuple[dict[str, Any], dict[str, Any]] | None = None  # inputs of the loss, and the copy it reads
+        self._sampler: Any = None  # of the questions
 
     @property
     def rhythm_groups(self) -> HeadGroups | None:
@@ -190,13 +192,24 @@ class RhythmGRPOTrainer(GRPOTrainer):
         self.rhythm.groups = broadcast_object_list([self.rhythm.groups])[0]
         self._log({"calibration_seconds": time.perf_counter() - started})
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._sampler
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if not self.args.save_only_model:
+            save_progress(self, folder)
         if self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.rhythm.save(os.path.join(self._get_output_dir(trial=trial), folder))
+            self.rhythm.save(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and os.path.exists(os.path.join(checkpoint, GROUPS_FILE)):
+        if checkpoint is None:
+            return
+        load_progress(self, checkpoint)
+        if not self.args.ignore_data_skip:
+            replay(self._sampler, int(self.state.epoch or 0))
+        if os.path.exists(os.path.join(checkpoint, GROUPS_FILE)):
             self.rhythm.load(checkpoint)

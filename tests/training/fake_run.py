@@ -50,19 +50,19 @@ def replace_slow_parts(monkeypatch):
     """Patch `train.run` and `evaluate_run`; returns what the latter loads: the seed and the names in the weights."""
 
     def build_trainer(recipe, config, model, tokenizer, task, recorder):
-        def train():
-            Path(config.output_dir).mkdir(exist_ok=True)  # as transformers does
+        def carry_on(run):
             state = SimpleNamespace(global_step=0)
-            for state.global_step in (1, 2):
+            for state.global_step in range(run.start.step + 1, recipe.grpo.max_steps + 1):
                 logs = {"loss": 0.0, "rewards/correctness/mean": recipe.grpo.seed / 8, "step_time": 1.0, "map_bytes": 1}
                 logs |= {"row_tokens": 1, "completions/mean_length": 9.0, "entropy": 1.0}
                 recorder.on_log(None, state, None, logs)
-            checkpoint = Path(config.output_dir) / "checkpoint-2"
-            checkpoint.mkdir(exist_ok=True)
-            (checkpoint / "state.json").write_text("{}")
+                with run.writing() as folder:
+                    checkpoint = folder / f"checkpoint-{state.global_step}"
+                    checkpoint.mkdir()
+                    (checkpoint / "state.json").write_text("{}")
 
         groups = SimpleNamespace(save=lambda path: Path(path).write_text("{}"))
-        return SimpleNamespace(train=train, rhythm_groups=groups, state=SimpleNamespace(global_step=2))
+        return SimpleNamespace(carry_on=carry_on, rhythm_groups=groups, model=model)
 
     silent = SimpleNamespace(save_pretrained=lambda path: (Path(path) / "tokenizer.json").write_text("{}"))
     right = {"before": lambda recipe: 1, "after": lambda recipe: recipe.grpo.seed}
@@ -71,6 +71,9 @@ def replace_slow_parts(monkeypatch):
         return {kind: evaluation(right[when](recipe)) for kind in ("sampled", "greedy")}
 
     loaded = []
+
+    def load(recipe, path=None):
+        return FakeModel((path / "weights0.txt").read_text() if path else str(recipe.grpo.seed)), silent
 
     def load_saved(recipe, path):
         names = {p.read_text() for p in Path(path).glob("weights*")}
@@ -86,7 +89,8 @@ def replace_slow_parts(monkeypatch):
     monkeypatch.setattr(training, "trainer_config", trainer_config)
     fast_loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     monkeypatch.setattr(yaml, "safe_load", lambda text: yaml.load(text, fast_loader))
-    monkeypatch.setattr(training, "load", lambda recipe: (FakeModel(str(recipe.grpo.seed)), silent))
+    monkeypatch.setattr(training, "load", load)
+    monkeypatch.setattr(training, "HeadGroups", SimpleNamespace(load=lambda path: None))
     monkeypatch.setattr(training, "check_model", lambda *_: None)
     monkeypatch.setattr(training, "build_trainer", build_trainer)
     monkeypatch.setattr(training, "evaluate_both", answers)
@@ -98,10 +102,10 @@ def replace_slow_parts(monkeypatch):
     return loaded
 
 
-def start(folder, seed):
-    """A run whose configuration, metrics, result, report and model all say its seed."""
-    recipe = load_recipe(TINY, [f"output.path={folder}", f"grpo.seed={seed}", "eval.size=8"])
-    training.run(recipe)
+def start(folder, seed, *overrides, overwrite=True):
+    """A run of two steps whose configuration, metrics, result, report and model all say its seed."""
+    given = [f"output.path={folder}", f"grpo.seed={seed}", "eval.size=8", "grpo.max_steps=2", *overrides]
+    training.run(load_recipe(TINY, given), overwrite=overwrite)
 
 
 def begin(folder, seed):
@@ -138,7 +142,7 @@ def read(folder, loaded, scratch):
         lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
         assert result["seed"] == seed
         assert result["after"]["greedy"]["accuracy"] == seed / 8
-        assert [line["accuracy"] for line in lines] == [seed / 8, seed / 8]
+        assert [(line["step"], line["accuracy"]) for line in lines] == [(1, seed / 8), (2, seed / 8)]
         found[name] = seed
     return found
 

@@ -66,7 +66,7 @@ def test_train_leaves_what_it_says(runs):
         assert len(example["tokens"]) == len(example["waad"]) == len(example["fai"]) == len(example["gamma"])
     assert (run / "model" / "model.safetensors").exists()
     assert HeadGroups.load(run / "groups.json").local
-    assert not (run / "checkpoints").exists()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-2"]
 
 
 def test_plain_grpo_measures_nothing_in_training(runs):

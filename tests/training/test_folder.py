@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from training import folder as files
+from training import open_run as files
 from training import train as training
 from training.__main__ import main
 from training.evaluation import command as evaluating

@@ -27,7 +27,8 @@ def test_ctrl_c_says_what_is_kept(fast, tmp_path, monkeypatch, capsys, moment):
     start(run, 1)
     monkeypatch.setattr(training, moment, interrupt)
     capsys.readouterr()
-    assert status_of(["train", TINY, f"output.path={run}", "grpo.seed=2", "eval.size=8"]) == 130
+    words = ["train", TINY, f"output.path={run}", "grpo.seed=2", "eval.size=8", "grpo.max_steps=2", "--overwrite"]
+    assert status_of(words) == 130
     lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("train:")]  # bars
     assert len(lines) == 1
     said = lines[0]
@@ -35,8 +36,13 @@ def test_ctrl_c_says_what_is_kept(fast, tmp_path, monkeypatch, capsys, moment):
     unchanged = moment in ("load", "build_trainer")
     assert ("nothing was changed" in said) == unchanged
     assert ("kept: nothing of this run" in said) == (moment == "evaluate_both")
-    assert (f"the metrics of 2 steps in {run / 'metrics.jsonl'}, checkpoints in" in said) == (
-        moment in ("examples", "write_report")
+    trained = moment in ("examples", "write_report")
+    checkpoint = run / "checkpoints" / "checkpoint-2"
+    assert (
+        f"the metrics of 2 steps in {run / 'metrics.jsonl'}, the checkpoint of step 2 in {checkpoint}" in said
+    ) == trained
+    assert (f"it goes on with: python -m training train --resume {run}; " in said) == (
+        not unchanged and moment != "write_report"
     )
     assert (f"mv {run / 'previous'} ELSEWHERE" in said) != unchanged
     assert whole(run, fast, tmp_path) == {"load": 1, "build_trainer": 1, "write_report": 2}.get(moment)
@@ -101,21 +107,23 @@ def settings(tmp_path_factory):
 
 
 def test_no_room_for_the_model(settings, tmp_path, capsys):
-    """The real model on a disk that takes files of 150 kB at most: the result is kept, and readers say what is not."""
+    """The real model on a disk that takes files of 150 kB at most: what is there is kept, and with room it goes on."""
     run = tmp_path / "run"
     with largest_file(150_000):
-        status = main(["train", TINY, *settings, "grpo.max_steps=1", f"output.path={run}"])
+        status = main(["train", TINY, *settings, "grpo.max_steps=2", "output.checkpoint_steps=1", f"output.path={run}"])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert status == 2
     assert len(errors) == 1
-    assert f"the result in {run / 'result.json'}" in errors[0]
-    assert errors[0].endswith("missing: the model")
-    kept = {"config.yaml", "metrics.jsonl", "groups.json", "result.json", "report.html"}
-    assert {p.name for p in run.iterdir()} == kept
+    assert str(run / "checkpoints") in errors[0]
+    assert errors[0].endswith(
+        f"; kept: the metrics of 1 step in {run / 'metrics.jsonl'}; it goes on with: python -m training train --resume {run}"
+    )
+    assert {p.name for p in run.iterdir()} == {"config.yaml", "metrics.jsonl", "before.json", "checkpoints"}
+    assert not list((run / "checkpoints").iterdir())
     assert main(["evaluate", str(run)]) == 2
-    assert "its model is not" in capsys.readouterr().err
-    assert main(["compare", str(run), "--output", str(tmp_path / "page.html")]) == 0
-    assert f"Measured, but ended before its model was saved: {run}." in capsys.readouterr().out
+    assert "it was cut off or is still going" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run)]) == 0
+    assert main(["evaluate", str(run)]) == 0
 
 
 def test_ctrl_c_in_a_process(settings, tmp_path):
@@ -126,5 +134,5 @@ def test_ctrl_c_in_a_process(settings, tmp_path):
     error = interrupted(words, lambda: metrics.exists() and metrics.read_text().count("\n"))
     assert "Traceback" not in error
     last = error.strip().splitlines()[-1]
-    assert last.startswith("interrupted; kept until another run starts there: the metrics of ")
-    assert last.endswith("missing: the result, the report, the model")
+    assert last.startswith("interrupted; kept: the metrics of ")
+    assert last.endswith(f"; it goes on with: python -m training train --resume {run}")

@@ -94,13 +94,11 @@ def refused(tmp_path, monkeypatch, capsys):
         ("grpo.epsilon=abc", "grpo.epsilon must be a number, got 'abc'"),
         ("grpo.top_p=0", "grpo.top_p must be above 0 and at most 1, got 0.0"),
         ("grpo.min_p=oft", "grpo.min_p must be a number or null, got 'oft'"),
-        ("grpo.save_steps=abc", "grpo.save_steps must be a number, got 'abc'"),
         ("grpo.pad_to_multiple_of=0", "grpo.pad_to_multiple_of must be at least 1, got 0"),
         ("grpo.gradient_checkpointing=maybe", "must be true or false"),
         ("grpo.lr_scheduler_kwargs=3", "must be a mapping or a word or null, got 3"),
         ("grpo.lr_scheduler_type=liner", "grpo.lr_scheduler_type must be one of linear, cosine ... got 'liner'"),
         ("grpo.lr_scheduler_type=reduce_lr_on_plateau", "requires an eval strategy"),
-        ("grpo.save_strategy=often", "grpo.save_strategy must be one of no, steps, epoch, best, got 'often'"),
         ("grpo.loss_type=dap", "grpo.loss_type must be one of grpo, dr_grpo, dapo ... got 'dap'"),
         ("grpo.importance_sampling_level=word", "must be one of token, sequence"),
         ("grpo.importance_sampling_level=sequence", "'token' for rhythm_mode='coupled'"),
@@ -118,8 +116,8 @@ def refused(tmp_path, monkeypatch, capsys):
         ("grpo.fsdp=full_shard", "grpo.fsdp must not be set ... a run is one process"),
         ("grpo.report_to=wandb", "grpo.report_to must not be set ... metrics are written to metrics.jsonl"),
         ("grpo.logging_strategy=epoch", "grpo.logging_strategy must not be set ... metrics are written"),
-        ("grpo.resume_from_checkpoint=nope", "must not be set, got 'nope': runs cannot be resumed yet"),
-        ("grpo.resume_from_checkpoint=", "must not be set, got None: runs cannot be resumed yet"),
+        ("grpo.resume_from_checkpoint=nope", "must not be set, got 'nope': train --resume RUN goes on with a run"),
+        ("grpo.resume_from_checkpoint=", "must not be set, got None: train --resume RUN goes on with a run"),
         ("grpo.eval_strategy=steps", "grpo.eval_strategy must not be set ... a run evaluates before and after"),
         ("grpo.load_best_model_at_end=true", "must not be set, got True: a run evaluates before and after"),
         ("grpo.per_device_eval_batch_size=2", "a run evaluates before and after"),
@@ -155,10 +153,11 @@ def refused(tmp_path, monkeypatch, capsys):
         ("grpo=3", "an override must be section.key=value, got 'grpo=3'"),
         ("grpo.loss_type=sapo grpo.sapo_temperature_neg=0", "grpo.sapo_temperature_neg must be above 0, got 0.0"),
         ("grpo.sapo_temperature_neg=2", "nothing heeds it without grpo.loss_type=sapo"),
-        ("grpo.save_steps=1", "must not be set, got 1.0: nothing heeds it without grpo.save_strategy=steps"),
-        ("grpo.save_total_limit=2", "nothing heeds it without grpo.save_strategy=steps"),
-        ("grpo.save_only_model=true", "nothing heeds it without grpo.save_strategy=steps"),
-        ("grpo.save_strategy=epoch grpo.save_steps=1", "nothing heeds it without grpo.save_strategy=steps"),
+        ("grpo.save_steps=1", "must not be set, got 1: output.checkpoint_steps and output.checkpoints_kept say it"),
+        ("grpo.save_total_limit=2", "output.checkpoint_steps and output.checkpoints_kept say it"),
+        ("grpo.save_strategy=epoch", "output.checkpoint_steps and output.checkpoints_kept say it"),
+        ("output.checkpoint_steps=0", "output.checkpoint_steps must be at least 1, got 0"),
+        ("output.checkpoints_kept=0", "output.checkpoints_kept must be at least 1, got 0"),
         ("grpo.gradient_checkpointing_kwargs={debug: true}", "without grpo.gradient_checkpointing=true"),
         ("grpo.vllm_mode=server", "nothing heeds it without grpo.use_vllm=true"),
         ("grpo.generation_kwargs={temperature: 0}", "must not hold temperature, got 0: grpo.temperature says it"),
@@ -261,12 +260,11 @@ def test_a_warmup_below_one_is_a_share(given, steps, tmp_path):
 
 def test_good_values_keep_their_meaning():
     """What YAML 1.1 reads otherwise than it was meant, and what TRL takes beside words."""
-    changed = ["grpo.epsilon=2e-1", "grpo.save_strategy=no", "grpo.scale_rewards=false", "grpo.top_k=5"]
+    changed = ["grpo.epsilon=2e-1", "grpo.scale_rewards=false", "grpo.top_k=5"]
     changed += ["grpo.lr_scheduler_kwargs={num_cycles: 2}", "grpo.delta=null", "grpo.bf16=true", "grpo.min_p=1e-2"]
     assert load_recipe(TINY, changed).grpo.more == {
         "gradient_checkpointing": False,
         "epsilon": 0.2,
-        "save_strategy": "no",
         "scale_rewards": False,
         "top_k": 5,
         "lr_scheduler_kwargs": {"num_cycles": 2},
@@ -331,7 +329,6 @@ def test_what_the_model_and_the_trainer_refuse(refused, model, tmp_path):
         (["rhythm.layers=[99]", "rhythm.mode=uniform"], "layers must have softmax attention to measure, got layer 99"),
         ([f"rhythm.groups={other}"], "groups.local must be of layers with softmax attention to measure, got layer 90"),
         (["grpo.sync_ref_model=true"], "sync_ref_model=True"),
-        (["grpo.save_strategy=best"], "metric_for_best_model"),
         (["grpo.lr_scheduler_kwargs={foo: 1}"], "foo"),
         ([*HARD, "grpo.lr_scheduler_kwargs={num_cycles: abc}"], "grpo.lr_scheduler_kwargs: ValueError"),
         (["grpo.lr_scheduler_type=polynomial", "grpo.lr_scheduler_kwargs={power: -1}", *HARD[1:]], "ZeroDivisionError"),

@@ -88,8 +88,8 @@ def cut_down(recipe: Recipe, *, random: bool, attention: str) -> Recipe:
     grpo.max_completion_length = min(grpo.max_completion_length, TOKENS)
     if grpo.warmup_steps >= 1:
         grpo.warmup_steps = min(grpo.warmup_steps, 1)
-    if grpo.more.get("save_strategy") == "steps":
-        grpo.more["save_steps"] = 1
+    if small.output.checkpoint_steps is not None:
+        small.output.checkpoint_steps = 1
     if "dataloader_num_workers" in grpo.more:
         grpo.more["dataloader_num_workers"] = min(int(grpo.more["dataloader_num_workers"]), 1)
     if random:

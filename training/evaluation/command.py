@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from ..folder import CONFIG, EVALUATION, RESPONSES, Interrupted, Run, lock, read_run, saved_model
+from ..folder import CONFIG, EVALUATION, RESPONSES, Run, read_run, saved_model
 from ..models import check_model, load
+from ..open_run import Interrupted, lock
 from ..recipe import Recipe, RecipeError, half_precision, load_recipe, override, parse_recipe
 from ..rows import FileSettings
 from ..task import Asked, Instance, instances_of, make

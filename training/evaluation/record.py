@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..folder import EVALUATION, RESPONSES, STATE, saving, write_text
-from ..reading import misfit, read_json
+from ..reading import differs, misfit, read_json
 from ..settings import RecipeError
 
 Identity = Mapping[str, Any]  # what is evaluated, in JSON's values: two evaluations are one if these are equal
@@ -126,16 +126,6 @@ class Record:
 
 
 _ADVICE = "; --overwrite removes it and begins anew, --output FOLDER leaves it"
-
-
-def differs(one: Any, two: Any, name: str = "") -> str:
-    """The first difference of two identities, in words; empty where they are equal."""
-    if isinstance(one, dict) and isinstance(two, dict):
-        for key in dict.fromkeys([*one, *two]):
-            if said := differs(one.get(key), two.get(key), f"{name}{'.' if name else ''}{key}"):
-                return said
-        return ""
-    return "" if one == two else f"{name} was {one}, is {two}"
 
 
 def finished(folder: Path, identity: Identity) -> dict[str, Any] | None:

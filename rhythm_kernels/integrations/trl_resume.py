@@ -1,0 +1,57 @@
+"""What a checkpoint of `RhythmGRPOTrainer` holds beyond TRL's, so that a resumed run is the same run.
+
+TRL generates a batch of responses, trains on it in several steps, and keeps it in memory meanwhile: `_buffered_inputs`,
+of which `_step` says the part that is due. Neither is in TRL's checkpoints, nor is the order in which a second pass
+over the data set draws the questions. Every process saves its own part: it generated it, with its own random numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+FILE = "rhythm_progress_{process}.pt"
+
+
+def save_progress(trainer: Any, folder: str) -> None:
+    """Write this process's progress into a checkpoint's folder."""
+    schedule = trainer.args.steps_per_generation * trainer.num_iterations
+    within = trainer._step % schedule != 0  # otherwise the next step generates anew
+    progress = {
+        "step": trainer._step,
+        "processes": trainer.accelerator.num_processes,
+        "buffered": trainer._buffered_inputs if within else None,
+    }
+    os.makedirs(folder, exist_ok=True)  # the process that makes it may be behind
+    torch.save(progress, os.path.join(folder, FILE.format(process=trainer.accelerator.process_index)))
+
+
+def load_progress(trainer: Any, folder: str) -> None:
+    """Go on where `save_progress` was; nothing for a checkpoint of plain TRL.
+
+    Raises:
+        ValueError: for a checkpoint of another number of processes.
+    """
+    path = os.path.join(folder, FILE.format(process=trainer.accelerator.process_index))
+    first = os.path.join(folder, FILE.format(process=0))
+    if not os.path.exists(first):
+        return
+    saved = torch.load(first, map_location="cpu", weights_only=True)["processes"]
+    if saved != trainer.accelerator.num_processes:
+        raise ValueError(
+            f"resume_from_checkpoint must be of {trainer.accelerator.num_processes} processes, as many as resume it, "
+            f"got {folder!r}, of {saved}"
+        )
+    progress = torch.load(path, map_location=trainer.accelerator.device, weights_only=True)
+    trainer._step, trainer._buffered_inputs = progress["step"], progress["buffered"]
+
+
+def replay(sampler: Any, epochs: int) -> None:
+    """Let TRL's sampler draw the orders of the epochs that are over, each of which follows from the one before."""
+    generator = getattr(sampler, "generator", None)
+    if generator is None or hasattr(sampler, "set_epoch"):  # not shuffled, or told the epoch by the trainer
+        return
+    for _ in range(epochs):
+        torch.randperm(sampler.num_samples, generator=generator)

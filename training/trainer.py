@@ -1,0 +1,132 @@
+"""TRL's trainer as runs have it: with checkpoints that are whole or not there, and the size of each batch."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from rhythm_kernels.integrations.trl import RhythmGRPOTrainer
+
+from . import checkpoints, processes
+from .recorder import Recorder
+from .start import Start
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """How a run writes its checkpoints.
+
+    Attributes:
+        folder: of the checkpoints.
+        kept: how many of them there are to be; None is all.
+        questions: a name for those that are trained on.
+        start: where this process began.
+        recorder: knows how long the steps since then took.
+    """
+
+    folder: Path
+    kept: int | None
+    questions: str
+    start: Start
+    recorder: Recorder
+
+    def seconds(self) -> float:
+        """How long all steps of the run took, those before this process included."""
+        return self.start.seconds + time.perf_counter() - self.recorder.started
+
+    def writing(self) -> AbstractContextManager[Path]:
+        about = {
+            "questions": self.questions,
+            "processes": processes.count(),
+            "seconds": self.seconds(),
+            "resumed": list(self.start.resumed),
+        }
+        return checkpoints.writing(self.folder, about, self.kept)
+
+
+_REFERENCE = "reference_model.pt"
+
+
+class _NothingLeftError(Exception):
+    """All steps are done already."""
+
+
+class _Stop(TrainerCallback):
+    """Ends a training before its first step, when the checkpoint is loaded."""
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        raise _NothingLeftError
+
+
+class Trainer(RhythmGRPOTrainer):
+    """Rhythm credit's trainer, for runs that may be cut off."""
+
+    _run: Checkpointing
+    _writing = ""  # the folder in which a checkpoint is being written
+
+    def carry_on(self, run: Checkpointing) -> None:
+        """Train the steps that are left.
+
+        Raises:
+            RecipeError: for a checkpoint that cannot be read.
+        """
+        self._run = run
+        checkpoint = run.start.checkpoint
+        if checkpoint and run.start.step >= self.args.max_steps:  # transformers would train one step more
+            self.add_callback(_Stop())
+        with suppress(_NothingLeftError):
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: it would be for a hub."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._writing or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._run.writing() as folder:
+            self._writing = str(folder)
+            try:
+                super()._save_checkpoint(model, trial)
+                if self.args.sync_ref_model and self.args.should_save:  # it follows the model, and is in no checkpoint
+                    made = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                    torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), made / _REFERENCE)
+            finally:
+                self._writing = ""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *rest: Any, **more: Any) -> None:
+        with checkpoints.reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *rest, **more)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint and self.args.sync_ref_model:
+                saved = torch.load(Path(checkpoint) / _REFERENCE, map_location=self.model.device, weights_only=True)
+                self.accelerator.unwrap_model(self.ref_model).load_state_dict(saved)
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # of accelerate's wrapper
+        if isinstance(schedule, LambdaLR):  # of a run that is longer now, the rate follows the new schedule
+            for group, base, share in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
+                group["lr"] = base * share(schedule.last_epoch)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Notes the length of each batch too, and the bytes that its attention maps would have taken."""
+        (batch, prompt), completion = inputs["prompt_ids"].shape, inputs["completion_ids"].shape[1]
+        config, length = self.model.config, prompt + completion
+        maps = batch * config.num_hidden_layers * config.num_attention_heads * length**2 * 4
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["row_tokens"].append(length)
+        metrics["map_bytes"].append(maps)
+        return super()._compute_loss(model, inputs)
