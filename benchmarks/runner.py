@@ -138,6 +138,9 @@ def compete(
             raise BrokenDeviceError([entry])
     if definition.memory_curve:
         budget = Budget(0.0, 1, 1)
+        for contender in contenders if not once else ():  # again: the gates' own work leaves pages that count once
+            if not contender.rival.is_part:
+                _measure(contender.call, contender.entry, device)
     elif device.type in definition.seconds:
         most = min(budget.seconds, definition.seconds[device.type])
         budget = replace(budget, seconds=most, least=min(budget.least, 2))
