@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import report
+from . import fits, report
 from .entries import Entry, default_path, load, save
 from .machine import device_name
 from .runner import BrokenDeviceError, Choice, broken, run_suite
@@ -86,7 +86,7 @@ def _run(arguments: list[str]) -> int:
             if broken(device):
                 return BROKEN
             failed = True
-    for line in verdicts(entries):
+    for line in (*verdicts(entries), *fits.lines(entries)):
         print(line)
     if path is not None:
         print(f"{len(entries)} entries added to {path}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .entries import Entry
+from .fits import lines as memory_lines
 from .suites import SUITES
 from .targets import verdicts
 
@@ -81,6 +82,8 @@ def table(entries: list[Entry]) -> str:
     lines = verdicts(entries)
     if lines:
         parts.append("## Targets\n\n" + "\n".join(f"- {line}" for line in lines))
+    if lines := memory_lines(entries):
+        parts.append("## What has no room\n\n" + "\n".join(f"- {line}" for line in lines))
     for (device, suite), found in _by_device_and_suite(entries).items():
         about = found[-1].environment
         yardstick = next((entry.yardstick for entry in found if entry.yardstick), "none")

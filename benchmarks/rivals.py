@@ -214,6 +214,14 @@ def _parts(part: str, passes: dict[str, str], makers: dict[str, Any]) -> tuple[R
 _WINDOWED = {"span": "row_stats", "moments": "column_stats", "fai to the end": "column_stats"}
 _BANDED = {"waad": "band_rows", "fai": "band_columns"}
 
+_STEP = (
+    Rival("step alone", step.alone, memory=step_suite.memory),
+    Rival("step + credit", step.with_credit, memory=step_suite.memory),
+    Rival("credit's own kernels", step.with_credit, told_by="step + credit"),
+    Rival("step + eager, all maps", step.with_all_maps, memory=step_suite.maps_memory),
+    Rival("step + eager, by layer", step.WithMaps, memory=step_suite.layer_memory),
+)
+
 RIVALS: dict[str, tuple[Rival, ...]] = {
     "window": tuple(
         replace(rival, devices=_CPU, longest={})
@@ -288,12 +296,8 @@ RIVALS: dict[str, tuple[Rival, ...]] = {
         Rival("eager with maps", models.eager_maps, memory=models.maps_memory),
         Rival("eager with hooks", models.eager_hooks, memory=models.layer_memory),
     ),
-    "grpo_step": (
-        Rival("step alone", step.alone, memory=step_suite.memory),
-        Rival("step + credit", step.with_credit, memory=step_suite.memory),
-        Rival("credit's own kernels", step.with_credit, told_by="step + credit"),
-        Rival("step + eager maps", step.WithMaps, memory=step_suite.maps_memory),
-    ),
+    "grpo_step": _STEP,
+    "grpo_step_memory": _STEP,
     "countdown_step": tuple(
         Rival(name, make, unavailable=trainer.unavailable, told_by=name)
         for name, make in (

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .machine import environment
 from .rivals import RIVALS, Rival
 from .shapes import Shape, shapes
 from .suites import SUITES, Gate
-from .timing import Budget, Samples, captured, contest, quantile
+from .timing import Budget, Clock, Samples, captured, contest, quantile
 
 _INTERPRETED_TOKENS = 256  # Triton's interpreter is there to be exercised, not to be timed
 _SHARE_OF_FREE = 0.8
@@ -27,9 +27,12 @@ _SHARE_OF_FREE = 0.8
 
 @dataclass
 class _Contender:
+    """A rival that is timed; `samples`: those taken already, where it is called once."""
+
     rival: Rival
     entry: Entry
     call: Callable[[], object]
+    samples: Samples = field(default_factory=Samples)
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def compete(
     definition = SUITES[suite]
     problem = definition.problem(shape, device)
     gate = definition.gate(problem)
+    once = definition.once(shape.length, device)
     entries, contenders = [], []
     for rival in RIVALS[suite]:
         if device.type not in rival.devices or not choice.takes(rival.name):
@@ -124,19 +128,27 @@ def compete(
         entries.append(entry)
         if rival.is_part:
             contender = _part(rival, entry, entries, contenders)
+            if contender is not None and once:
+                contender.samples.add(contender.call.own_seconds())  # type: ignore[attr-defined]
         else:
-            contender = _admit(rival, entry, shape, problem, gate, device)
+            contender = _admit(rival, entry, shape, problem, gate, device, once)
         if contender is not None:
             contenders.append(contender)
         elif entry.status == "failed" and broken(device):
             raise BrokenDeviceError([entry])
     if definition.memory_curve:
         budget = Budget(0.0, 1, 1)
+        for contender in contenders if not once else ():  # again: the gates' own work leaves pages that count once
+            if not contender.rival.is_part:
+                _measure(contender.call, contender.entry, device)
     elif device.type in definition.seconds:
         most = min(budget.seconds, definition.seconds[device.type])
         budget = replace(budget, seconds=most, least=min(budget.least, 2))
     told = {c.rival.name: c.rival.told_by for c in contenders if c.rival.told_by}
-    timed = contest({c.rival.name: c.call for c in contenders if not c.rival.is_part}, device, budget, told)
+    if once:
+        timed = {c.rival.name: c.samples for c in contenders}
+    else:
+        timed = contest({c.rival.name: c.call for c in contenders if not c.rival.is_part}, device, budget, told)
     for contender in contenders:
         _fill(contender.entry, timed[contender.rival.name])
     _compare(contenders, timed, definition.yardstick[device.type])
@@ -158,9 +170,9 @@ def _part(rival: Rival, entry: Entry, entries: list[Entry], contenders: list[_Co
 
 
 def _admit(
-    rival: Rival, entry: Entry, shape: Shape, problem: Any, gate: Gate, device: torch.device
+    rival: Rival, entry: Entry, shape: Shape, problem: Any, gate: Gate, device: torch.device, once: bool
 ) -> _Contender | None:
-    """The call to be timed, or None where the entry says why there is none."""
+    """The call to be timed, or None where the entry says why there is none; `once`: with its only sample."""
     interpreted = "triton" in rival.name and os.environ.get("TRITON_INTERPRET") == "1"
     entry.reason = rival.unavailable(device)
     if not entry.reason and interpreted and shape.length > _INTERPRETED_TOKENS:
@@ -179,27 +191,56 @@ def _admit(
         return None
     try:
         call = rival.make(problem)
-        results = call()
+        watched = _Watched(call, device)
+        if once:
+            _measure(watched, entry, device)
+            results = watched.results
+        else:
+            results = call()
         error, where = gate.error(results)
         entry.error, entry.gives = error / entry.slack, sorted(results)
         del results
+        watched.results = {}
         if not entry.error <= 1:
+            entry.peak_bytes = None
             entry.status, entry.reason = "wrong", f"{where}: {entry.error:.3g} times the tolerance"
             entry.error = entry.error if math.isfinite(entry.error) else None  # JSON knows no infinity
             return None
-        entry.peak_bytes, entry.peak_by = memory.peak(call, device)
-        resident = getattr(call, "resident_bytes", 0)
-        if resident and entry.peak_bytes is not None:
-            entry.peak_bytes += resident
-            entry.peak_by += " and what is held between calls"
+        if not once:
+            _measure(call, entry, device)
         if rival.told_by:
             entry.mode = "own time"
         if rival.graph and device.type == "cuda":
             return _Contender(rival, entry, _captured_or_plain(call, entry))
-        return _Contender(rival, entry, call)
+        return _Contender(rival, entry, call, watched.samples)
     except Exception as error:  # a rival that breaks must not take the others' entries along
         entry.status, entry.reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0][:300]
         return None
+
+
+class _Watched:
+    """A call, its results, and a sample of each time it is made."""
+
+    def __init__(self, call: Callable[[], Results], device: torch.device) -> None:
+        self._call, self._device = call, device
+        self.resident_bytes = getattr(call, "resident_bytes", 0)
+        self.results: Results = {}
+        self.samples = Samples()
+
+    def __call__(self) -> None:
+        def call() -> None:
+            self.results = self._call()
+
+        self.samples.add(Clock(self._device)(call))
+
+
+def _measure(call: Callable[[], object], entry: Entry, device: torch.device) -> None:
+    """Peak memory of one call, with what it holds between calls."""
+    entry.peak_bytes, entry.peak_by = memory.peak(call, device)
+    resident = getattr(call, "resident_bytes", 0)
+    if resident and entry.peak_bytes is not None:
+        entry.peak_bytes += resident
+        entry.peak_by += " and what is held between calls"
 
 
 def broken(device: torch.device) -> bool:

@@ -147,6 +147,7 @@ _TINY_OTHERS: dict[str, Shape] = {
     "grpo_step": StepShape(96, layers=3, hidden=64, heads=4, kv_heads=2, dim=16, intermediate=96, batch=4, prompt=16),
     "countdown_step": TrainerShape(batch=16, length=24),
 }
+_TINY_OTHERS["grpo_step_memory"] = _TINY_OTHERS["grpo_step"]
 
 
 def _cpu(*lengths: int) -> tuple[Shape, ...]:
@@ -198,6 +199,20 @@ _MODELS = (
     ModelShape(32_768, **_QWEN3_4B),
     ModelShape(131_072, **{**_QWEN3_4B, "layers": 12}),
 )
+
+
+def _step(*lengths: int) -> tuple[Shape, ...]:
+    """One response at a time, in a decoder of 17M weights in Qwen3's proportions.
+
+    As in Qwen3-0.6B the query heads are together twice as wide as the hidden state, and the MLP three times; 12 heads
+    of 64 share 4 key heads. What is measured weighs more than there: heads of 4 layers of 8 in place of 5 of 28. A
+    response alone has no padding, so attention is causal and skips half of its work: credit has the least to hide
+    behind.
+    """
+    return tuple(
+        StepShape(length, layers=8, hidden=384, heads=12, kv_heads=4, dim=64, intermediate=1152, prompt=64)
+        for length in lengths
+    )
 
 
 def _small_step(length: int, **more: Any) -> Shape:
@@ -252,7 +267,8 @@ SHAPES: dict[str, dict[tuple[str, str], tuple[Shape, ...]]] = {
     },
     "grpo_step": {
         ("cpu", "quick"): (_small_step(256),),
-        ("cpu", "full"): (_small_step(1024), _small_step(1024, checkpointing=True)),
+        # Of 23 GB, 16,384 tokens take 6 and 32,768 would take 12, for ten minutes a call.
+        ("cpu", "full"): (*_step(*(512 << i for i in range(6))), _small_step(1024, checkpointing=True)),
         # 35 TFLOP forward and backward, 0.1 to 0.2 s; six calls and 8 s of rounds.
         ("cuda", "quick"): (StepShape(2048, **_QWEN3_06B, batch=4, prompt=256),),
         ("cuda", "full"): (
@@ -260,6 +276,13 @@ SHAPES: dict[str, dict[tuple[str, str], tuple[Shape, ...]]] = {
             # 200 TFLOP, of which 140 are attention under a mask: 0.5 to 1.1 s; six calls and 8 s of rounds.
             StepShape(8192, **_QWEN3_06B, batch=2, prompt=512, checkpointing=True),
         ),
+    },
+    # Peaks to a megabyte, which tell a hundredth of a short step; those of the longer ones are in `grpo_step`.
+    "grpo_step_memory": {
+        ("cpu", "quick"): _step(512),
+        ("cpu", "full"): _step(512, 1024, 2048, 4096),
+        ("cuda", "quick"): (),
+        ("cuda", "full"): (),
     },
     "probe_memory": {
         ("cpu", "quick"): _long_model(1024, 16_384),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from .arguments import check_int, check_tensor, readable, same_shape
 from .credit import rhythm_credit, shape_advantages
 from .heads import HeadGroups
 from .packed_credit import bounds_of, sequence_by_sequence
-from .probe.calibration import evaluating, head_groups, inputs_of
+from .probe.calibration import NoResponseError, evaluating, head_groups, inputs_of
 from .probe.checks import on_device
 from .probe.split_batch import BatchCalibration, BatchProbe, check_response_mask, over_tokens
 from .probe.structure import attention_layers, find_decoder
@@ -68,6 +68,9 @@ class RhythmCredit:
     choose by in :meth:`gamma` or :meth:`shape`. Of several processes each measures its own part of the batch: hand
     :meth:`calibrating` and :meth:`statistics` what sums over them; or send the `groups` of one to all after a
     calibration.
+
+    A batch without a response token (all responses cut off and masked, say) stops nothing: its gamma is 1, whether or
+    not there are groups, and a calibration on it leaves the groups as they are, so that the next batch is asked for.
 
     Args:
         model: the policy alone, without a critic; else as for :class:`rhythm_kernels.RhythmProbe`. The attribute may
@@ -134,11 +137,15 @@ class RhythmCredit:
         """Tell local from global heads by forwards over some batches; see :func:`rhythm_kernels.head_groups`.
 
         A `response_mask` among the inputs of a batch may be that of the responses alone, as in :meth:`measuring`.
-        Nothing is done, and None returned, in modes that read no attention.
+        Nothing is done in modes that read no attention.
+
+        Returns:
+            The groups in use; None in such a mode, and where no batch so far had a response token.
         """
         if self.settings.reads_attention:
             layers, quantile = self.settings.layers, self.settings.head_quantile
-            self.groups = head_groups(self.model, map(_with_whole_mask, inputs_of(batches)), layers, quantile)
+            with suppress(NoResponseError):
+                self.groups = head_groups(self.model, map(_with_whole_mask, inputs_of(batches)), layers, quantile)
         return self._groups
 
     @contextmanager
@@ -153,7 +160,6 @@ class RhythmCredit:
                 returns it or works in place: the groups are then those of the whole batch, the same everywhere.
 
         Raises:
-            ValueError: no response token was met.
             RuntimeError: the forwards did not cover the batch.
         """
         if not self.settings.reads_attention:
@@ -165,7 +171,8 @@ class RhythmCredit:
             yield
         if reduce is not None:
             calibration.add_up(reduce)
-        self.groups = calibration.groups()
+        with suppress(NoResponseError):
+            self.groups = calibration.groups()
 
     @contextmanager
     def measuring(self, response_mask: Tensor) -> Iterator[None]:
@@ -191,6 +198,10 @@ class RhythmCredit:
         batch = _Batch(self.settings, check_response_mask(response_mask))
         if not self.settings.reads_attention:
             yield
+        elif self._groups is None and not bool(batch.mask.any()):
+            yield
+            nothing = torch.zeros(batch.mask.shape, device=batch.mask.device)
+            batch.measures = (nothing, nothing)
         elif self._groups is None:
             raise RuntimeError(
                 f"mode {self.settings.mode!r} needs head groups: call calibrate(batches), set groups, or load(folder) "

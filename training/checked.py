@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from .settings import RecipeError
 from .task import CORRECTNESS, Figure, Instance, Prompt, Reward, SplitName, Task
 
+LARGEST = 1e18  # of a reward's size: trainers add up squares of rewards in float32, where more is infinite
+
 
 class Checked(Task):
     """Another task, of which every call raises `RecipeError` where it raises or gives something else.
 
-    Only `instances` lets the `ValueError`s and `OSError`s of the task through, which are about its settings.
+    `sys.exit` counts as raising, or a judge could end a run as if it had finished; Ctrl-C passes. Only `instances` lets
+    the `ValueError`s and `OSError`s of the task through, which are about its settings. What a task is asked when all is
+    done, `remark` and `close`, ends nothing.
     """
 
     def __init__(self, task: Task) -> None:
@@ -87,15 +92,18 @@ class Checked(Task):
         what = f"rewards[{name!r}]"
 
         def reward(responses: Sequence[str], instances: Sequence[Instance]) -> list[float]:
-            given = self._call(what, judge, responses, instances)
-            if not isinstance(given, Iterable):
+            given, numbers = self._call(what, lambda: _listed(judge(responses, instances)))
+            if numbers is None:
                 raise self._wrong(what, "give a list, a number a response", given)
-            numbers = [one.item() if hasattr(one, "item") else one for one in given]
             if len(numbers) != len(responses):
                 raise self._wrong(what, f"give {len(responses)} numbers, one a response", numbers)
             for one in numbers:
-                if not (isinstance(one, Real) and math.isfinite(one)):
+                if one is None:
+                    raise self._wrong(what, "give a finite number for each response", one, "0.0 where it says nothing")
+                if not _is_finite(one):
                     raise self._wrong(what, "give a finite number for each response", one)
+                if abs(one) > LARGEST:
+                    raise self._wrong(what, f"give numbers of at most {LARGEST:g} in size", one)
                 if name == CORRECTNESS and one not in (0, 1):
                     raise self._wrong(what, "give 1 or 0 for each response", one)
             return [float(one) for one in numbers]
@@ -110,23 +118,21 @@ class Checked(Task):
 
     def counts(self, response: str, instance: Instance) -> dict[str, int]:
         counts = self._call("counts", self.task.counts, response, instance)
-        if not isinstance(counts, Mapping) or not all(
-            isinstance(n, Real) and math.isfinite(n) for n in counts.values()
-        ):
+        if not isinstance(counts, Mapping) or not all(map(_is_finite, counts.values())):
             raise self._wrong("counts", "give numbers by name", counts)
         return dict(counts)
 
     def figures(self, totals: Mapping[str, int], responses: int, right: int) -> dict[str, Figure]:
         figures = self._call("figures", self.task.figures, totals, responses, right)
         fits = isinstance(figures, Mapping) and all(isinstance(one, Figure) for one in figures.values())
-        if not fits or not all(isinstance(one.value, Real) and math.isfinite(one.value) for one in figures.values()):
+        if not fits or not all(_is_finite(one.value) for one in figures.values()):
             raise self._wrong("figures", "give Figures of finite numbers by name", figures)
         return {name: replace(one, value=float(one.value)) for name, one in figures.items()}
 
     def remark(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         try:
             return str(self._call("remark", self.task.remark, before, after))
-        except RecipeError as error:  # the model is trained, and not yet saved
+        except RecipeError as error:
             return str(error)
 
     def stand_in(self) -> Task | None:
@@ -134,25 +140,90 @@ class Checked(Task):
         return None if task is None else Checked(task)
 
     def close(self) -> None:
-        self._call("close", self.task.close)
+        try:
+            self._call("close", self.task.close)
+        except RecipeError as error:  # an error that ends the run must not be hidden by this one
+            print(f"warning: {error}", file=sys.stderr)
 
     def _call(self, what: str, call: Callable[..., Any], *given: Any, through: tuple[type[Exception], ...] = ()) -> Any:
         try:
             return call(*given)
-        except through:
+        except (*through, KeyboardInterrupt):
             raise
-        except Exception as error:  # of any kind: the task may be anybody's
-            raise RecipeError(f"{self._name}: {what} must not raise, got {raised(error)}") from error
+        except BaseException as error:  # of any kind: the task may be anybody's
+            raise RecipeError(f"{self._name}: {what} must not raise, got {raised(error, self.task)}") from error
 
-    def _wrong(self, what: str, must: str, value: Any) -> RecipeError:
-        return RecipeError(f"{self._name}: {what} must {must}, got {shorten(repr(value), 100, placeholder=' ...')}")
+    def _wrong(self, what: str, must: str, value: Any, advice: str = "") -> RecipeError:
+        shown = _short(_said(repr, value), 100)
+        return RecipeError(f"{self._name}: {what} must {must}, got {shown}" + (f": {advice}" if advice else ""))
 
 
-def raised(error: Exception) -> str:
-    """An error in a line: its type, what it says, and where it was raised."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return f"{shorten(said, 200, placeholder=' ...')} ({Path(place.filename).name}, line {place.lineno})"
+def raised(error: BaseException, task: Task | None = None) -> str:
+    """An error in a line: its type, what it says, and the line to mend.
+
+    That is the last one outside of Python's library, installed packages and what runs tasks here: of `json.loads(text)`
+    in a judge, the line of the judge. The module of `task` counts even if it is an installed one.
+    """
+    text = _said(str, error)
+    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    own = getattr(sys.modules.get(type(task).__module__), "__file__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((one for one in reversed(frames) if one.filename == own or _may_be_own(one.filename)), frames[-1])
+    path = Path(place.filename)
+    file = f"{path.parent.name}/{path.name}" if path.name == "__init__.py" else path.name
+    return f"{_short(said, 200)} ({file}, line {place.lineno})"
+
+
+_HERE = Path(__file__).parent
+_LIBRARY = Path(sysconfig.get_path("stdlib"))
+
+
+def _may_be_own(filename: str) -> bool:
+    """Whether a file's code may be the task's: not Python's, not an installed package's, not that which calls tasks."""
+    path = Path(filename)
+    if filename.startswith("<") or path.is_relative_to(_LIBRARY) or {"site-packages", "dist-packages"} & {*path.parts}:
+        return False
+    return not path.is_relative_to(_HERE) or path.is_relative_to(_HERE / "tasks")
+
+
+def _said(how: Callable[[Any], str], value: Any) -> str:
+    """`str` or `repr` of what may be anybody's, and so may raise."""
+    try:
+        return how(value)
+    except Exception:
+        return f"a {type(value).__name__} without text"
+
+
+def _short(text: str, length: int) -> str:
+    """A text in one line of at most so many characters. `textwrap.shorten` drops a long word whole."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 4] + " ..."
+
+
+def _listed(given: Any) -> tuple[Any, list[Any] | None]:
+    """What a reward gave, and its numbers in order, those of tensors and arrays as Python's; None where it is no list.
+
+    Text, mappings and sets can be iterated over too, but their items are not a number a response.
+    """
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping | Set):
+        return given, None
+    if getattr(given, "ndim", 1) == 0:  # of a tensor or an array: a number
+        return given, None
+    return given, [_plain(one) for one in given]
+
+
+def _plain(one: Any) -> Any:
+    try:
+        return one.item() if hasattr(one, "item") else one
+    except (TypeError, ValueError, RuntimeError):  # several numbers
+        return one
+
+
+def _is_finite(one: Any) -> bool:
+    try:
+        return isinstance(one, Real) and math.isfinite(one)
+    except OverflowError:  # of an integer with hundreds of digits
+        return False
 
 
 def _is_message(one: Any) -> bool:

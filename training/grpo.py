@@ -16,6 +16,7 @@ from rhythm_kernels.integrations.trl import RhythmGRPOConfig
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
 
 from .folder import CHECKPOINTS, TENSORBOARD
+from .models import check_room, written
 from .processes import count
 from .questions import training_questions
 from .reading import misfit, read_json
@@ -54,6 +55,7 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
                 "output_dir": str(Path(recipe.output.path) / CHECKPOINTS),
                 "reward_weights": [1.0] * len(rewards) + [0.0],  # the last one is correctness, to be logged
                 "logging_steps": 1,
+                "logging_nan_inf_filter": False,  # a loss that is NaN is to be seen
                 "save_strategy": "no" if every is None else "steps",  # and after the last step
                 "save_steps": every or 0,
                 "report_to": "none",
@@ -110,7 +112,9 @@ def build_trainer(
         raise RecipeError(
             f"grpo.beta must be 0 with model.path=null, got {recipe.grpo.beta}: TRL reads the reference model there"
         )
-    questions, rewards = training_questions(task, [*recipe.grpo.rewards, CORRECTNESS])
+    prompts = config.generation_batch_size // config.num_generations
+    questions, rewards = training_questions(task, [*recipe.grpo.rewards, CORRECTNESS], prompts)
+    check_room(recipe, model.config.get_text_config(), written(recipe, tokenizer, questions["prompt"]))
     lora = recipe.model.lora and recipe.model.lora.config()
     if lora:
         set_seed(config.seed)  # an adapter begins with random numbers, the same in all processes

@@ -15,7 +15,7 @@ from .evaluation.generate import Decoding, answer, padded, random_stream
 from .reading import misfit, read_json
 from .recipe import ROOT, Recipe, RecipeError
 from .stand_in import stand_in
-from .task import Asked, Instance, Task, asked
+from .task import Asked, Instance, Prompt, Task, as_asked
 
 _FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
@@ -82,21 +82,21 @@ def _check_files(folder: Path) -> None:
             raise RecipeError(f"model: {folder} cannot be loaded: {path}: {said}")
 
 
-def written(recipe: Recipe, tokenizer: Any, task: Task, instances: Sequence[Instance]) -> list[Asked]:
+def written(recipe: Recipe, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Asked]:
     """Prompts as the model reads them.
 
     Raises:
         RecipeError: for prompts that the tokenizer cannot write or pad.
     """
     try:
-        prompts = asked(task, instances, tokenizer)
-        padded(tokenizer, [prompt.tokens for prompt in prompts])
+        found = [as_asked(prompt, tokenizer) for prompt in prompts]
+        padded(tokenizer, [prompt.tokens for prompt in found])
     except (ValueError, TypeError, TemplateError) as error:
         given = getattr(recipe.task, "prompt", recipe.task.name)  # not every task has words to choose from
         raise RecipeError(f"task.prompt must suit the tokenizer, got {given!r}: {error}") from error
-    if not all(prompt.tokens for prompt in prompts):
+    if not all(prompt.tokens for prompt in found):
         raise RecipeError("task: its prompts must have a token at least, got one without")
-    return prompts
+    return found
 
 
 def check_room(recipe: Recipe, config: Any, prompts: Sequence[Asked], *, trains: bool = True) -> int | None:
@@ -133,7 +133,7 @@ def check_model(
         RecipeError: for prompts that the tokenizer cannot write or pad, for responses longer than the model has
             positions, and for a model that loads but does not run with these settings.
     """
-    prompts = written(recipe, tokenizer, task, instances)
+    prompts = written(recipe, tokenizer, [task.prompt(instance) for instance in instances])
     check_room(recipe, model.config.get_text_config(), prompts, trains=trains)
     try:
         with random_stream(model.device, 0):

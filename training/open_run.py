@@ -69,7 +69,7 @@ def open_run(folder: Path) -> Iterator[Callable[[Start], str]]:
     if there was none). A run that ends before that call leaves everything as it was.
 
     Raises:
-        RecipeError: where another run is writing there, or the folder's names are not those of a run.
+        RecipeError: where another run is writing there, or the folder's names are not those of a run; for one inside.
         RunError: for an `OSError` inside.
         Interrupted: for a `KeyboardInterrupt` inside, once the run has begun.
     """
@@ -96,7 +96,7 @@ def open_run(folder: Path) -> Iterator[Callable[[Start], str]]:
             yield begin
             _remove_previous(folder)
     except RecipeError as error:
-        raise RecipeError(f"{error}{earlier(folder) if begun else ''}") from error
+        raise RecipeError(f"{error}; {_kept(folder)}" if begun else str(error)) from error
     except OSError as error:
         raise RunError(f"{error}; {_kept(folder)}" if begun else str(error)) from error
     except KeyboardInterrupt as error:

@@ -9,19 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .settings import RecipeError
 from .task import Instance, Reward, Task, check_rewards, instances_of
 
 TrlReward = Callable[..., list[float]]
 
 
-def training_questions(task: Task, rewards: Sequence[str]) -> tuple[dict[str, list[Any]], list[TrlReward]]:
+def training_questions(
+    task: Task, rewards: Sequence[str], batch: int = 1
+) -> tuple[dict[str, list[Any]], list[TrlReward]]:
     """The columns of the data set, and the named rewards of the task.
 
+    Args:
+        batch: the prompts that are answered at a time. Of fewer TRL makes no batch, and a run would end without a step.
+
     Raises:
-        RecipeError: where the train split has fewer instances than the settings ask for, or a reward does not exist.
+        RecipeError: where the train split has fewer instances than the settings ask for, or than a batch has prompts,
+            or a reward does not exist.
     """
     check_rewards(task, rewards)
     instances = instances_of(task, "train", task.settings.train_size)
+    if len(instances) < batch:
+        raise RecipeError(
+            f"task.train_size must be at least {batch}, as many questions as a batch has prompts, got {len(instances)}"
+        )
     columns = {"prompt": [task.prompt(instance) for instance in instances], "instance": list(range(len(instances)))}
     return columns, [_for_trl(name, task.rewards[name], instances) for name in rewards]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from .divergence import check_finite, in_step
 from .folder import saved_lines, saving
 from .processes import is_main
 from .reading import read_json
@@ -41,6 +43,8 @@ _NAMES = {  # in metrics.jsonl: in TRL's log
 
 class Recorder(TrainerCallback):
     """Writes one line a step to `metrics.jsonl`, as it happens, and moves the progress bar: in the main process.
+
+    Ends a run whose loss or gradient is not finite (`DivergedError`), before a checkpoint is made of that step.
 
     Attributes:
         lines: of all steps of the run, those before it went on included.
@@ -74,7 +78,8 @@ class Recorder(TrainerCallback):
         if not is_main() or not logs or "loss" not in logs:
             return
         line = {"step": state.global_step}
-        line |= {ours: logs[theirs] for ours, theirs in _NAMES.items() if logs.get(theirs) is not None}
+        known = {ours: logs[theirs] for ours, theirs in _NAMES.items() if logs.get(theirs) is not None}
+        line |= {name: value for name, value in known.items() if math.isfinite(value)}  # JSON has no other numbers
         self.lines.append(line)
         with saving(self._path):
             self._file.write(json.dumps(line) + "\n")
@@ -88,3 +93,8 @@ class Recorder(TrainerCallback):
         shown = {name: form.format(line[key]) for name, key, form in told if key in line}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(state.global_step - self._bar.n)
+        watched = {"loss": known.get("loss", 0.0)}
+        if not getattr(args, "fp16", False):  # where a gradient that overflows is no step, and the scale is halved
+            watched["gradient_norm"] = known.get("grad_norm", 0.0)
+        with in_step(state.global_step):
+            check_finite(**watched)

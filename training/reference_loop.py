@@ -18,8 +18,11 @@ The TRL subclass in `rhythm_kernels/integrations/trl.py` is tested against this 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from torch import Tensor, nn
 
 from rhythm_kernels import RhythmCredit
 
+from .divergence import check_finite, in_step
 from .evaluation.generate import ends, padded
 from .recipe import Recipe, RecipeError, load_recipe
 from .task import Instance
@@ -72,9 +76,11 @@ def sample(
 
 
 def group_advantages(rewards: Tensor, group: int) -> Tensor:
-    """Eq. 6: `(B,)` rewards, centred and scaled within each group of responses to one prompt."""
+    """Eq. 6: `(B,)` rewards, centred and scaled within each group of responses to one prompt; 0 where all are equal."""
     grouped = rewards.view(-1, group)
     centred = grouped - grouped.mean(dim=1, keepdim=True)
+    # The mean of equal numbers is rounded: of sixteen times 0.7 it is not 0.7, and Adam magnifies small gradients.
+    centred = centred.where(grouped.amin(dim=1, keepdim=True) < grouped.amax(dim=1, keepdim=True), 0.0)
     return (centred / (grouped.std(dim=1, keepdim=True) + 1e-4)).flatten()
 
 
@@ -146,7 +152,8 @@ def improve(
         loss = surrogate(log_probs, old_log_probs, shaped, batch.response_mask)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        check_finite(loss=float(loss.detach()), gradient_norm=float(norm))
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses[0]
@@ -173,6 +180,9 @@ def learn(
 
     Returns:
         `loss` of the first step, and the statistics of the credit.
+
+    Raises:
+        DivergedError: for a loss or a gradient that is not finite, before the weights are touched.
     """
     log_probs = measure(model, batch, credit, generator, temperature)
     loss = improve(model, optimizer, batch, log_probs, credit.shape(advantages), temperature, **steps)
@@ -189,11 +199,24 @@ def train(
     """Train in place, yielding one report a step.
 
     Args:
-        questions: prompts as tokens, each with the function that rewards a completion; drawn in random order.
+        questions: prompts as tokens, each with the function that rewards a completion; drawn in random order. What
+            such a function raises passes.
         recipe: of its section `grpo`, the settings named in this file are obeyed and no others.
         learner: another algorithm: called as `learn` is, but with the rewards `(B,)` in place of advantages.
+
+    Raises:
+        ValueError: for no questions, a reward that is no finite number, settings that do not fit.
+        DivergedError: where the model's numbers are not finite any more. No step is taken with them.
     """
     grpo = recipe.grpo
+    count = grpo.per_device_train_batch_size // grpo.num_generations
+    if count < 1:
+        raise RecipeError(
+            f"grpo.per_device_train_batch_size must be at least grpo.num_generations, {grpo.num_generations}, got "
+            f"{grpo.per_device_train_batch_size}"
+        )
+    if not questions:
+        raise ValueError("questions must hold some, got none")
     torch.manual_seed(grpo.seed)
     order, draws = (torch.Generator().manual_seed(grpo.seed) for _ in range(2))
     try:
@@ -205,37 +228,50 @@ def train(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, grpo.warmup_steps, grpo.max_steps))
     for step in range(grpo.max_steps):
-        count = grpo.per_device_train_batch_size // grpo.num_generations
         drawn = [questions[i] for i in torch.randperm(len(questions), generator=order)[:count].tolist()]
-        batch = sample(
-            model,
-            tokenizer,
-            [prompt for prompt, _ in drawn],
-            grpo.num_generations,
-            grpo.max_completion_length,
-            grpo.temperature,
-        )
+        with in_step(step + 1):
+            batch = sample(
+                model,
+                tokenizer,
+                [prompt for prompt, _ in drawn],
+                grpo.num_generations,
+                grpo.max_completion_length,
+                grpo.temperature,
+            )
         texts = [
             tokenizer.decode(ids[mask], skip_special_tokens=True)
             for ids, mask in zip(batch.input_ids, batch.response_mask)
         ]
         judges = [judge for _, judge in drawn for _ in range(grpo.num_generations)]
-        rewards = torch.tensor([judge(text) for judge, text in zip(judges, texts)], device=model.device)
+        rewards = torch.tensor([_reward(judge, text) for judge, text in zip(judges, texts)], device=model.device)
         if credit.calibration_due(step):  # which heads are local and which are global, from this batch (eq. 7)
             credit.calibrate([vars(batch)])
-        report = (learner or learn)(
-            model,
-            optimizer,
-            batch,
-            rewards if learner else group_advantages(rewards, grpo.num_generations),
-            credit,
-            generator=draws,
-            temperature=grpo.temperature,
-            max_grad_norm=grpo.max_grad_norm,
-        )
+        with in_step(step + 1):
+            report = (learner or learn)(
+                model,
+                optimizer,
+                batch,
+                rewards if learner else group_advantages(rewards, grpo.num_generations),
+                credit,
+                generator=draws,
+                temperature=grpo.temperature,
+                max_grad_norm=grpo.max_grad_norm,
+            )
         schedule.step()
         tokens = float(batch.response_mask.sum() / len(texts))
         yield {"step": step + 1, "reward": float(rewards.mean()), "tokens": tokens, **report}
+
+
+def _reward(judge: Callable[[str], float], text: str) -> float:
+    """A reward as a number: a NaN among them would be the advantage of its whole group, and then every weight's."""
+    given = judge(text)
+    try:
+        reward = float("nan" if isinstance(given, str) else given)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: of a tensor of several numbers
+        reward = float("nan")
+    if not isfinite(reward):
+        raise ValueError(f"questions must hold functions that give a finite number, got {given!r} for {text[:80]!r}")
+    return reward
 
 
 def _rate(step: int, warmup: int, total: int) -> float:
@@ -245,21 +281,14 @@ def _rate(step: int, warmup: int, total: int) -> float:
     return (total - step) / max(1, total - warmup)
 
 
-def main(train: Callable[..., Iterator[dict[str, float]]]) -> None:
-    """The command of this loop, or of another that has the same `train`: as a recipe says, printing a line a step."""
+def carry_out(recipe: Recipe, train: Callable[..., Iterator[dict[str, float]]], save: Path | None = None) -> None:
+    """Train as a recipe says, and print a line a step."""
     from .models import load
     from .task import as_asked, check_rewards, instances_of, make
 
-    parser = argparse.ArgumentParser(description="Train as a recipe says, in one process, and print a line a step.")
-    parser.add_argument("recipe", help="a YAML file, for example training/recipes/countdown_tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="where the trained model is written; else nowhere")
-    asked = parser.parse_intermixed_args()
-    try:
-        if asked.save:
-            asked.save.mkdir(parents=True, exist_ok=True)  # what cannot be written should not be trained
-        recipe = load_recipe(asked.recipe, asked.overrides)
-        task = make(recipe.task)
+    if save:
+        save.mkdir(parents=True, exist_ok=True)  # what cannot be written should not be trained
+    with closing(make(recipe.task)) as task:
         check_rewards(task, recipe.grpo.rewards)
         model, tokenizer = load(recipe)
         judges = [task.rewards[name] for name in recipe.grpo.rewards]
@@ -271,12 +300,31 @@ def main(train: Callable[..., Iterator[dict[str, float]]]) -> None:
         questions = [(as_asked(task.prompt(instance), tokenizer).tokens, judge(instance)) for instance in instances]
         for report in train(model, tokenizer, questions, recipe):
             print("  ".join(f"{name} {value:.4g}" for name, value in report.items()), flush=True)
-        if asked.save:
-            model.save_pretrained(asked.save)
-            tokenizer.save_pretrained(asked.save)
+        if save:
+            model.save_pretrained(save)
+            tokenizer.save_pretrained(save)
+
+
+def main(arguments: Sequence[str], train: Callable[..., Iterator[dict[str, float]]] = train) -> int:
+    """The command of this loop, or of another that has the same `train`.
+
+    Returns:
+        The exit status: 2 for a mistake, a task's error or a model that diverged, in a line; 130 for Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(description="Train as a recipe says, in one process, and print a line a step.")
+    parser.add_argument("recipe", help="a YAML file, for example training/recipes/countdown_tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="where the trained model is written; else nowhere")
+    asked = parser.parse_intermixed_args(arguments)
+    try:
+        carry_out(load_recipe(asked.recipe, asked.overrides), train, asked.save)
     except (RecipeError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main(train)
+    sys.exit(main(sys.argv[1:]))

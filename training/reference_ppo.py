@@ -20,6 +20,7 @@ are the surrogate's alone, whatever the value loss, and no attention that credit
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,4 +204,4 @@ def train(
 
 
 if __name__ == "__main__":
-    main(train)
+    sys.exit(main(sys.argv[1:], train))

@@ -134,11 +134,11 @@ class FileTask(Task):
             sets.append(kept if split == "train" else dict(sorted(kept.items())))
         found = list(_in_turn(sets))  # two sets may ask the same: then it is an instance of both
         said = [f"{n} that {_SAID[why]}" for why, n in dropped.items() if n]
+        if not found:
+            why = f": dropped rows: {', '.join(said)}" if said else ""
+            raise ValueError(f"{split} must hold questions that can be asked, got {_named(files)}{why}")
         if said:
             print(f"{split}: {len(found)} questions of {_named(files)}; dropped rows: {', '.join(said)}", flush=True)
-        if not found:
-            which = f"questions that {' and '.join(taken)} do not hold" if taken else "questions with answers"
-            raise ValueError(f"{split} must hold {which}, got {_named(files)}")
         return found
 
     def _parse(self, path: str, number: int, row: Row) -> Instance | None:

@@ -164,7 +164,7 @@ def find(name: str) -> type[Task]:
         module, wanted = f"{tasks.__name__}.{name}", "".join(word.capitalize() for word in name.split("_"))
     try:
         found = getattr(importlib.import_module(module), wanted)
-    except Exception as error:  # of any kind: the module may be anybody's
+    except (Exception, SystemExit) as error:  # of any kind: the module may be anybody's
         raise RecipeError(f"task.name: {name} cannot be imported: {type(error).__name__}: {error}") from error
     if said := _misfit(found):
         raise RecipeError(f"task.name must name a task, got {name!r}: {said}; training/task.py says what a task has")
@@ -197,7 +197,7 @@ def make(settings: TaskSettings) -> Task:
         return Checked(find(settings.name)(settings))
     except (ValueError, OSError) as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"task.{error}") from error
-    except Exception as error:  # of any kind: the task may be anybody's
+    except (Exception, SystemExit) as error:  # of any kind: the task may be anybody's
         raise RecipeError(f"task.name: {settings.name} cannot be made: {raised(error)}") from error
 
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from rhythm_kernels.integrations.trl import RhythmGRPOTrainer
 
 from . import checkpoints, processes
+from .divergence import in_step
 from .lora import merged
 from .recipe import Recipe
 from .recorder import Recorder
@@ -141,6 +142,10 @@ class Trainer(RhythmGRPOTrainer):
         if isinstance(schedule, LambdaLR):  # of a run that is longer now, the rate follows the new schedule
             for group, base, share in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
                 group["lr"] = base * share(schedule.last_epoch)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        with in_step(self.state.global_step + 1):
+            return super()._generate_and_score_completions(inputs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Notes the length of each batch too, and the bytes that its attention maps would have taken."""

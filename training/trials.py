@@ -13,6 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
+from .divergence import drawing
 from .evaluation.generate import padded
 from .settings import RecipeError
 
@@ -124,7 +125,7 @@ def _try_generation(trainer: Any, prompts: list[list[int]]) -> None:
     config.max_new_tokens = 3
     inputs = padded(tokenizer, prompts[:2]).to(model.device)
     training = model.training
-    with torch.no_grad():
+    with torch.no_grad(), drawing():
         responses = model.eval().generate(**inputs, generation_config=config)
     model.train(training)
     if not isinstance(responses, torch.Tensor) or len(responses) != len(inputs["input_ids"]):

@@ -13,38 +13,51 @@ from rhythm_kernels import HeadGroups
 from ..gate import Results
 from ..shapes import ModelShape
 
+_ROWS = 256  # of the maps are reduced at a time: beside a map, what that takes is little
+
 
 class _Sums:
-    """The sums of the head groups' maps (eq. 8) over the layers met so far, and the measures of them."""
+    """The measures of the head groups' maps, summed over the layers met so far (they are linear in the maps: eq. 8)."""
 
-    def __init__(self, shape: ModelShape, groups: HeadGroups) -> None:
-        self.shape, self.groups = shape, groups
+    def __init__(self, shape: ModelShape, groups: HeadGroups, response: Tensor | None) -> None:
+        self.shape, self.groups, self.response = shape, groups, response
         self.layers = {layer for layer, _ in [*groups.local, *groups.global_]}
-        self.local: Tensor | float = 0.0
-        self.global_: Tensor | float = 0.0
+        self.waad: Tensor | float = 0.0
+        self.fai: Tensor | float = 0.0
 
     def add(self, layer: int, maps: Tensor) -> None:
-        """One layer's maps `(B, H, T, T)`."""
+        """One layer's maps `(B, H, T, T)`, a few rows at a time: nothing of their size is made."""
         local, global_ = ([h for at, h in group if at == layer] for group in (self.groups.local, self.groups.global_))
+        length, shape = maps.shape[2], self.shape
+        keys = torch.arange(length, device=maps.device)
+        waad = []
+        for start in range(0, length, _ROWS):
+            rows = slice(start, min(start + _ROWS, length))
+            distance = keys[rows, None] - keys
+            if local:
+                block = maps[:, local, rows].sum(dim=1, dtype=torch.float32)
+                waad.append((block * distance.clamp(0, shape.window)).sum(dim=-1))
+            if global_:
+                block = maps[:, global_, rows].sum(dim=1, dtype=torch.float32)
+                counts = (distance >= shape.lo) & (distance <= shape.hi)
+                if self.response is not None:
+                    counts = counts & self.response[:, rows, None]
+                self.fai = self.fai + torch.where(counts, block, 0.0).sum(dim=1)
         if local:
-            self.local = self.local + maps[:, local].sum(dim=1, dtype=torch.float32)
-        if global_:
-            self.global_ = self.global_ + maps[:, global_].sum(dim=1, dtype=torch.float32)
+            self.waad = self.waad + torch.cat(waad, dim=1)
 
-    def measures(self, response: Tensor | None) -> Results:
-        """`(B, T)` each; `response (B, T)` bool: the rows that count and the tokens that are scored, None: all."""
-        assert isinstance(self.local, Tensor) and isinstance(self.global_, Tensor)
-        length = self.local.shape[1]
-        position = torch.arange(length, device=self.local.device)
-        distance = position[:, None] - position
-        band = (distance >= self.shape.lo) & (distance <= self.shape.hi)
-        waad = (self.local * distance.clamp(0, self.shape.window)).sum(dim=-1) / len(self.groups.local)
-        if response is None:
-            rows, count = band, band.sum(dim=0)
-        else:
-            rows = band & response[:, :, None]  # (B, T, T)
-            count = rows.sum(dim=1)
-        fai = torch.where(rows, self.global_, 0.0).sum(dim=1) / count.clamp(min=1) / len(self.groups.global_)
+    def measures(self) -> Results:
+        """`(B, T)` each; with a response, its rows count and its tokens are scored."""
+        assert isinstance(self.waad, Tensor) and isinstance(self.fai, Tensor)
+        response = self.response
+        rows = torch.ones_like(self.fai) if response is None else response.float()
+        # How many rows look back at a token over a distance within the horizon: a difference of sums.
+        until = nn.functional.pad(rows.cumsum(dim=1), (1, 0))
+        last = rows.shape[1]
+        keys = torch.arange(last, device=rows.device)
+        count = until[:, (keys + self.shape.hi + 1).clamp(max=last)] - until[:, (keys + self.shape.lo).clamp(max=last)]
+        waad = self.waad / len(self.groups.local)
+        fai = self.fai / count.clamp(min=1) / len(self.groups.global_)
         if response is None:
             return {"waad": waad, "fai": fai}
         return {"waad": torch.where(response, waad, 0.0), "fai": torch.where(response, fai, 0.0)}
@@ -56,10 +69,10 @@ def with_maps(
 ) -> Results:
     """The paper's way: a forward that returns every layer's maps. `live (B, T)` is the attention mask."""
     maps = decoder(ids, attention_mask=live, use_cache=False, output_attentions=True).attentions
-    sums = _Sums(shape, groups)
+    sums = _Sums(shape, groups, response)
     for layer in sorted(sums.layers):
         sums.add(layer, maps[layer])
-    return sums.measures(response)
+    return sums.measures()
 
 
 @torch.no_grad()
@@ -67,7 +80,7 @@ def with_hooks(
     decoder: Any, shape: ModelShape, groups: HeadGroups, ids: Tensor, live: Tensor | None, response: Tensor | None
 ) -> Results:
     """The best of today's practice: a hook reduces each layer's maps and lets them go."""
-    sums = _Sums(shape, groups)
+    sums = _Sums(shape, groups, response)
 
     def hook(layer: int) -> Callable[..., Any]:
         def reduce(module: nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -83,15 +96,26 @@ def with_hooks(
     finally:
         for handle in handles:
             handle.remove()
-    return sums.measures(response)
+    return sums.measures()
 
 
-def maps_memory(shape: ModelShape) -> int:
-    """Bytes of all layers' maps, and of one layer's softmax."""
-    size = shape.batch * shape.heads * shape.length**2
-    return size * (shape.layers * shape.torch_dtype.itemsize + 8)
+def _softmax(shape: ModelShape, device: str) -> int:
+    """Bytes of one layer's maps while they are made, and of the mask of all layers.
+
+    In float32 two at a time, as logits are scaled, masked and exponentiated. Of 16 bits, one beside the float32 softmax
+    and its copy in 16 bits; torch's CPU softmax first makes a float32 copy of its input.
+    """
+    itemsize = shape.torch_dtype.itemsize
+    made = 8 if itemsize == 4 or device != "cpu" else 10
+    return shape.batch * shape.length**2 * (shape.heads * made + itemsize)
 
 
-def layer_memory(shape: ModelShape) -> int:
-    """Bytes of one layer's maps."""
-    return shape.batch * shape.heads * shape.length**2 * (2 * shape.torch_dtype.itemsize + 8)
+def maps_memory(shape: ModelShape, device: str) -> int:
+    """Bytes of all layers' maps at the peak: while the last ones are made."""
+    kept = shape.batch * shape.heads * shape.length**2 * shape.torch_dtype.itemsize
+    return (shape.layers - 1) * kept + _softmax(shape, device)
+
+
+def layer_memory(shape: ModelShape, device: str) -> int:
+    """Bytes at the peak where one layer's maps are kept until they are reduced."""
+    return _softmax(shape, device)

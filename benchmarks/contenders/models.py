@@ -155,12 +155,12 @@ def eager_hooks(p: ModelProblem) -> Call:
 
 def maps_memory(shape: Shape, device: str) -> int:
     assert isinstance(shape, ModelShape)
-    return eager_model.maps_memory(shape)
+    return eager_model.maps_memory(shape, device)
 
 
 def layer_memory(shape: Shape, device: str) -> int:
     assert isinstance(shape, ModelShape)
-    return eager_model.layer_memory(shape)
+    return eager_model.layer_memory(shape, device)
 
 
 class ModelGate:

@@ -1,4 +1,4 @@
-"""Forward and backward of one GRPO step: alone, with credit, and with credit from the maps of a second model.
+"""Forward and backward of one GRPO step: alone, with credit, and with credit from a second model's maps, in two ways.
 
 The step is that of `training.reference_loop`, without its optimizer, which is the same for all: the log-probs of the
 responses, the clipped objective over token advantages, its gradients.
@@ -54,9 +54,11 @@ class StepProblem:
         live = (position >= share * shape.prompt) & (
             position < shape.length - (share * (shape.length - shape.prompt)).floor()
         )
-        rewards = torch.rand(shape.batch, generator=generator, device=device)
+        group = max(shape.batch, 2)  # one response alone would have an advantage of 0: it is one of two
+        rewards = torch.rand(group, generator=generator, device=device)
+        advantages = group_advantages(rewards, group)[: shape.batch]
         batch = Batch(ids, live.long(), live & (position >= shape.prompt))
-        return cls(shape, model, batch, group_advantages(rewards, shape.batch), random_groups(shape, seed))
+        return cls(shape, model, batch, advantages, random_groups(shape, seed))
 
     @property
     def device(self) -> torch.device:
@@ -94,14 +96,12 @@ def _credit(p: StepProblem, own: OwnTime, amplitude: float = RhythmSettings.gamm
     return {"loss": p.learn(log_probs, shaped), "gamma": gamma}
 
 
-def _maps(p: StepProblem, second: Any) -> Results:
+def _maps(p: StepProblem, second: Any, read: Callable[..., Results]) -> Results:
     with torch.no_grad():  # the second model follows the one that learns
         for copied, weight in zip(second.parameters(), p.model.model.parameters()):
             copied.copy_(weight)
     batch = p.batch
-    found = eager_model.with_hooks(
-        second, p.shape, p.groups, batch.input_ids, batch.attention_mask, batch.response_mask
-    )
+    found = read(second, p.shape, p.groups, batch.input_ids, batch.attention_mask, batch.response_mask)
     gamma = p.credit(found["waad"], found["fai"], RhythmSettings.gamma_amp)
     log_probs = token_log_probs(log_distributions(p.model, batch), batch)
     return {"loss": p.learn(log_probs, shape_advantages(p.advantages, gamma)), "gamma": gamma}
@@ -126,17 +126,25 @@ def with_credit(p: StepProblem) -> Call:
 class WithMaps:
     """The paper's way: a second model with eager attention is brought up to date and read, then the same credit.
 
+    Args:
+        layer_by_layer: a hook reduces each layer's maps and lets them go; otherwise the forward returns all of them.
+
     Attributes:
         resident_bytes: the second model's weights, which are held between calls: the entry's memory counts them.
     """
 
-    def __init__(self, p: StepProblem) -> None:
+    def __init__(self, p: StepProblem, layer_by_layer: bool = True) -> None:
         self._problem = p
+        self._read = eager_model.with_hooks if layer_by_layer else eager_model.with_maps
         self._second = build(p.shape, "eager", p.device)
         self.resident_bytes = sum(weight.nbytes for weight in self._second.parameters())
 
     def __call__(self) -> Results:
-        return _without_gradients(self._problem, lambda: _maps(self._problem, self._second))
+        return _without_gradients(self._problem, lambda: _maps(self._problem, self._second, self._read))
+
+
+def with_all_maps(p: StepProblem) -> Call:
+    return WithMaps(p, layer_by_layer=False)
 
 
 class StepGate:

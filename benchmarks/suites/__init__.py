@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -52,6 +53,8 @@ class Suite:
         memory_curve: whether peak memory is asked for: the allocator then keeps nothing, and one round is timed.
         seconds: device type -> the most seconds for the rounds of one shape, of which two are then enough: a call may
             take seconds.
+        once_from: tokens from which on a rival is called once on a CPU, which takes minutes: that call is held to the
+            gate and measured.
     """
 
     title: str
@@ -61,6 +64,11 @@ class Suite:
     yardstick: dict[str, str]
     memory_curve: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    once_from: float = math.inf
+
+    def once(self, length: int, device: torch.device) -> bool:
+        """Whether a rival is called once only."""
+        return device.type == "cpu" and length >= self.once_from
 
 
 _ON_A_GPU = {"cuda": 8.0}
@@ -103,7 +111,8 @@ SUITES: dict[str, Suite] = {
         "forward alone", "Model forward with measures", ModelProblem, ModelGate, probe.work, seconds=_ON_A_GPU
     ),
     "grpo_step": _beside(
-        "step alone", "Forward and backward of a GRPO step", StepProblem, StepGate, step.work, seconds=_ON_A_GPU
+        "step alone", "Forward and backward of a GRPO step", StepProblem, StepGate, step.work,
+        seconds={**_ON_A_GPU, "cpu": 30.0}, once_from=8192,
     ),
     "countdown_step": _beside(
         "trainer, no credit", "A trainer's step on Countdown", TrainerProblem, TrainerGate, step.trainer_work,
@@ -111,7 +120,11 @@ SUITES: dict[str, Suite] = {
     ),
     "credit": _beside("rhythm torch", "Credit of a batch", CreditProblem, CreditGate, credit.work),
     "native_targets": _attention("WAAD and FAI beside SDPA and eager maps", band_rows.work),
-    # Last, since it changes torch's allocator for good.
+    # Last, since they change torch's allocator for good.
+    "grpo_step_memory": _beside(
+        "step alone", "Peak memory of a GRPO step", StepProblem, StepGate, step.work, memory_curve=True,
+        once_from=2048,  # shorter ones are called three times: the first call of a process holds more
+    ),
     "probe_memory": _beside(
         "forward alone", "Peak memory of a forward with measures", ModelProblem, ModelGate, probe.work,
         memory_curve=True,

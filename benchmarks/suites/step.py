@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..contenders.eager_model import layer_memory
+from ..contenders import eager_model
 from ..shapes import Shape, StepShape, TrainerShape
 from ..work import Work
 from . import probe
@@ -27,25 +27,51 @@ def work(shape: StepShape) -> Work:
     return Work((passes + 1) * forward.bytes, passes * (forward.flops + head))
 
 
+def _of_a_layer(shape: StepShape) -> int:
+    """About how many bytes the forward of one layer keeps for the backward pass."""
+    itemsize = shape.torch_dtype.itemsize
+    heads = (shape.heads + shape.kv_heads) * shape.dim
+    # A norm keeps its input and the normalised input in float32; of 16 bits, the latter in its dtype as well. What the
+    # two norms of the hidden state give is kept by the products after them, what those of q and k give by nothing.
+    norms = 2 * 12 * shape.hidden + (8 if itemsize == 4 else 10) * heads
+    # q, k, v and the output; under a mask (rows of different lengths), k and v are repeated for every query head.
+    attention = 4 * shape.heads * shape.dim if shape.batch > 1 else 2 * heads
+    return shape.batch * shape.length * (norms + itemsize * (attention + 4 * shape.intermediate))
+
+
 def kept(shape: StepShape) -> int:
     """About how many bytes the forward keeps for the backward pass: of every layer, or of one at a time."""
-    norms = 2 * shape.hidden + (shape.heads + shape.kv_heads) * shape.dim  # each in float32 and again in its dtype
-    attention = (6 * shape.heads + 6 * shape.kv_heads) * shape.dim
-    width = 3 * norms + attention + 4 * shape.intermediate
-    size = shape.batch * shape.length * shape.torch_dtype.itemsize
-    return size * (width + shape.hidden * shape.layers if shape.checkpointing else width * shape.layers)
+    if not shape.checkpointing:
+        return _of_a_layer(shape) * shape.layers
+    hidden = shape.batch * shape.length * shape.hidden * shape.torch_dtype.itemsize
+    return _of_a_layer(shape) + hidden * shape.layers
 
 
 def memory(shape: Shape, device: str) -> int:
-    """Bytes of the step's activations and gradients."""
+    """Bytes of the step's activations and gradients.
+
+    Gradients of a layer are made where its activations go, so the peak is at one end of the backward pass: all that was
+    kept, the log-probs (float32) and two gradients of their size; or all gradients and one layer's activations.
+    """
     assert isinstance(shape, StepShape)
-    return kept(shape) + weights(shape) * shape.torch_dtype.itemsize
+    head = 3 * 4 * shape.batch * shape.length * shape.vocabulary
+    gradients = weights(shape) * shape.torch_dtype.itemsize
+    return max(kept(shape) + head, gradients + _of_a_layer(shape))
+
+
+def _with_second_model(shape: StepShape, maps: int, device: str) -> int:
+    """Its pass ends before the step begins: the larger of the two, and its weights."""
+    return max(maps, memory(shape, device)) + probe.parameters(shape) * shape.torch_dtype.itemsize
+
+
+def layer_memory(shape: Shape, device: str) -> int:
+    assert isinstance(shape, StepShape)
+    return _with_second_model(shape, eager_model.layer_memory(shape, device), device)
 
 
 def maps_memory(shape: Shape, device: str) -> int:
-    """The eager pass ends before the step begins: the larger of the two, and the second model's weights."""
     assert isinstance(shape, StepShape)
-    return max(layer_memory(shape), memory(shape, device)) + weights(shape) * shape.torch_dtype.itemsize
+    return _with_second_model(shape, eager_model.maps_memory(shape, device), device)
 
 
 def trainer_work(shape: TrainerShape) -> Work:

@@ -30,6 +30,10 @@ from .structure import attention_layers, find_decoder
 _DISTANCE = 4  # of the nearest later token whose attention counts as received
 
 
+class NoResponseError(ValueError):
+    """There were batches, and no response token in them: without one no head has a span."""
+
+
 def head_groups(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
@@ -223,7 +227,8 @@ class Calibration:
             ValueError: no response token was met.
         """
         if not self._tokens:
-            raise ValueError("batches must hold response tokens, got no response token: without one no head has a span")
+            kind = NoResponseError if self._sequences else ValueError
+            raise kind("batches must hold response tokens, got no response token: without one no head has a span")
         return self._means(self._span, self._tokens), self._means(self._kurtosis, max(self._responses, 1))
 
     def _means(self, sums: dict[int, Tensor], count: int) -> dict[Head, float]:

@@ -244,7 +244,7 @@ def test_a_lent_gpu_gets_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_does_not_fit_keeps_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = shapes("probe", "cpu", "tiny")[0]
     assert isinstance(tiny, ModelShape)
-    monkeypatch.setattr("benchmarks.memory.free", lambda device: eager_model.layer_memory(tiny) - 1)
+    monkeypatch.setattr("benchmarks.memory.free", lambda device: eager_model.layer_memory(tiny, "cpu") - 1)
     entries, _ = compete("probe", tiny, CPU, Budget(0.0, 1, 1))
     assert [entry.status for entry in entries] == ["ok", "ok", "ok", "does not fit", "does not fit"]
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from training.__main__ import main
 from training.checked import Checked
@@ -33,6 +38,11 @@ class Unmakeable(Own):
         raise KeyError("nothing")
 
 
+class Leaving(Own):
+    def __init__(self, settings):
+        sys.exit(0)
+
+
 def own(**methods) -> Checked:
     """A task that is right but for some methods."""
     return Checked(type("Wrong", (Own,), methods)(TaskSettings("mine:Wrong")))
@@ -51,7 +61,18 @@ def test_what_is_right_passes():
     assert task.correct("good", held_out[0]) is True and task.counts("", held_out[0]) == {"a": 1}
     assert type(task.figures({}, 0, 0)["f"].value) is float and task.stand_in() is None
     assert own(rewards=rewarding(np.ones(2, dtype=np.float32))).rewards["correctness"](["", ""], [{}, {}]) == [1.0, 1.0]
-    assert own(rewards=rewarding([True, False])).rewards["correctness"](["", ""], [{}, {}]) == [1.0, 0.0]
+    for given in (
+        [True, False],
+        (np.True_, np.False_),
+        np.array([1, 0]),
+        [np.float16(1), np.float64(0)],
+        torch.tensor([1, 0], dtype=torch.bfloat16),
+        torch.tensor([[1.0], [0.0]], requires_grad=True),
+        [torch.tensor(1), torch.tensor(False)],
+        iter([1, 0]),
+    ):
+        judged = own(rewards=rewarding(given)).rewards["correctness"](["", ""], [{}, {}])
+        assert judged == [1.0, 0.0] and {type(one) for one in judged} == {float}
 
 
 def test_what_instances_says_of_a_setting_stays_as_it_is():
@@ -103,9 +124,22 @@ def test_prompts(given):
         (1.0, "give a list, a number a response, got 1.0"),
         ([1.0], "give 2 numbers, one a response, got [1.0]"),
         ([1.0] * 3, "give 2 numbers, one a response, got [1.0, 1.0, 1.0]"),
-        ([1.0, None], "give a finite number for each response, got None"),
+        (np.float32(1), "give a list, a number a response, got np.float32(1.0)"),
+        (np.array(1.0), "give a list, a number a response, got array(1.)"),
+        (torch.tensor(1.0), "give a list, a number a response, got tensor(1.)"),
+        ("11", "give a list, a number a response, got '11'"),  # a list of two texts, to a loop
+        (b"11", "give a list, a number a response, got b'11'"),
+        ({0: 1.0, 1: 0.0}, "give a list, a number a response, got {0: 1.0, 1: 0.0}"),  # of which a loop sees the keys
+        ({1.0, 0.0}, "give a list, a number a response, got {0.0, 1.0}"),
+        ([1.0, None], "give a finite number for each response, got None: 0.0 where it says nothing"),
         ([1.0, float("nan")], "give a finite number for each response, got nan"),
+        ([1.0, float("inf")], "give a finite number for each response, got inf"),
+        ([1.0, 10**400], "give a finite number for each response, got 1000"),
+        ([1.0, 1e300], "give numbers of at most 1e+18 in size, got 1e+300"),
+        ([1.0, -(10**19)], "give numbers of at most 1e+18 in size, got -10000000000000000000"),
         ([1.0, "1"], "give a finite number for each response, got '1'"),
+        ([1.0, 1j], "give a finite number for each response, got 1j"),
+        ([1.0, torch.ones(2)], "give a finite number for each response, got tensor([1., 1.])"),
         ([1.0, 0.5], "give 1 or 0 for each response, got 0.5"),
     ],
 )
@@ -130,7 +164,11 @@ def test_rewards(given, said):
         ({"figures": lambda *_: {"a": 1.0}}, "figures must give Figures of finite numbers by name, got {'a': 1.0}"),
         ({"label": lambda *_: 7}, "label must give text, got 7"),
         ({"prompt": lambda _, one: one["x"]}, "prompt must not raise, got KeyError: 'x' (test_checked.py, line "),
-        ({"close": lambda _: 1 / 0}, "close must not raise, got ZeroDivisionError"),
+        ({"correct": lambda *_: sys.exit(0)}, "rewards['correctness'] must not raise, got SystemExit: 0 (test_checked"),
+        (
+            {"rewards": rewarding(1 / 0 for _ in range(2))},
+            "rewards['correctness'] must not raise, got ZeroDivisionError: division by zero (test_checked.py, line ",
+        ),
     ],
 )
 def test_what_else_may_be_wrong(methods, said):
@@ -140,7 +178,6 @@ def test_what_else_may_be_wrong(methods, said):
         (one,) = task.instances("test", 1)
         task.rewards["correctness"]([""], [one])
         task.figures(task.counts("", one), 1, 0)
-        task.close()
 
     with pytest.raises(RecipeError) as caught:
         use()
@@ -151,10 +188,57 @@ def test_a_remark_comes_after_the_training_and_does_not_end_the_run():
     assert own(remark=lambda *_: 1 / 0).remark({}, {}).startswith("mine:Wrong: remark must not raise, got ZeroDiv")
 
 
-def test_a_task_that_cannot_be_made():
-    name = f"{__name__}:Unmakeable"
-    with pytest.raises(RecipeError, match=rf"task.name: {name} cannot be made: KeyError: 'nothing' \(test_checked"):
+def test_a_task_that_does_not_close_hides_no_other_error(capsys):
+    task = own(close=lambda _: 1 / 0, correct=lambda *_: sys.exit("no"))
+    with pytest.raises(RecipeError, match="got SystemExit: no"), closing(task):
+        task.correct("", {})
+    assert capsys.readouterr().err.startswith("warning: mine:Wrong: close must not raise, got ZeroDivisionError")
+
+
+def test_ctrl_c_in_a_judge_is_no_mistake_of_its():
+    with pytest.raises(KeyboardInterrupt):
+        own(correct=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)).correct("", {})
+
+
+def test_the_line_to_mend_is_the_tasks_own():
+    """Not that of the library which it called, nor of what calls judges one by one here."""
+
+    class UnprintableError(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    def strange(*_):
+        raise UnprintableError
+
+    def far(*_):
+        return json.loads("{")
+
+    def further(*_):
+        return np.zeros(2).reshape(3)
+
+    for correct, said in (
+        (far, "JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        (further, "ValueError: cannot reshape array of size 2 into shape (3,)"),
+        (strange, "UnprintableError: a UnprintableError without text"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            own(correct=correct).correct("", {})
+        place = f"({Path(__file__).name}, line {correct.__code__.co_firstlineno + 1})"
+        assert str(caught.value) == f"mine:Wrong: rewards['correctness'] must not raise, got {said} {place}"
+
+
+@pytest.mark.parametrize(("kind", "said"), [("Unmakeable", "KeyError: 'nothing'"), ("Leaving", "SystemExit: 0")])
+def test_a_task_that_cannot_be_made(kind, said):
+    name = f"{__name__}:{kind}"
+    with pytest.raises(RecipeError, match=rf"task.name: {name} cannot be made: {said} \(test_checked"):
         make(TaskSettings(name))
+
+
+def test_a_module_that_leaves_when_it_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "leaving.py").write_text("raise SystemExit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RecipeError, match=r"task\.name: leaving:Task cannot be imported: SystemExit: 0"):
+        make(TaskSettings("leaving:Task"))
 
 
 class Half(Own):
@@ -176,5 +260,5 @@ def test_commands_say_so_in_one_line(tmp_path, capsys, command):
     out = tmp_path / "out"
     assert main([*given, f"output.path={out}"] if command == "train" else [*given, "--output", str(out)]) == 2
     said = capsys.readouterr().err
-    assert f"error: {__name__}:Half: rewards['correctness'] must give 1 or 0 for each response, got 0.5\n" in said
+    assert f"error: {__name__}:Half: rewards['correctness'] must give 1 or 0 for each response, got 0.5" in said
     assert "Traceback" not in said and not (out / "result.json").exists() and not (out / "evaluation.json").exists()

@@ -94,7 +94,9 @@ def test_a_mistake_after_the_start_names_the_run_before(fast, tmp_path, monkeypa
         raise RecipeError("no such answer")
 
     monkeypatch.setattr(training, "evaluate_both", refuse)
-    with pytest.raises(RecipeError, match=r"no such answer; the finished run before is in .*previous"):
+    with pytest.raises(
+        RecipeError, match=r"no such answer; kept: nothing .*; the finished run before is in .*previous"
+    ):
         start(run, 2)
     with pytest.raises(RecipeError, match=r"no finished run here.*; the finished run before is in .*previous"):
         evaluate_run(run)

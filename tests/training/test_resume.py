@@ -105,14 +105,14 @@ def test_killed_at_random_moments(model, tmp_path, mode):
     while not (run / "result.json").exists():
         child = context.Process(target=_carry_out_in_child, args=(run, model, given))
         child.start()
-        child.join(whole_run * moments.uniform(0.1, 1.5) * (1 + kills / 10))  # in the end one comes through
+        child.join(whole_run * (moments.uniform(0.1, 0.7) if kills < 6 else 100))
         if child.is_alive():
             child.kill()
             child.join()
             kills += 1
         else:
             assert child.exitcode == 0
-    assert kills
+    assert kills >= 2
     assert found(run) == found(tmp_path / "whole")
 
 

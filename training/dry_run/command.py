@@ -167,7 +167,7 @@ def _in_sets(recipe: Recipe, instances: list[Instance]) -> list[Instance]:
 def _check_prompts(recipe: Recipe, task: Task, instances: list[Instance], model: TrialModel, found: Findings) -> None:
     """Write prompts as the model reads them, count their tokens and hold them against the model's positions."""
     tokenizer = model.tokenizer
-    prompts = written(recipe, tokenizer, task, instances[:_LOOKED_AT])
+    prompts = written(recipe, tokenizer, [task.prompt(instance) for instance in instances[:_LOOKED_AT]])
     lengths = [len(prompt.tokens) for prompt in prompts]
     longest, unit = max(lengths), "tokens" if model.reads else "bytes"
     of = f"of {len(prompts):,}, the longest has {longest:,}"

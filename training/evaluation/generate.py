@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..divergence import drawing
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -45,11 +47,16 @@ def by_length(prompts: Sequence[str], batch_size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, prompts: Sequence[list[int]], decoding: Decoding) -> list[list[int]]:
-    """One response to each prompt of a batch, as tokens up to and with the end token, from torch's random state."""
+    """One response to each prompt of a batch, as tokens up to and with the end token, from torch's random state.
+
+    Raises:
+        DivergedError: where no token can be drawn, as the model's probabilities are not finite.
+    """
     training, end = model.training, ends(model, tokenizer)
     model.eval()
     inputs = padded(tokenizer, prompts).to(model.device)
-    output = model.generate(**inputs, **decoding.options(), eos_token_id=sorted(end) or None)
+    with drawing():
+        output = model.generate(**inputs, **decoding.options(), eos_token_id=sorted(end) or None)
     model.train(training)
     responses = []
     for tokens in output[:, inputs["input_ids"].shape[1] :].tolist():
