@@ -100,7 +100,7 @@ def test_equal_advantages_are_white_without_a_sign(value):
 @pytest.mark.parametrize("value", [0.0, 0.7])
 def test_equal_rewards_before_the_critic_knows_anything_change_no_weight(value):
     of = batch()
-    model, critic, (report,), _ = one_step(of, rewards=torch.full((3,), value))
+    model, _, (report,), _ = one_step(of, rewards=torch.full((3,), value))
     assert torch.equal(weights(model), weights(build_model())) and report["loss"] == report["explained"] == 0
     knows = one_step(of, rewards=torch.full((3,), value), steps=3)[2]
     assert all(one["explained"] == 0 for one in knows)  # of no variance
