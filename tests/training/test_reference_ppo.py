@@ -260,6 +260,32 @@ def test_the_critic_and_the_model_do_not_touch():
     assert torch.equal(first, second)
 
 
+def test_the_first_batch_alone_sets_the_bias():
+    critic = Critic(build_model(), PPO(value_learning_rate=0.0))
+    states = torch.randn(5, critic.head.in_features)
+    for mean in (2.0, 7.0):
+        critic.fit(states, torch.full((5,), mean))
+        assert critic.head.bias == 2 and not critic.head.weight.any()
+
+
+def test_values_move_little_further_than_the_clip():
+    moved, states = {}, torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    for clip in (None, 0.05):
+        critic = Critic(build_model(), PPO(value_clip=clip, value_epochs=40, value_learning_rate=1e-3))
+        critic.fit(states, torch.zeros(20))
+        before = critic(states).detach()
+        critic.fit(states, torch.ones(20))
+        moved[clip] = float((critic(states).detach() - before).abs().mean())
+    assert 0.05 < moved[0.05] < 0.5 * moved[None]
+
+
+def test_iterations_are_steps_of_the_policy():
+    of = batch()
+    once, twice = (one_step(of, settings=PPO(iterations=n)) for n in (1, 2))
+    assert [{**twice[2][0], "seconds": once[2][0]["seconds"]}] == once[2]  # what is reported is of the first
+    assert not torch.equal(weights(once[0]), weights(twice[0]))
+
+
 def test_the_measured_forward_is_the_same_beside_a_critic():
     model, of = build_model().train(), batch()
     credit = RhythmCredit(model, SETTINGS)
