@@ -162,7 +162,8 @@ def raised(error: BaseException, task: Task | None = None) -> str:
     """An error in a line: its type, what it says, and the line to mend.
 
     That is the last one outside of Python's library, installed packages and what runs tasks here: of `json.loads(text)`
-    in a judge, the line of the judge. The module of `task` counts even if it is an installed one.
+    in a judge, the line of the judge. The module of `task` counts even if it is an installed one. A method that is
+    written in C has no line.
     """
     text = _said(str, error)
     said = f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -170,11 +171,14 @@ def raised(error: BaseException, task: Task | None = None) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = next((one for one in reversed(frames) if one.filename == own or _may_be_own(one.filename)), frames[-1])
     path = Path(place.filename)
+    if path in _CALLERS:
+        return _short(said, 200)
     file = f"{path.parent.name}/{path.name}" if path.name == "__init__.py" else path.name
     return f"{_short(said, 200)} ({file}, line {place.lineno})"
 
 
 _HERE = Path(__file__).parent
+_CALLERS = (Path(__file__), _HERE / "task.py")
 _LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from math import isfinite
+from math import ceil, inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,9 @@ def improve(
 ) -> float:
     """Take `iterations` optimizer steps on shaped advantages; the first uses the forward that `measure` made.
 
+    Args:
+        max_grad_norm: 0 is no limit, as in TRL.
+
     Returns:
         The loss of the first step.
     """
@@ -152,7 +155,7 @@ def improve(
         loss = surrogate(log_probs, old_log_probs, shaped, batch.response_mask)
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or inf)
         check_finite(loss=float(loss.detach()), gradient_norm=float(norm))
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -274,8 +277,9 @@ def _reward(judge: Callable[[str], float], text: str) -> float:
     return reward
 
 
-def _rate(step: int, warmup: int, total: int) -> float:
-    """Share of the learning rate: a linear rise, then a linear fall to 0."""
+def _rate(step: int, warmup: float, total: int) -> float:
+    """Share of the learning rate: a linear rise over so many steps (below 1: that share of all), then a fall to 0."""
+    warmup = ceil(total * warmup) if warmup < 1 else int(warmup)
     if step < warmup:
         return step / warmup
     return (total - step) / max(1, total - warmup)
@@ -318,7 +322,7 @@ def main(arguments: Sequence[str], train: Callable[..., Iterator[dict[str, float
     asked = parser.parse_intermixed_args(arguments)
     try:
         carry_out(load_recipe(asked.recipe, asked.overrides), train, asked.save)
-    except (RecipeError, OSError) as error:
+    except (RecipeError, OSError, UnicodeError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -77,6 +77,8 @@ class Critic(nn.Module):
 
     def fit(self, states: Tensor, returns: Tensor) -> float:
         """Move the values of `(N, D)` states towards `(N,)` returns; the mean squared error that they had before."""
+        if not len(returns):
+            return 0.0
         old, clip = self(states).detach(), self.settings.value_clip
         if not self.optimizer.state:  # the first batch: weights that have to make up for the mean predict little else
             nn.init.constant_(self.head.bias, float(returns.mean()))
@@ -124,7 +126,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float = 1.0, de
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16) of the response tokens, in their order.
 
     With the next response token t', `A[t] = r[t] + discount V[t'] - V[t] + discount decay A[t']`; what follows the last
-    token is 0. Tokens in a hole of the mask, which a tool wrote, are no actions: none is estimated, and none comes
+    token is 0, also where a response was cut off: it is judged as it stands, and nothing is paid later that a value
+    could stand for. Tokens in a hole of the mask, which a tool wrote, are no actions: none is estimated, and none comes
     between t and t'.
 
     Args:
@@ -147,9 +150,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float = 1.0, de
     return advantages
 
 
+def _differ(values: Tensor) -> bool:
+    """Whether there is a variance: that of equal numbers is rounded, as their mean is, and so is seldom 0."""
+    return bool((values - values[:1]).abs().max() > 1e-6 * values.abs().max()) if len(values) else False
+
+
 def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
-    """`(B, S)` of mean 0 and variance 1 over all response tokens of the batch, 0 elsewhere."""
+    """`(B, S)` of mean 0 and variance 1 over all response tokens of the batch, 0 elsewhere and where all are equal."""
     of_tokens = advantages[mask]
+    if not _differ(of_tokens):
+        return torch.zeros_like(advantages)
     scaled = (of_tokens - of_tokens.mean()) / (of_tokens.std(correction=0) + 1e-8)
     return torch.zeros_like(advantages).masked_scatter(mask, scaled)
 
@@ -174,7 +184,7 @@ def learn(
 
     Returns:
         `loss` of the policy's first step; `value_loss`, the critic's mean squared error before it saw the batch;
-        `explained`, the share of the returns' variance that it foresaw; and the statistics of the credit.
+        `explained`, the share of the returns' variance that it foresaw, 0 of none; and the statistics of the credit.
     """
     mask, settings = batch.response_mask, critic.settings
     with last_hidden_states(model) as hidden:
@@ -188,8 +198,8 @@ def learn(
 
     returns = (advantages + values)[mask]
     value_error = critic.fit(states, returns)
-    explained = 1 - float(advantages[mask].var(correction=0) / returns.var(correction=0).clamp(min=1e-8))
-    return {"loss": loss, "value_loss": value_error, "explained": explained, **credit.statistics()}
+    left = advantages[mask].var(correction=0) / returns.var(correction=0) if _differ(returns) else 1.0
+    return {"loss": loss, "value_loss": value_error, "explained": 1 - float(left), **credit.statistics()}
 
 
 def train(

@@ -84,6 +84,7 @@ class Steps:
             [
                 f"rhythm.mode={mode}",
                 f"output.path={self._folder.name}",
+                "output.checkpoint_steps=null",  # a step is timed, and none is kept
                 f"grpo.max_steps={shape.steps}",
                 f"grpo.per_device_train_batch_size={shape.batch}",
                 f"grpo.max_completion_length={shape.length}",

@@ -227,6 +227,14 @@ def test_the_line_to_mend_is_the_tasks_own():
         assert str(caught.value) == f"mine:Wrong: rewards['correctness'] must not raise, got {said} {place}"
 
 
+def test_a_judge_that_is_written_in_c_has_no_line():
+    """That of its caller here would be no place to mend."""
+    task = own(correct=staticmethod(len), counts=staticmethod(len))
+    for method in (task.correct, task.counts):
+        with pytest.raises(RecipeError, match=r"got TypeError: len\(\) takes exactly one argument \(2 given\)$"):
+            method("", {})
+
+
 @pytest.mark.parametrize(("kind", "said"), [("Unmakeable", "KeyError: 'nothing'"), ("Leaving", "SystemExit: 0")])
 def test_a_task_that_cannot_be_made(kind, said):
     name = f"{__name__}:{kind}"

@@ -23,6 +23,18 @@ def test_a_line_for_each_file(tmp_path):
     assert drawn.get("aria-label") == "tokens by step"
 
 
+@pytest.mark.parametrize("names", ["abcdef", ["uniform", "coupled", "a name of many letters"]])
+def test_the_names_of_many_runs_are_in_the_picture(names):
+    drawn = ElementTree.fromstring(chart({name: [(1, 0.5), (2, 0.6)] for name in names}, "reward"))
+    said = [text for text in drawn.iter("{http://www.w3.org/2000/svg}text") if text.text in names]
+    assert len(said) == len(names)
+    ends = {(text.get("y"), float(text.get("x")), float(text.get("x")) + 6 * len(text.text)) for text in said}
+    for y, start, end in ends:
+        assert end <= 320 and not any(
+            y == other and start <= begin < end for other, begin, _ in ends - {(y, start, end)}
+        )
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

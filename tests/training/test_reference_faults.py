@@ -190,6 +190,28 @@ def test_a_gradient_that_is_not_finite_takes_no_step(batch):
     assert not optimizer.state and torch.equal(weights(model), before)
 
 
+def test_no_limit_of_the_gradient_is_no_gradient_of_zero(batch):
+    """`grpo.max_grad_norm=0`, as TRL has it."""
+    found = {}
+    for limit in (0, 1e9, 1e-9):
+        model = build_model().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        learn(model, optimizer, batch, torch.arange(16.0) - 7.5, credit_of(model, "uniform"), max_grad_norm=limit)
+        found[limit] = weights(model)
+    assert torch.equal(found[0], found[1e9]) and not torch.equal(found[0], found[1e-9])
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 0.25])
+def test_the_rate_is_that_of_the_trainer(warmup):
+    """A share of the steps too."""
+    from transformers import TrainingArguments, get_linear_schedule_with_warmup
+
+    steps = TrainingArguments(warmup_steps=warmup, use_cpu=True).get_warmup_steps(10)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = get_linear_schedule_with_warmup(optimizer, steps, 10).lr_lambdas[0]
+    assert [loop._rate(step, warmup, 10) for step in range(10)] == [theirs(step) for step in range(10)]
+
+
 def test_a_model_that_diverges_names_the_step():
     reports = run(lambda text: float(len(text) % 3), learning_rate=1e30)
     assert next(reports)["step"] == 1

@@ -90,6 +90,30 @@ def test_whitening_by_hand():
     assert not whiten(torch.ones(1, 3), torch.tensor([[False, True, False]])).any()
 
 
+@pytest.mark.parametrize("value", [0.7, 0.1, 0.2, 1 / 3, -2e17])
+def test_equal_advantages_are_white_without_a_sign(value):
+    """Exactly: the mean of equal numbers is rounded, and so is their deviation, by which it would be divided."""
+    for tokens in (1, 3, 100, 999, 8192):
+        assert not whiten(torch.full((1, tokens), value), torch.ones(1, tokens, dtype=torch.bool)).any()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_equal_rewards_before_the_critic_knows_anything_change_no_weight(value):
+    of = batch()
+    model, _, (report,), _ = one_step(of, rewards=torch.full((3,), value))
+    assert torch.equal(weights(model), weights(build_model())) and report["loss"] == report["explained"] == 0
+    knows = one_step(of, rewards=torch.full((3,), value), steps=3)[2]
+    assert all(one["explained"] == 0 for one in knows)  # of no variance
+
+
+def test_a_batch_without_a_response_leaves_model_and_critic():
+    of = batch()
+    empty = Batch(of.input_ids, of.attention_mask, torch.zeros_like(of.response_mask))
+    model, critic, (report,), _ = one_step(empty)
+    assert torch.equal(weights(model), weights(build_model())) and not any(map(torch.any, critic.parameters()))
+    assert report == {"loss": 0, "value_loss": 0, "explained": 0, "gamma_mean": 1, "boosted_share": 0}
+
+
 def test_value_loss_by_hand():
     values, returns, old = torch.tensor([1.0, 0.0]), torch.tensor([2.0, 2.0]), torch.tensor([0.5, 0.0])
     assert value_loss(values, returns, old) == (1 + 4) / 2
@@ -118,14 +142,16 @@ def batch(left: int = 0, right: int = 0, hole: bool = False) -> Batch:
     return Batch(ids, live, response)
 
 
-def one_step(of: Batch, mode: str = "coupled", settings: PPO | None = None, steps: int = 1):
+REWARDS = torch.tensor([1.0, 0.0, 0.3])
+
+
+def one_step(of: Batch, mode="coupled", settings: PPO | None = None, steps: int = 1, rewards: torch.Tensor = REWARDS):
     """A fresh toy model, and what `learn` reports of each step over the same batch."""
     model = build_model().train()
     credit = RhythmCredit(model, RhythmSettings(mode=mode, window=4, horizon=(2, 8)))
     if credit.calibration_due(0):
         credit.calibrate([vars(of)])
     critic, optimizer = Critic(model, settings), torch.optim.SGD(model.parameters(), lr=0.3)
-    rewards = torch.tensor([1.0, 0.0, 0.3])
     reports = [learn(model, optimizer, of, rewards, credit, critic) for _ in range(steps)]
     return model, critic, reports, credit
 
@@ -148,7 +174,7 @@ def test_whitening_comes_before_shaping(monkeypatch, hole):
     assert float(white.std(correction=0)) == pytest.approx(1, abs=1e-5)
     assert (gamma[~mask] == 1).all()
     assert not shaped[~mask].any()
-    plain = whiten(gae(torch.tensor([1.0, 0.0, 0.3]), torch.zeros(mask.shape), mask), mask)
+    plain = whiten(gae(REWARDS, torch.zeros(mask.shape), mask), mask)
     assert torch.equal(shaped, plain * gamma)
     assert torch.equal(shaped.sign(), plain.sign())
     assert abs(float(shaped[mask].mean())) > 1e-3  # so the other order would show
@@ -232,6 +258,32 @@ def test_the_critic_and_the_model_do_not_touch():
     assert not critic.head.weight.any()
     first, second = (weights(one_step(of, settings=PPO(value_epochs=n))[0]) for n in (0, 50))
     assert torch.equal(first, second)
+
+
+def test_the_first_batch_alone_sets_the_bias():
+    critic = Critic(build_model(), PPO(value_learning_rate=0.0))
+    states = torch.randn(5, critic.head.in_features)
+    for mean in (2.0, 7.0):
+        critic.fit(states, torch.full((5,), mean))
+        assert critic.head.bias == 2 and not critic.head.weight.any()
+
+
+def test_values_move_little_further_than_the_clip():
+    moved, states = {}, torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    for clip in (None, 0.05):
+        critic = Critic(build_model(), PPO(value_clip=clip, value_epochs=40, value_learning_rate=1e-3))
+        critic.fit(states, torch.zeros(20))
+        before = critic(states).detach()
+        critic.fit(states, torch.ones(20))
+        moved[clip] = float((critic(states).detach() - before).abs().mean())
+    assert 0.05 < moved[0.05] < 0.5 * moved[None]
+
+
+def test_iterations_are_steps_of_the_policy():
+    of = batch()
+    once, twice = (one_step(of, settings=PPO(iterations=n)) for n in (1, 2))
+    assert [{**twice[2][0], "seconds": once[2][0]["seconds"]}] == once[2]  # what is reported is of the first
+    assert not torch.equal(weights(once[0]), weights(twice[0]))
 
 
 def test_the_measured_forward_is_the_same_beside_a_critic():

@@ -43,9 +43,10 @@ def read(path: Path, name: str) -> list[tuple[float, float]]:
 def chart(runs: dict[str, Sequence[tuple[float, float]]], of: str) -> str:
     """The running mean of each run, with the names of the runs at the bottom."""
     drawn = curves(list(runs.values()), list(runs), label=f"{of} by step")
-    key = []
+    key, width = [], max(82, 30 + 6 * max(map(len, runs)))
+    columns = max(1, 246 // width)
     for i, name in enumerate(runs):
-        x, y = 62 + 82 * i, HEIGHT - 42
+        x, y = 62 + width * (i % columns), HEIGHT - 42 - 13 * (i // columns)
         key.append(f'<path class="mean s{i % 5}" d="M{x} {y - 4}h18"/>')
         key.append(f'<text x="{x + 24}" y="{y}">{escape(name)}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * HEIGHT}" '
