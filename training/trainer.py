@@ -75,7 +75,6 @@ class Trainer(RhythmGRPOTrainer):
 
     sgd = False  # momentum instead of AdamW
     _run: Checkpointing
-    _differ: torch.Tensor  # by response of the latest batch
     _writing = ""  # the folder in which a checkpoint is being written
 
     def carry_on(self, run: Checkpointing) -> None:
@@ -146,20 +145,7 @@ class Trainer(RhythmGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         with in_step(self.state.global_step + 1):
-            output = super()._generate_and_score_completions(inputs)
-        mine = slice(self.accelerator.process_index * len(inputs), None)
-        output["advantages"] = output["advantages"].where(self._differ[mine][: len(inputs)], 0.0)
-        return output
-
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Notes too which responses, of all processes, are in a group whose rewards differ: TRL rounds its mean."""
-        found = super()._calculate_rewards(*args, **kwargs)
-        summed = self.multi_objective_aggregation == "sum_then_normalize"
-        counted = (found * self.reward_weights.to(found.device)).sum(1, keepdim=True) if summed else found
-        grouped = counted.view(-1, self.num_generations, counted.shape[1])
-        differ = (grouped.amin(1) < grouped.amax(1)).any(1)
-        self._differ = differ.repeat_interleave(self.num_generations)
-        return found
+            return super()._generate_and_score_completions(inputs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Notes the length of each batch too, and the bytes that its attention maps would have taken."""
