@@ -105,7 +105,10 @@ def together() -> Iterator[None]:
             raise
         if not is_main():
             raise Ended(2) from error
-        raise ConnectionError(_last_word() or "another process of the run has ended") from error
+        said = " ".join(str(error).split())  # not always of a process that ended: NCCL may not have found its GPU
+        raise ConnectionError(
+            _last_word() or f"another process of the run has ended or is out of reach: {said}"
+        ) from error
     except Exception as error:
         if not is_main():
             _leave_word(" ".join(str(error).split()))  # at once: the main process notices before this one is done

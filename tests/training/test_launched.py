@@ -84,7 +84,7 @@ def test_two_processes_leave_one_run(whole, tmp_path):
     assert out.count("Held-out accuracy") == 1
     assert [line["step"] for line in lines_of(run)] == [1, 2, 3]
     result = json.loads((run / "result.json").read_text())
-    assert result["steps"] == 3 and result["before"]["sampled"]["instances"] == 8
+    assert (result["steps"], result["processes"]) == (3, 2) and result["before"]["sampled"]["instances"] == 8
     assert {"config.yaml", "before.json", "report.html", "groups.json", "model", "checkpoints"} <= {
         path.name for path in run.iterdir()
     }

@@ -52,6 +52,12 @@ def test_settings_are_those_of_peft(recipe):
     }
 
 
+def test_what_peft_cannot_do_is_one_line(tmp_path, capsys):
+    words = ["model.lora={r: 2}", "grpo.beta=0.1", "grpo.sync_ref_model=true", f"output.path={tmp_path / 'run'}"]
+    assert main(["train", TINY, *FEW, *words]) == 2
+    assert "`sync_ref_model=True` while using a PEFT model" in capsys.readouterr().err
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_run_with_an_adapter(tmp_path, optimizer):

@@ -256,6 +256,13 @@ def test_settings_of_several_processes(monkeypatch):
     assert (config.ddp_timeout, config.ddp_find_unused_parameters) == (7200, False)
 
 
+def test_the_recipe_says_the_precision_and_not_the_launch(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(RecipeError, match="mixed_precision of accelerate must be no, got bf16: the recipe says it"):
+        trainer_config(load_recipe(TINY))
+    assert trainer_config(load_recipe(TINY, ["grpo.bf16=true"])).mixed_precision == "bf16"
+
+
 def test_half_precision_that_would_be_ignored(refused):
     if torch.cuda.is_available():
         assert "with model.dtype=float16" in refused("grpo.fp16=true", "model.dtype=float16")
