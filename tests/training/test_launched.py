@@ -142,8 +142,8 @@ def test_killed_and_resumed(whole, tmp_path, environment):
 
 
 def said_by(error):
-    """The lines of the program among those of the launcher."""
-    return [line for line in error.splitlines() if line.startswith("error: ")]
+    """The lines of the program among those of the launcher; a progress bar may stand before one."""
+    return [line[line.index("error: ") :] for line in error.splitlines() if "error: " in line]
 
 
 @pytest.mark.long

@@ -91,8 +91,8 @@ def test_what_no_other_process_says_is_said(other, monkeypatch):
     """NCCL fails for reasons of its own, too."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(processes, "_last_word", lambda: "")
-    with pytest.raises(ConnectionError, match="is out of reach: NCCL error: Duplicate GPU"), processes.together():
-        raise RuntimeError("NCCL error:\nDuplicate GPU")
+    with pytest.raises(ConnectionError, match="do not reach each other: NCCL error: Duplicate"), processes.together():
+        raise RuntimeError("NCCL error: Duplicate GPU")
 
 
 def test_other_settings_or_questions_than_the_main_process(monkeypatch):
