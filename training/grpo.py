@@ -16,6 +16,7 @@ from rhythm_kernels.integrations.trl import RhythmGRPOConfig
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
 
 from .folder import CHECKPOINTS, TENSORBOARD
+from .lora import check_adapted
 from .models import check_room, written
 from .questions import training_questions
 from .reading import misfit, read_json
@@ -41,6 +42,8 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
     every = recipe.output.checkpoint_steps
     if "LOCAL_RANK" in os.environ and not cuda:  # accelerate would number the CPU: torch.load does not understand that
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.pop("WORLD_SIZE", None)  # of some other program: on a CPU accelerate would wait for so many
     for name, value in (("grpo.temperature", recipe.grpo.temperature), ("eval.temperature", recipe.eval.temperature)):
         if 0 < value < 0.01 and recipe.model.dtype == "float16":
             raise RecipeError(
@@ -139,6 +142,8 @@ def build_trainer(
     except (TypeError, ValueError, ImportError, NotImplementedError) as error:
         raise RecipeError(f"the trainer cannot be built: {error}") from error
     check_sharding(trainer)
+    if lora:
+        check_adapted(trainer.model)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # of the environment
             callback.logging_dir = str(Path(recipe.output.path) / TENSORBOARD)

@@ -256,6 +256,13 @@ def test_settings_of_several_processes(monkeypatch):
     assert (config.ddp_timeout, config.ddp_find_unused_parameters) == (7200, False)
 
 
+def test_a_world_without_a_launcher_is_of_another_program(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    trainer_config(load_recipe(TINY))
+    assert "WORLD_SIZE" not in os.environ  # where accelerate would read it
+
+
 def test_the_recipe_says_the_precision_and_not_the_launch(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(RecipeError, match="mixed_precision of accelerate must be no, got bf16: the recipe says it"):
