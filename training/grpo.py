@@ -74,6 +74,12 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
     except (TypeError, ValueError, ImportError, RuntimeError, OSError) as error:
         raise RecipeError(f"grpo, rhythm: {error}") from error
     unheeded(more, config)
+    dealt = config.accelerator_config
+    if config.world_size > 1 and (dealt.split_batches or dealt.dispatch_batches):
+        raise RecipeError(
+            "grpo.accelerator_config must hold neither split_batches nor dispatch_batches with several processes: each "
+            "would take a part of its batch for all of it"
+        )
     wanted = "fp16" if config.fp16 else "bf16" if config.bf16 else "no"
     if config.mixed_precision != wanted:
         raise RecipeError(

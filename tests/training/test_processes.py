@@ -142,6 +142,15 @@ def test_which_launches_of_fsdp_are_refused(monkeypatch, enabled, version, one_l
         check_sharding(trainer)
 
 
+def test_zero3_has_no_checkpoint_of_a_reference_model():
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(state=state), args=SimpleNamespace(sync_ref_model=True), is_fsdp_enabled=False
+    )
+    with pytest.raises(RecipeError, match=r"grpo.sync_ref_model must be false with ZeRO-3"):
+        check_sharding(trainer)
+
+
 @pytest.mark.parametrize(("stage", "fsdp", "divided"), [(2, False, False), (3, False, True), (None, True, True)])
 def test_which_engines_divide(stage, fsdp, divided):
     state = SimpleNamespace(deepspeed_plugin=stage and SimpleNamespace(zero_stage=stage))

@@ -252,6 +252,11 @@ def test_settings_of_several_processes(monkeypatch):
     with pytest.raises(RecipeError, match="without several processes"):
         trainer_config(load_recipe(TINY, words))
     monkeypatch.setattr(RhythmGRPOConfig, "world_size", 2)
+    for name in ("split_batches", "dispatch_batches"):  # of which a process would get a part as if it were all
+        with pytest.raises(
+            RecipeError, match="accelerator_config must hold neither split_batches nor dispatch_batches"
+        ):
+            trainer_config(load_recipe(TINY, [f"grpo.accelerator_config={{{name}: true}}"]))
     config = trainer_config(load_recipe(TINY, words))
     assert (config.ddp_timeout, config.ddp_find_unused_parameters) == (7200, False)
 
