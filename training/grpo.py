@@ -16,8 +16,8 @@ from rhythm_kernels.integrations.trl import RhythmGRPOConfig
 from rhythm_kernels.probe.structure import attention_layers, find_decoder
 
 from .folder import CHECKPOINTS, TENSORBOARD
+from .lora import check_adapted
 from .models import check_room, written
-from .processes import count
 from .questions import training_questions
 from .reading import misfit, read_json
 from .recipe import Recipe, RecipeError, half_precision
@@ -40,8 +40,10 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
         raise RecipeError(f"rhythm.{error}") from error
     cuda = torch.cuda.is_available()
     every = recipe.output.checkpoint_steps
-    if count() > 1 and not cuda:  # accelerate would number the CPU, which torch.load does not understand
+    if "LOCAL_RANK" in os.environ and not cuda:  # accelerate would number the CPU: torch.load does not understand that
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.pop("WORLD_SIZE", None)  # of some other program: on a CPU accelerate would wait for so many
     for name, value in (("grpo.temperature", recipe.grpo.temperature), ("eval.temperature", recipe.eval.temperature)):
         if 0 < value < 0.01 and recipe.model.dtype == "float16":
             raise RecipeError(
@@ -72,6 +74,18 @@ def trainer_config(recipe: Recipe) -> RhythmGRPOConfig:
     except (TypeError, ValueError, ImportError, RuntimeError, OSError) as error:
         raise RecipeError(f"grpo, rhythm: {error}") from error
     unheeded(more, config)
+    dealt = config.accelerator_config
+    if config.world_size > 1 and (dealt.split_batches or dealt.dispatch_batches):
+        raise RecipeError(
+            "grpo.accelerator_config must hold neither split_batches nor dispatch_batches with several processes: each "
+            "would take a part of its batch for all of it"
+        )
+    wanted = "fp16" if config.fp16 else "bf16" if config.bf16 else "no"
+    if config.mixed_precision != wanted:
+        raise RecipeError(
+            f"mixed_precision of accelerate must be {wanted}, got {config.mixed_precision}: the recipe says it, by "
+            "grpo.bf16 or grpo.fp16"
+        )
     if project := more.get("project"):
         os.environ["WANDB_PROJECT"] = project  # transformers reads it there
     check_generation(config)
@@ -131,9 +145,11 @@ def build_trainer(
         trainer.sgd = recipe.grpo.optimizer == "sgd"
         attention_layers(find_decoder(model), recipe.rhythm.layers)  # the report shows their measures in any mode
         trainer.create_optimizer()
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, NotImplementedError) as error:
         raise RecipeError(f"the trainer cannot be built: {error}") from error
     check_sharding(trainer)
+    if lora:
+        check_adapted(trainer.model)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # of the environment
             callback.logging_dir = str(Path(recipe.output.path) / TENSORBOARD)

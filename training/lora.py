@@ -16,7 +16,9 @@ class Lora:
     r: int = 16  # the rank of each pair of matrices
     alpha: float = 32.0  # what they add is scaled by alpha / r
     dropout: float = 0.0  # of what goes into them, in training forwards
-    target_modules: str | list[str] = "all-linear"  # ends of names; all-linear: each linear layer but the output
+    target_modules: str | list[str] = (
+        "all-linear"  # a list of ends of names; all-linear: each linear layer but the output
+    )
 
     def config(self) -> Any:
         """As peft and TRL take it."""
@@ -46,6 +48,16 @@ def read_lora(given: dict[str, Any] | Lora | None) -> Lora | None:
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(kinds)}"
             raise RecipeError(f"model.lora must not have the key {key!r}; {hint}")
     return Lora(**{key: checked(f"model.lora.{key}", value, kinds[key]) for key, value in given.items()})
+
+
+def check_adapted(model: Any) -> None:
+    """Raise `RecipeError` where merging would change more than an adapter does: weights that two layers share."""
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if hasattr(embedding, "base_layer") and embedding.base_layer.weight is output.weight:
+        raise RecipeError(
+            "model.lora.target_modules must not hold the embedding of this model: its weights are those of the output, "
+            "which merging would change too"
+        )
 
 
 def merged(model: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +19,10 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_LATER = "import sys, time; time.sleep(10); print(sys.argv[1], file=sys.stderr); sys.exit(2)"
 _WORD = "rhythm: why a process ended"
-_PEER = ("connection closed by peer", "connection reset by peer", "connection refused", "gloo", "nccl")
+_ENDED = ("connection closed by peer", "connection reset by peer", "connection refused")
+_PEER = (*_ENDED, "gloo", "nccl")
 
 
 class Ended(SystemExit):
@@ -81,13 +84,19 @@ def own_failure(said: str) -> str:
     """What to print for an error that ends this process: in the main one as it is, otherwise with its number.
 
     What goes wrong in all processes at once, the main one says; and what goes wrong in another, once it has noticed.
-    The launcher then ends the others, while they wait here.
+    So another hangs up, which is noticed at once over gloo, and waits: the launcher ends it when the main one is done.
     """
     if is_main():
         return said
     _leave_word(said)
+    said = f"process {number()}: {said}"
+    from torch import distributed
+
+    if distributed.is_initialized():  # no group of processes closes its connections before its process ends
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        os.execv(sys.executable, [sys.executable, "-IS", "-c", _LATER, f"error: {said}"])
     time.sleep(10)
-    return f"process {number()}: {said}"
+    return said
 
 
 @contextmanager
@@ -105,7 +114,10 @@ def together() -> Iterator[None]:
             raise
         if not is_main():
             raise Ended(2) from error
-        raise ConnectionError(_last_word() or "another process of the run has ended") from error
+        said = "another process of the run has ended"
+        if not any(words in str(error).lower() for words in _ENDED):  # NCCL may not have found its GPU
+            said = f"the processes of the run do not reach each other: {error}"
+        raise ConnectionError(_last_word() or said) from error
     except Exception as error:
         if not is_main():
             _leave_word(" ".join(str(error).split()))  # at once: the main process notices before this one is done

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .processes import is_main
 from .row_files import Row, Unreachable, check, read_rows, rows
 from .task import Instance, SplitName, Task, TaskSettings
 
@@ -137,7 +138,7 @@ class FileTask(Task):
         if not found:
             why = f": dropped rows: {', '.join(said)}" if said else ""
             raise ValueError(f"{split} must hold questions that can be asked, got {_named(files)}{why}")
-        if said:
+        if said and is_main():
             print(f"{split}: {len(found)} questions of {_named(files)}; dropped rows: {', '.join(said)}", flush=True)
         return found
 

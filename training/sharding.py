@@ -20,6 +20,11 @@ from .recipe import Recipe, RecipeError
 
 def check_sharding(trainer: Any) -> None:
     """Raise `RecipeError` where the model would not be divided as the launch says, or could not be evaluated before."""
+    deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3 and trainer.args.sync_ref_model:
+        raise RecipeError(
+            "grpo.sync_ref_model must be false with ZeRO-3, got True: no checkpoint would have that model"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return
     if not trainer.is_fsdp_enabled:

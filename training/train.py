@@ -41,6 +41,7 @@ from .pages.examples import examples
 from .pages.formats import credit_name, interval, points, ranges, share, size
 from .pages.report import write_report
 from .processes import count, from_main, is_main, together, wait_for_all
+from .reading import differs
 from .recipe import Recipe, RecipeError
 from .recorder import Recorder
 from .sharding import whole_models
@@ -76,6 +77,7 @@ def run(recipe: Recipe, task: Task | None = None, *, overwrite: bool = False) ->
     opened = open_run(folder) if is_main() else nullcontext()
     with closing(task), opened as begin, TemporaryDirectory() as scratch, whole_models(config):
         start = from_main(lambda: start_of(recipe, trained_on, overwrite=overwrite))
+        check_same({"recipe": recipe.to_dict(), "train": trained_on, "eval": of})
         before = None if start.anew or not is_main() else load_before(folder / BEFORE, of)
         evaluated = from_main(lambda: before is not None)
         model, tokenizer = load(recipe, folder / MODEL if start.trained and evaluated else None)
@@ -111,6 +113,7 @@ def run(recipe: Recipe, task: Task | None = None, *, overwrite: bool = False) ->
             "mode": recipe.rhythm.mode,
             "seed": recipe.grpo.seed,
             "steps": recipe.grpo.max_steps,
+            "processes": count(),
             "resumed": list(start.resumed),
             "split": recipe.eval.split,
             "questions": questions(held_out),
@@ -161,6 +164,12 @@ def _train(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return model, trainer.rhythm_groups, seconds
+
+
+def check_same(mine: dict[str, Any]) -> None:
+    """Raise `RecipeError` where another process trains by other settings or on other questions than the main one."""
+    if said := differs(from_main(lambda: mine), mine):
+        raise RecipeError(f"all processes must have the recipe and the questions of the main one: {said}")
 
 
 def check_groups(recipe: Recipe) -> None:

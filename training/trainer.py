@@ -56,9 +56,6 @@ class Checkpointing:
         return checkpoints.writing(self.folder, about, self.kept)
 
 
-_REFERENCE = "reference_model.pt"
-
-
 class _NothingLeftError(Exception):
     """All steps are done already."""
 
@@ -118,11 +115,15 @@ class Trainer(RhythmGRPOTrainer):
             self._writing = str(folder)
             try:
                 super()._save_checkpoint(model, trial)
-                if self.args.sync_ref_model and self.args.should_save:  # it follows the model, and is in no checkpoint
+                if self.args.sync_ref_model and (self.args.should_save or is_divided(self)):
                     made = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                    torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), made / _REFERENCE)
+                    torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), self._reference(made))
             finally:
                 self._writing = ""
+
+    def _reference(self, checkpoint: Path) -> Path:
+        """Where a checkpoint has the reference model, which follows the model; of a divided one each process's part."""
+        return checkpoint / (f"reference_model_{processes.number()}.pt" if is_divided(self) else "reference_model.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *rest: Any, **more: Any) -> None:
         with checkpoints.reading(resume_from_checkpoint):
@@ -136,7 +137,8 @@ class Trainer(RhythmGRPOTrainer):
         with checkpoints.reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint and self.args.sync_ref_model:
-                saved = torch.load(Path(checkpoint) / _REFERENCE, map_location=self.model.device, weights_only=True)
+                path = self._reference(Path(checkpoint))
+                saved = torch.load(path, map_location=self.model.device, weights_only=True)
                 self.accelerator.unwrap_model(self.ref_model).load_state_dict(saved)
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # of accelerate's wrapper
         if isinstance(schedule, LambdaLR):  # of a run that is longer now, the rate follows the new schedule

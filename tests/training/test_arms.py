@@ -13,6 +13,7 @@ import pytest
 from training.__main__ import main
 from training.folder import read_run
 from training.pages.arms import arm_lines, caution, collect_arms
+from training.pages.report import _curves
 from training.recipe import ROOT
 
 from .runs import leave
@@ -39,6 +40,19 @@ def test_arms_by_hand(folders):
     assert lines[2][6:] == ["3", "71.5"]
     assert caution(arms).startswith("3 seeds are few: ")
     assert "standard deviation of up to 7.1 points" in caution(arms)
+
+
+def test_batches_of_more_processes_are_another_arm(folders):
+    runs = [read_run(folder) for folder in folders[:2]]
+    runs[1].result["processes"] = 2
+    assert [arm.name for arm in collect_arms(runs)[0]] == ["processes=1", "processes=2"]
+
+
+def test_the_responses_of_a_step_are_those_of_all_processes(tmp_path):
+    sizes = ("per_device_train_batch_size=4", "num_generations=4", "steps_per_generation=2")
+    run = read_run(leave(tmp_path / "run", "coupled", 0, 40, *(f"grpo.{size}" for size in sizes)))
+    run.result["processes"] = 8
+    assert "A dot is one step (64 sampled responses" in _curves(run)
 
 
 def test_arms_are_named_by_what_differs(tmp_path):

@@ -332,3 +332,15 @@ def test_ctrl_c_in_a_process(tmp_path):
     assert error.strip().splitlines()[-1] == "interrupted; nothing was changed"
     assert list(scratch.iterdir()) == []
     assert not (tmp_path / "run").exists()
+
+
+def test_what_would_reach_others_is_left_out():
+    content = {"grpo": {"report_to": ["wandb"], "run_name": "first", "ddp_timeout": 7200, "seed": 1}}
+    said = ["several processes (grpo.ddp_timeout)", "reports elsewhere (grpo.report_to, grpo.run_name)"]
+    assert left_out(content) == said and content == {"grpo": {"seed": 1}}
+    assert left_out({"grpo": {"report_to": "none"}}) == []
+
+
+def test_the_memory_of_an_adapter():
+    recipe = load_recipe(TINY, ["model.lora={r: 8}", "grpo.beta=0.1"])
+    assert dry._memory(recipe, 2**28) == "by arithmetic, 1.0 GiB for weights in float32, and little more for LoRA"

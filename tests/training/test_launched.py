@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from training.__main__ import main
+from training.folder import remove
 from training.recipe import ROOT
 
 from .runs import TINY
@@ -84,7 +86,7 @@ def test_two_processes_leave_one_run(whole, tmp_path):
     assert out.count("Held-out accuracy") == 1
     assert [line["step"] for line in lines_of(run)] == [1, 2, 3]
     result = json.loads((run / "result.json").read_text())
-    assert result["steps"] == 3 and result["before"]["sampled"]["instances"] == 8
+    assert (result["steps"], result["processes"]) == (3, 2) and result["before"]["sampled"]["instances"] == 8
     assert {"config.yaml", "before.json", "report.html", "groups.json", "model", "checkpoints"} <= {
         path.name for path in run.iterdir()
     }
@@ -141,9 +143,23 @@ def test_killed_and_resumed(whole, tmp_path, environment):
     assert equal(weights_of(run), weights_of(whole[0]))
 
 
+@pytest.mark.long
+def test_a_divided_reference_model_goes_on(tmp_path):
+    """Each process has its part of it in a checkpoint."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    words = [*SMALL, "grpo.beta=0.5", "grpo.sync_ref_model=true", "grpo.ref_model_sync_steps=1"]
+    carried_out(FSDP2, "train", TINY, *words, f"output.path={run}")
+    shutil.copytree(run, other)
+    for name in ("result.json", "model", "checkpoints/checkpoint-2", "checkpoints/checkpoint-3"):
+        remove(other / name)
+    carried_out(FSDP2, "train", TINY, *words, f"output.path={other}")
+    assert json.loads((other / "result.json").read_text())["resumed"] == [1]
+    assert lines_of(other) == lines_of(run) and equal(weights_of(other), weights_of(run))
+
+
 def said_by(error):
-    """The lines of the program among those of the launcher."""
-    return [line for line in error.splitlines() if line.startswith("error: ")]
+    """The lines of the program among those of the launcher; a progress bar may stand before one."""
+    return [line[line.index("error: ") :] for line in error.splitlines() if "error: " in line]
 
 
 @pytest.mark.long

@@ -52,6 +52,21 @@ def test_settings_are_those_of_peft(recipe):
     }
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "model.lora={r: 2}, grpo.beta=0.1, grpo.sync_ref_model=true",
+            "`sync_ref_model=True` while using a PEFT model",
+        ),
+        ("model.lora={target_modules: [embed_tokens]}", "must not hold the embedding of this model: its weights are"),
+    ],
+)
+def test_what_an_adapter_cannot_do_is_one_line(tmp_path, capsys, words, message):
+    assert main(["train", TINY, *FEW, *words.split(", "), f"output.path={tmp_path / 'run'}"]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_run_with_an_adapter(tmp_path, optimizer):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config
 
-from training import processes
+from training import processes, train
 from training.recipe import RecipeError
 from training.sharding import check_sharding, dividing, is_divided, whole_models
 
@@ -80,6 +80,33 @@ def test_one_process_asks_nobody(monkeypatch):
         raise RuntimeError("gloo is not there")
 
 
+@pytest.fixture
+def other(monkeypatch):
+    """The second of two processes."""
+    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_what_no_other_process_says_is_said(other, monkeypatch):
+    """NCCL fails for reasons of its own, too."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(processes, "_last_word", lambda: "")
+    with pytest.raises(ConnectionError, match="do not reach each other: NCCL error: Duplicate"), processes.together():
+        raise RuntimeError("NCCL error: Duplicate GPU")
+
+
+def test_other_settings_or_questions_than_the_main_process(monkeypatch):
+    main = {"recipe": {"grpo": {"seed": 0}}, "train": "a"}
+    monkeypatch.setattr(train, "from_main", lambda _: main)
+    train.check_same(main)
+    for mine, said in (
+        ({"recipe": {"grpo": {"seed": 1}}, "train": "a"}, "recipe.grpo.seed was 0, is 1"),
+        (main | {"train": "b"}, "train was a, is b"),
+    ):
+        with pytest.raises(RecipeError, match=f"the questions of the main one: {said}"):
+            train.check_same(mine)
+
+
 def test_zero3_divides_a_model_only_in_its_training():
     """DeepSpeed is no package of the tests: a configuration that says it is ZeRO-3's is enough for transformers."""
     divides = type("Configuration", (), {"is_zero3": lambda self: True})()
@@ -112,6 +139,15 @@ def test_which_launches_of_fsdp_are_refused(monkeypatch, enabled, version, one_l
     check_sharding(trainer)  # nobody asked for FSDP
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match=message) if message else nullcontext():
+        check_sharding(trainer)
+
+
+def test_zero3_has_no_checkpoint_of_a_reference_model():
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(state=state), args=SimpleNamespace(sync_ref_model=True), is_fsdp_enabled=False
+    )
+    with pytest.raises(RecipeError, match=r"grpo.sync_ref_model must be false with ZeRO-3"):
         check_sharding(trainer)
 
 

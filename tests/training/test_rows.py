@@ -197,6 +197,13 @@ def asked(task, split, size=None):
     return [instance["question"] for instance in task.instances(split, size)]
 
 
+def test_of_several_processes_one_says_what_was_dropped(tmp_path, capsys, monkeypatch):
+    for name, value in {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert asked(Sums(Sums.Settings("sums", train=write(tmp_path / "train.jsonl", rows("a", "a")))), "train") == ["a"]
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_splits_share_no_question_and_say_what_was_dropped(tmp_path, capsys, kind):
     train = write(tmp_path / f"train.{kind}", rows("e", "a", "a", "B", " b ", "C\tc", "t", "d", "a"))

@@ -252,8 +252,27 @@ def test_settings_of_several_processes(monkeypatch):
     with pytest.raises(RecipeError, match="without several processes"):
         trainer_config(load_recipe(TINY, words))
     monkeypatch.setattr(RhythmGRPOConfig, "world_size", 2)
+    for name in ("split_batches", "dispatch_batches"):  # of which a process would get a part as if it were all
+        with pytest.raises(
+            RecipeError, match="accelerator_config must hold neither split_batches nor dispatch_batches"
+        ):
+            trainer_config(load_recipe(TINY, [f"grpo.accelerator_config={{{name}: true}}"]))
     config = trainer_config(load_recipe(TINY, words))
     assert (config.ddp_timeout, config.ddp_find_unused_parameters) == (7200, False)
+
+
+def test_a_world_without_a_launcher_is_of_another_program(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    trainer_config(load_recipe(TINY))
+    assert "WORLD_SIZE" not in os.environ  # where accelerate would read it
+
+
+def test_the_recipe_says_the_precision_and_not_the_launch(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(RecipeError, match="mixed_precision of accelerate must be no, got bf16: the recipe says it"):
+        trainer_config(load_recipe(TINY))
+    assert trainer_config(load_recipe(TINY, ["grpo.bf16=true"])).mixed_precision == "bf16"
 
 
 def test_half_precision_that_would_be_ignored(refused):

@@ -191,6 +191,9 @@ def _check_prompts(recipe: Recipe, task: Task, instances: list[Instance], model:
 
 def _memory(recipe: Recipe, count: int) -> str:
     """The bytes of what is there for each parameter."""
+    if recipe.model.lora is not None:
+        total = size(count * _BYTES[recipe.model.dtype])
+        return f"by arithmetic, {total} for weights in {recipe.model.dtype}, and little more for LoRA"
     parts = ["weights", "gradients", *(["two moments"] if recipe.grpo.optimizer == "adamw" else ["momentum"])]
     copies = 2 + (2 if recipe.grpo.optimizer == "adamw" else 1)
     if recipe.grpo.beta > 0:

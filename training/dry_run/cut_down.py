@@ -15,12 +15,15 @@ STEPS, GROUP, TOKENS = 2, 2, 32  # optimizer steps, responses a prompt, tokens a
 PROMPTS, A_SET = 8, 2  # instances to train on, and of each test set
 ALONE = 4  # instances of a split that has no sets
 
-# Settings of grpo that need a GPU or a package, or take minutes to begin with, and what they are about.
+# Settings of grpo that need a GPU, a package or other processes, take minutes to begin with, or would send something
+# elsewhere, and what they are about.
 _LEFT_OUT = (
     (r"use_vllm|vllm_\w+", "vLLM"),
     (r"use_liger_kernel|liger_\w+", "Liger's kernels"),
     (r"bf16|fp16|tf32|\w+_full_eval", "mixed precision"),
     (r"torch_compile\w*", "torch.compile"),
+    (r"ddp_\w+|ds3_\w+", "several processes"),
+    ("report_to|run_name|project", "reports elsewhere"),
 )
 
 
@@ -29,7 +32,7 @@ def left_out(content: dict[str, Any]) -> list[str]:
     grpo = content.get("grpo")
     found = []
     for names, what in _LEFT_OUT if isinstance(grpo, dict) else ():
-        if keys := [key for key in grpo if re.fullmatch(names, str(key)) and grpo[key] not in (None, False)]:
+        if keys := [key for key in grpo if re.fullmatch(names, str(key)) and grpo[key] not in (None, False, "none")]:
             found.append(f"{what} ({', '.join(f'grpo.{key}' for key in keys)})")
         for key in [key for key in grpo if re.fullmatch(names, str(key))]:
             del grpo[key]

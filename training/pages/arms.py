@@ -37,10 +37,10 @@ class Arm:
 def collect_arms(runs: Sequence[Run]) -> tuple[list[Arm], list[Run]]:
     """Collect runs into arms, in order of appearance; the second list holds runs whose arm has their seed already.
 
-    Two runs belong to one arm if their `config.yaml` differ only in `grpo.seed` and the section `output`. An arm is
-    named by those of its settings that differ between arms, the mode of credit first.
+    Two runs belong to one arm if their `config.yaml` differ only in `grpo.seed` and the section `output`, and as many
+    processes trained them. An arm is named by those of its settings that differ between arms, the mode of credit first.
     """
-    flat = [_settings(run.config) for run in runs]
+    flat = [_settings(run) for run in runs]
     kinds: list[dict[str, Any]] = []
     arms: list[Arm] = []
     repeated = []
@@ -67,10 +67,12 @@ def collect_arms(runs: Sequence[Run]) -> tuple[list[Arm], list[Run]]:
 _UNSET = "(not set)"
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """`section.key` to value, without those in which runs of one arm may differ."""
-    flat = {f"{name}.{key}": value for name, keys in config.items() if name != "output" for key, value in keys.items()}
+def _settings(run: Run) -> dict[str, Any]:
+    """`section.key` to value, without those in which runs of one arm may differ; and how many processes a batch had."""
+    sections = {name: keys for name, keys in run.config.items() if name != "output"}
+    flat = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
     flat.pop("grpo.seed", None)
+    flat["processes"] = run.result.get("processes", 1)
     return flat
 
 

@@ -50,7 +50,7 @@ def write_report(folder: Path) -> Path:
         section("Learning", _curves(run)),
         section("What the gain is made of", _made_of(result)),
         section("Inside a response", _examples(result["examples"], config)),
-        section("What was measured, and what it cost", _cost(result["cost"], config)),
+        section("What was measured, and what it cost", _cost(result["cost"], config, result.get("processes", 1))),
         section("Settings", _settings(result, config)),
     ]
     write_text(folder / REPORT, page(f"{result['name']} · rhythm-kernels", "".join(sections)))
@@ -180,7 +180,8 @@ def _curves(run: Run) -> str:
     if not run.lines:
         return ""
     grpo = run.config["grpo"]
-    batch = grpo["per_device_train_batch_size"] * grpo["gradient_accumulation_steps"]
+    batches = max(grpo["gradient_accumulation_steps"], grpo["steps_per_generation"])
+    batch = grpo["per_device_train_batch_size"] * batches * run.result.get("processes", 1)
     charts = {}
     for key, (caption, show) in CURVES.items():
         found = run.series(key)
@@ -263,7 +264,7 @@ def _tape(example: dict[str, Any]) -> str:
     )
 
 
-def _cost(cost: dict[str, Any], config: dict[str, Any]) -> str:
+def _cost(cost: dict[str, Any], config: dict[str, Any], processes: int) -> str:
     if not cost:
         return ""
     body = [["a step, generation included", f"{cost['step_seconds']:.2f} s"]]
@@ -287,6 +288,7 @@ def _cost(cost: dict[str, Any], config: dict[str, Any]) -> str:
         )
     else:
         text = "This run measured nothing: its credit needs no attention."
+    text += f" The figures are those of one of {processes} processes, the main one." if processes > 1 else ""
     return f"<p>{text}</p>{table(['', ''], body)}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...judges import Lost, Pool
+from ...processes import is_main
 from ...task import SplitName
 
 _WORKER = Path(__file__).with_name("worker.py")
@@ -155,7 +156,7 @@ class Questions:
 
     def _say_how_long(self, draws: int) -> None:
         minutes = draws * self._pace / self._number / 60
-        if minutes > 2 and self._number == _PROCESSES and not self._said:
+        if minutes > 2 and self._number == _PROCESSES and not self._said and is_main():
             self._said = True
             print(f"{self._what[0]}: drawing questions takes about {minutes:.0f} minutes", flush=True)
 
