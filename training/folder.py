@@ -192,6 +192,10 @@ def saving(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:  # of a write, which knows no name
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+    except Exception as error:
+        if "(os error " not in str(error):  # of the tokenizers' Rust
+            raise
+        raise OSError(f"{path}: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
