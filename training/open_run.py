@@ -184,6 +184,7 @@ def _make_room(folder: Path, start: Start) -> str:
 def _go_on(folder: Path, start: Start) -> str:
     """Make the folder that of an unfinished run at the step of its checkpoint; returns a sentence about it."""
     _clear(folder)
+    remove(folder / (PREVIOUS + PARTIAL))  # nothing was moved there yet
     finished = worth(folder) > 0
     if finished:
         _copy(folder)

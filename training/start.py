@@ -50,7 +50,7 @@ def start_of(recipe: Recipe, questions: str, *, overwrite: bool = False) -> Star
         RecipeError: where the folder holds a finished run, or an unfinished one of another recipe.
     """
     folder = Path(recipe.output.path)
-    moving = (folder / (PREVIOUS + PARTIAL)).exists()  # a run that was to begin anew was cut off
+    moving = holds(folder / (PREVIOUS + PARTIAL))  # a run that was to begin anew was cut off
     if overwrite or moving or not holds(folder) or not is_config(folder / CONFIG):
         return Start()  # where the files are of no run, opening the folder says so
     steps = recipe.grpo.max_steps

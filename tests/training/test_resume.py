@@ -293,6 +293,18 @@ def test_a_finished_run_without_its_model(fast, tmp_path, capsys):
     assert (run / "result.json").exists()
 
 
+def test_killed_before_the_first_file_was_moved(fast, tmp_path, capsys):
+    """A start that was to begin anew has changed nothing yet: the run is there as it was."""
+    run = tmp_path / "run"
+    start(run, 1)
+    (run / "previous.partial").mkdir()
+    with pytest.raises(RecipeError, match="holds a finished run: "):
+        start(run, 1, overwrite=False)
+    start(run, 1, "grpo.max_steps=3", overwrite=False)
+    assert _steps(run) == 3
+    assert not any("previous" in path.name for path in run.iterdir())
+
+
 def test_advice_that_can_be_taken(fast, tmp_path, capsys):
     """A larger `grpo.max_steps` is named only where it would be taken."""
     run = tmp_path / "run"
