@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .folder import CHECKPOINTS, remove, saving
+from .folder import CHECKPOINTS, remove, saving, to_disk
 from .processes import is_main, wait_for_all
 from .reading import misfit, read_json
 from .settings import RecipeError
 
 RUN = "run.json"  # in a checkpoint: see `describe`
-_WRITTEN = ".partial"  # the folder in which a checkpoint is written
+UNFINISHED = ".partial"  # the folder in which a checkpoint is written
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -60,8 +60,8 @@ def reading(path: str | Path | None) -> Iterator[None]:
         yield
     except Exception as error:  # of any kind: torch, safetensors, pickle and JSON have their own
         raise RecipeError(
-            f"{path} cannot be read: {type(error).__name__}: {error}; remove it to go on from the checkpoint before it "
-            "or, where there is none, from the start"
+            f"{path} cannot be read: {type(error).__name__}: {error}; if it is damaged, remove it to go on from the "
+            "checkpoint before it or, where there is none, from the start"
         ) from error
 
 
@@ -73,7 +73,7 @@ def writing(checkpoints: Path, about: dict[str, Any], kept: int | None) -> Itera
         about: what `describe` will find in it.
         kept: how many checkpoints there are to be afterwards, the newest ones; None is all.
     """
-    partial = checkpoints / _WRITTEN
+    partial = checkpoints / UNFINISHED
     if is_main():
         remove(partial)
         with saving(partial):
@@ -82,32 +82,22 @@ def writing(checkpoints: Path, about: dict[str, Any], kept: int | None) -> Itera
     try:
         with saving(partial):
             yield partial
+            wait_for_all()
+            if is_main():
+                (made,) = (path for path in partial.iterdir() if _NAME.fullmatch(path.name))
+                (made / RUN).write_text(json.dumps(about) + "\n", encoding="utf-8")
+                to_disk(made)
     except OSError:
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
         raise
-    wait_for_all()
     if is_main():
-        (made,) = (path for path in partial.iterdir() if _NAME.fullmatch(path.name))
-        with saving(made):
-            (made / RUN).write_text(json.dumps(about) + "\n", encoding="utf-8")
-            _to_disk(made)
         remove(checkpoints / made.name)  # of a step that is trained again
         os.replace(made, checkpoints / made.name)
-        _to_disk(checkpoints, whole=False)
+        to_disk(checkpoints, whole=False)
         remove(partial)
         found = list(all_of(checkpoints.parent).values())
         for path in found[: -kept if kept else 0]:
             os.replace(path, partial)  # a checkpoint that is half removed has no name
             remove(partial)
     wait_for_all()
-
-
-def _to_disk(folder: Path, whole: bool = True) -> None:
-    """Wait until a folder, and with `whole` all files in it, would outlive a power failure."""
-    for path in [*(folder.rglob("*") if whole else ()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

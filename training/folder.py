@@ -159,11 +159,22 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with saving(path):
             yield partial
+            to_disk(partial)
     except OSError:
         with suppress(OSError):
             remove(partial)  # the disk may be full
         raise
     os.replace(partial, path)
+
+
+def to_disk(place: Path, whole: bool = True) -> None:
+    """Wait until a file or a folder, and with `whole` all files in it, would outlive a power failure."""
+    for path in [*(place.rglob("*") if whole else ()), place]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -181,6 +192,10 @@ def saving(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:  # of a write, which knows no name
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+    except Exception as error:
+        if "(os error " not in str(error):  # of the tokenizers' Rust
+            raise
+        raise OSError(f"{path}: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

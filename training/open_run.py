@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from .checkpoints import newest
+from .checkpoints import UNFINISHED, newest
 from .folder import (
     CHECKPOINTS,
     CONFIG,
@@ -184,7 +184,8 @@ def _make_room(folder: Path, start: Start) -> str:
 def _go_on(folder: Path, start: Start) -> str:
     """Make the folder that of an unfinished run at the step of its checkpoint; returns a sentence about it."""
     _clear(folder)
-    finished = worth(folder) == 2
+    remove(folder / (PREVIOUS + PARTIAL))  # nothing was moved there yet
+    finished = worth(folder) > 0
     if finished:
         _copy(folder)
         _replace_previous(folder, folder / _COPY)
@@ -215,7 +216,7 @@ def _link(source: str, target: str) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what was being written when a run was cut off."""
-    for name in (_REMOVED, _COPY, *(name + PARTIAL for name in MOVED)):
+    for name in (_REMOVED, _COPY, f"{CHECKPOINTS}/{UNFINISHED}", *(name + PARTIAL for name in MOVED)):
         remove(folder / name)
 
 

@@ -89,6 +89,7 @@ _REFUSED = (
         r"resume_from_checkpoint|ignore_data_skip|restore_\w+",
         "train --resume RUN goes on with a run",
     ),
+    ("dataloader_persistent_workers", "with workers that stay, a run that goes on would draw other random numbers"),
     (r"save_\w+|enable_jit_checkpoint", "output.checkpoint_steps and output.checkpoints_kept say it"),
     (r"push_to_hub|hub_\w+|log_completions_hub_repo", "nothing is uploaded; the model is saved in output.path"),
     (

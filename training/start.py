@@ -10,7 +10,7 @@ from typing import Any
 
 from . import checkpoints, processes
 from .folder import CONFIG, METRICS, MODEL, PARTIAL, PREVIOUS, holds, is_config, saved_lines, worth
-from .reading import differs, read_yaml
+from .reading import differs, read_json, read_yaml
 from .recipe import Recipe, RecipeError, parse_recipe, read_recipe
 
 _FREE = ("eval", "output")  # sections that may change while a run goes on
@@ -50,7 +50,7 @@ def start_of(recipe: Recipe, questions: str, *, overwrite: bool = False) -> Star
         RecipeError: where the folder holds a finished run, or an unfinished one of another recipe.
     """
     folder = Path(recipe.output.path)
-    moving = (folder / (PREVIOUS + PARTIAL)).exists()  # a run that was to begin anew was cut off
+    moving = holds(folder / (PREVIOUS + PARTIAL))  # a run that was to begin anew was cut off
     if overwrite or moving or not holds(folder) or not is_config(folder / CONFIG):
         return Start()  # where the files are of no run, opening the folder says so
     steps = recipe.grpo.max_steps
@@ -58,18 +58,24 @@ def start_of(recipe: Recipe, questions: str, *, overwrite: bool = False) -> Star
     earlier, said = _earlier(folder, recipe)
     if not said and steps < earlier:
         said = f"grpo.max_steps was {earlier}, is {steps}"
-    if worth(folder) == 2 and (said or steps == earlier):
-        raise RecipeError(f"{folder} holds a finished run{said and f' of another recipe ({said})'}: {_advice(earlier)}")
+    if finished := worth(folder):
+        there = {"its model": finished == 2, "a checkpoint to go on from": checkpoint}
+        missing = " and ".join(what for what, found in there.items() if not found)
+        what = f" of another recipe ({said})" if said else missing and f" without {missing}"
+        if said or steps == earlier or checkpoint is None:
+            longer = f"grpo.max_steps above {earlier} goes on with it; " if checkpoint and not said else ""
+            raise RecipeError(
+                f"{folder} holds a finished run{what}: --overwrite begins anew, and removes it once the new run has "
+                f"finished; {longer}output.path=FOLDER leaves it"
+            )
     if said:
         raise RecipeError(
             f"{folder} holds an unfinished run of another recipe ({said}): --overwrite removes it, output.path=FOLDER "
             f"leaves it, python -m training train --resume {folder} goes on with it"
         )
-    if worth(folder) == 2 and checkpoint is None:
-        raise RecipeError(f"{folder} holds a finished run without a checkpoint to go on from: {_advice(earlier)}")
     lines = saved_lines(folder / METRICS)
     if (folder / MODEL).is_dir() and max(lines, default=0) == steps:
-        seconds, resumed = 0.0, ()
+        seconds, resumed = sum(read_json(line).get("step_seconds", 0.0) for line in lines.values()), ()
         if checkpoint:
             about = _about(checkpoint, questions)
             seconds, resumed = about["seconds"], tuple(about["resumed"])
@@ -92,16 +98,9 @@ def resumed(folder: Path, overrides: list[str]) -> Recipe:
     if not is_config(folder / CONFIG):
         raise RecipeError(f"--resume must be the folder of a run, got {str(folder)!r}: no {CONFIG} of a run is in it")
     content = read_recipe(folder / CONFIG, overrides)
-    content["output"] = {**(content.get("output") or {}), "path": str(folder)}
-    recipe = parse_recipe(content)
-    return recipe
-
-
-def _advice(steps: int) -> str:
-    return (
-        "--overwrite begins anew, and removes it once the new run has finished; grpo.max_steps above "
-        f"{steps} goes on with it; output.path=FOLDER leaves it"
-    )
+    named = folder if folder.name.strip(".") else folder.resolve()  # a run is named as its folder
+    content["output"] = {**(content.get("output") or {}), "path": str(named)}
+    return parse_recipe(content)
 
 
 def _earlier(folder: Path, recipe: Recipe) -> tuple[int, str]:
@@ -116,7 +115,7 @@ def _earlier(folder: Path, recipe: Recipe) -> tuple[int, str]:
 
 def _fixed(recipe: Recipe) -> Mapping[str, Any]:
     """What of a recipe must not change while its run goes on."""
-    content = json.loads(json.dumps(recipe.to_dict()))
+    content = json.loads(json.dumps(recipe.to_dict(), default=str))  # a task's settings may be of any type
     for section in _FREE:
         content.pop(section)
     content["grpo"].pop("max_steps")

@@ -96,8 +96,9 @@ def run(recipe: Recipe, task: Task | None = None, *, overwrite: bool = False) ->
             if before is None:
                 before = evaluate_both(model, tokenizer, task, held_out, recipe, "before")
                 save_before(folder / BEFORE, before, of)
-                if start.trained:
-                    model, tokenizer = load(recipe, folder / MODEL)
+                evaluated = False
+            if start.trained and (recipe.model.lora or not evaluated):  # not the one that the trainer adapts
+                model, tokenizer = load(recipe, folder / MODEL)
         wait_for_all()
         trained, groups, seconds = _train(recipe, trainer, start, recorder, trained_on, tokenizer)
         if before is None or not is_main():

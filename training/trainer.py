@@ -140,6 +140,7 @@ class Trainer(RhythmGRPOTrainer):
                 path = self._reference(Path(checkpoint))
                 saved = torch.load(path, map_location=self.model.device, weights_only=True)
                 self.accelerator.unwrap_model(self.ref_model).load_state_dict(saved)
+        self.state.save_steps = self.args.save_steps  # which transformers takes from the checkpoint
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # of accelerate's wrapper
         if isinstance(schedule, LambdaLR):  # of a run that is longer now, the rate follows the new schedule
             for group, base, share in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):

@@ -31,7 +31,8 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     Takes what `GRPOTrainer` takes, with a `RhythmGRPOConfig` as `args`. `rhythm` is its `RhythmCredit`, and
     `rhythm_groups` the head groups in use (None before the first batch). They are saved with each checkpoint and read
-    back on resuming, as is what TRL's own checkpoints lack (`trl_resume`), so that a resumed run is the same run.
+    back on resuming, as is what TRL's own checkpoints lack (`trl_resume`), so that a resumed run is the same run,
+    but for later passes over an `IterableDataset` and for `dataloader_persistent_workers`.
 
     Raises:
         TypeError, ValueError: for another configuration, a model without softmax attention, groups that do not fit it,
@@ -200,12 +201,12 @@ class RhythmGRPOTrainer(GRPOTrainer):
         return self._sampler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if not self.args.save_only_model:
             save_progress(self, folder)
         if self.args.should_save:
             self.rhythm.save(folder)
+        super()._save_checkpoint(model, trial)  # last: what makes a checkpoint one is never there without ours
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

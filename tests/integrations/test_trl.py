@@ -391,6 +391,20 @@ def test_groups_are_saved_and_read_back(tmp_path):
     torch.testing.assert_close(weights(again), weights(whole), rtol=0, atol=1e-6)
 
 
+def test_a_checkpoint_of_trl_is_never_without_ours(tmp_path, monkeypatch):
+    """Killed while TRL writes it, a run leaves no checkpoint that would go on as another run."""
+    ours = []
+
+    def dies(self, *_):
+        ours.extend(sorted(path.name for path in (tmp_path / "checkpoint-1").iterdir()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GRPOTrainer, "_save_checkpoint", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(RhythmGRPOTrainer, RhythmGRPOConfig, tmp_path, save_strategy="steps", save_steps=1, **RHYTHM)
+    assert ours == ["rhythm_groups.json", "rhythm_progress_0.pt"]
+
+
 def test_no_response_is_left(tmp_path):
     """Every response is cut off and masked: nothing to calibrate with, nothing to learn, no error."""
     trainer = train(

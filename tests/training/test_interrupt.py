@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from transformers import AutoTokenizer
 
 from training import train as training
 from training.__main__ import main
 from training.evaluation import command as evaluating
 from training.evaluation.command import evaluate_run
+from training.folder import replacing
 from training.recipe import RecipeError
 
 from .fake_run import interrupt, start, whole
@@ -132,6 +134,15 @@ def test_no_room_for_the_model(settings, tmp_path, capsys):
     assert "it was cut off or is still going" in capsys.readouterr().err
     assert main(["train", "--resume", str(run)]) == 0
     assert main(["evaluate", str(run)]) == 0
+
+
+def test_no_room_for_the_tokenizer(settings, tmp_path):
+    """It is written by Rust, whose errors are of no kind: they name a file all the same."""
+    tokenizer = AutoTokenizer.from_pretrained(settings[0].partition("=")[2])
+    said = f"^{tmp_path}/model: .*os error"
+    with largest_file(1000), pytest.raises(OSError, match=said), replacing(tmp_path / "model") as partial:
+        tokenizer.save_pretrained(partial)
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_in_a_process(settings, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import time
+from dataclasses import dataclass
 
 import pytest
 from safetensors.torch import load_file
@@ -16,6 +18,7 @@ from training import checkpoints
 from training import train as training
 from training.__main__ import main
 from training.recipe import RecipeError, load_recipe
+from training.task import Task, TaskSettings
 
 from .fake_run import begin, start, whole
 from .runs import TINY, save_model
@@ -266,3 +269,143 @@ def test_a_damaged_checkpoint(model, tmp_path, capsys):
         assert "remove it to go on from the checkpoint before it" in error
         (checkpoint / name).write_bytes(kept)
     assert (run / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_other_intervals_between_checkpoints(model, tmp_path):
+    """A run that goes on heeds `output.checkpoint_steps` as it is now."""
+    run = tmp_path / "run"
+    cut_off(run, model, at=3)
+    cut_off(run, model, "output.checkpoint_steps=1", "output.checkpoints_kept=null", at=4)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"checkpoint-{i}" for i in (2, 3, 4)]
+
+
+def test_a_finished_run_without_its_model(fast, tmp_path, capsys):
+    """Its user has removed what is large: it is a finished run still, and nothing of it is removed unasked."""
+    run = tmp_path / "run"
+    start(run, 1)
+    shutil.rmtree(run / "model")
+    with pytest.raises(RecipeError, match=r"holds a finished run without its model: .*; grpo\.max_steps above 2 goes"):
+        start(run, 1, overwrite=False)
+    assert (run / "result.json").exists()
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(RecipeError, match="a finished run without its model and a checkpoint to go on from"):
+        start(run, 1, "grpo.max_steps=3", overwrite=False)
+    assert (run / "result.json").exists()
+
+
+def test_killed_before_the_first_file_was_moved(fast, tmp_path, capsys):
+    """A start that was to begin anew has changed nothing yet: the run is there as it was."""
+    run = tmp_path / "run"
+    start(run, 1)
+    (run / "previous.partial").mkdir()
+    with pytest.raises(RecipeError, match="holds a finished run: "):
+        start(run, 1, overwrite=False)
+    start(run, 1, "grpo.max_steps=3", overwrite=False)
+    assert _steps(run) == 3
+    assert not any("previous" in path.name for path in run.iterdir())
+
+
+def test_advice_that_can_be_taken(fast, tmp_path, capsys):
+    """A larger `grpo.max_steps` is named only where it would be taken."""
+    run = tmp_path / "run"
+    start(run, 1)
+    longer = r"grpo\.max_steps above 2"
+    with pytest.raises(RecipeError, match=longer):
+        start(run, 1, overwrite=False)
+    for change in ("grpo.seed=2",), ("grpo.seed=2", "grpo.max_steps=3"):
+        with pytest.raises(RecipeError) as error:
+            start(run, 1, *change, overwrite=False)
+        assert "grpo.max_steps above" not in str(error.value)
+    shutil.rmtree(run / "checkpoints")
+    for change in (), ("grpo.max_steps=3",):
+        with pytest.raises(RecipeError) as error:
+            start(run, 1, *change, overwrite=False)
+        assert "grpo.max_steps above" not in str(error.value)
+
+
+def test_nothing_half_written_is_left(fast, tmp_path, capsys):
+    """Of a checkpoint that was being written or removed when a run died after its last step."""
+    run = tmp_path / "run"
+    start(run, 1)
+    (run / "result.json").unlink()
+    half = run / "checkpoints" / ".partial"
+    half.mkdir()
+    (half / "weights").write_text("large")
+    start(run, 1, overwrite=False)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_no_room_when_a_checkpoint_reaches_the_disk(tmp_path, monkeypatch):
+    """Some file systems say only then that they are full: what was written is removed, to make room."""
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left on device"), checkpoints.writing(tmp_path, {}, 1) as folder:
+        (folder / "checkpoint-1").mkdir()
+    assert not list(tmp_path.iterdir())
+
+
+def test_seconds_of_a_run_without_checkpoints(fast, tmp_path, capsys):
+    run = tmp_path / "run"
+    start(run, 1, "output.checkpoint_steps=null")
+    shutil.rmtree(run / "checkpoints")
+    (run / "result.json").unlink()
+    start(run, 1, overwrite=False)
+    assert json.loads((run / "result.json").read_text())["seconds"]["training"] == 2.0  # of two steps of a second
+
+
+@dataclass
+class DatedSettings(TaskSettings):
+    since: datetime.date | None = None
+
+
+class Dated(Task):
+    """A task with a setting that is not of JSON."""
+
+    Settings = DatedSettings
+
+    def instances(self, split, size):
+        return [{"n": f"{split} {i}"} for i in range(size)]
+
+    def prompt(self, instance):
+        return instance["n"]
+
+    def correct(self, response, instance):
+        return False
+
+
+def test_settings_of_a_task_may_be_of_any_type(fast, tmp_path, capsys):
+    run = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"task: {{name: '{__name__}:Dated', since: 2026-01-02, train_size: 8}}\nmodel: {{path: x}}\n")
+    words = ["train", str(recipe), f"output.path={run}", "eval.size=8", "grpo.seed=1"]
+    assert main([*words, "grpo.max_steps=2"]) == 0
+    assert main([*words, "grpo.max_steps=3"]) == 0
+    assert main([*words, "grpo.max_steps=3", "task.since=2026-01-03"]) == 2
+    assert "(task.since was 2026-01-02, is 2026-01-03)" in capsys.readouterr().err
+
+
+def test_a_run_is_named_as_its_folder(fast, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    begin(run, 1)
+    monkeypatch.chdir(run)
+    assert main(["train", "--resume", "."]) == 0
+    assert json.loads((run / "result.json").read_text())["name"] == "run"
+
+
+@pytest.mark.long
+def test_an_adapter_is_merged_once(model, tmp_path, monkeypatch):
+    """A run cut off in its last evaluation goes on with the model that it saved, to which no adapter is added."""
+    given = ("model.lora={r: 2}", "grpo.max_steps=2")
+    carry_out(tmp_path / "whole", model, *given)
+    evaluate = training.evaluate_both
+
+    def dies(*args):
+        if args[-1] == "after":
+            raise CutError
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate_both", dies)
+        with pytest.raises(CutError):
+            carry_out(tmp_path / "cut", model, *given)
+    carry_out(tmp_path / "cut", model, *given)
+    assert found(tmp_path / "cut") == found(tmp_path / "whole")

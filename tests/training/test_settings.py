@@ -174,6 +174,10 @@ def refused(tmp_path, monkeypatch, capsys):
         ("grpo=3", "an override must be section.key=value, got 'grpo=3'"),
         ("grpo.loss_type=sapo grpo.sapo_temperature_neg=0", "grpo.sapo_temperature_neg must be above 0, got 0.0"),
         ("grpo.sapo_temperature_neg=2", "nothing heeds it without grpo.loss_type=sapo"),
+        (
+            "grpo.dataloader_persistent_workers=true",
+            "must not be set, got True: with workers that stay, a run that goes",
+        ),
         ("grpo.save_steps=1", "must not be set, got 1: output.checkpoint_steps and output.checkpoints_kept say it"),
         ("grpo.save_total_limit=2", "output.checkpoint_steps and output.checkpoints_kept say it"),
         ("grpo.save_strategy=epoch", "output.checkpoint_steps and output.checkpoints_kept say it"),
