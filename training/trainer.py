@@ -143,8 +143,9 @@ class Trainer(RhythmGRPOTrainer):
         self.state.save_steps = self.args.save_steps  # which transformers takes from the checkpoint
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # of accelerate's wrapper
         if isinstance(schedule, LambdaLR):  # of a run that is longer now, the rate follows the new schedule
-            for group, base, share in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
-                group["lr"] = base * share(schedule.last_epoch)
+            for i, group in enumerate(schedule.optimizer.param_groups):
+                rate = schedule.base_lrs[i] * schedule.lr_lambdas[i](schedule.last_epoch)
+                group["lr"] = schedule._last_lr[i] = rate  # what is taken, and what is logged
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         with in_step(self.state.global_step + 1):

@@ -71,20 +71,36 @@ def cut_off(folder, model, *overrides, at):
 
 
 STALE = ("grpo.steps_per_generation=2", "grpo.num_iterations=2", "output.checkpoint_steps=3")
+PASSES = ("task.train_size=4", "grpo.max_steps=10")  # four steps a pass over the questions
 
 
 @pytest.mark.parametrize("mode", ["random", pytest.param("coupled", marks=pytest.mark.long)])
 def test_a_resumed_run_is_the_same_run(model, tmp_path, capsys, mode):
     """Over several passes of the data set, from within a generation batch that is trained on four times."""
-    given = (f"rhythm.mode={mode}", *STALE)
+    given = (f"rhythm.mode={mode}", *STALE, *PASSES)
     carry_out(tmp_path / "whole", model, *given)
-    cut_off(tmp_path / "cut", model, *given, at=5)
-    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["checkpoint-3"]
+    cut_off(tmp_path / "cut", model, *given, at=7)
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["checkpoint-6"]
     capsys.readouterr()
     assert main(["train", "--resume", str(tmp_path / "cut")]) == 0
-    assert "Goes on after step 3." in capsys.readouterr().out
+    assert "Goes on after step 6." in capsys.readouterr().out
     assert found(tmp_path / "cut") == found(tmp_path / "whole")
-    assert json.loads((tmp_path / "cut" / "result.json").read_text())["resumed"] == [3]
+    assert json.loads((tmp_path / "cut" / "result.json").read_text())["resumed"] == [6]
+
+
+def test_the_learning_rate_of_a_longer_run(model, tmp_path, capsys, monkeypatch):
+    """It falls to 0 at the end of four steps; the fifth of six has the rate that the longer run's schedule gives it."""
+    taken = []
+
+    def step(self, args, state, control, optimizer, **_):
+        taken.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(training.Recorder, "on_pre_optimizer_step", step, raising=False)
+    for steps in (4, 6):
+        carry_out(tmp_path, model, f"grpo.max_steps={steps}", "grpo.warmup_steps=1")
+    logged = [json.loads(line)["learning_rate"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged == taken
+    assert taken[4:] == pytest.approx([1e-3 * 2 / 5, 1e-3 * 1 / 5])
 
 
 def _carry_out_in_child(folder, model, overrides):
