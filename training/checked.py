@@ -36,8 +36,14 @@ class Checked(Task):
         self.task = task
         self._name = task.settings.name
         self._asked: dict[str, set[int]] = {}  # hashes of the prompts of the splits so far
+        self._given: dict[tuple[str, int | None], list[Instance]] = {}  # a run asks twice, and drawing can take minutes
 
     def instances(self, split: SplitName, size: int | None) -> list[Instance]:
+        if (split, size) not in self._given:
+            self._given[split, size] = self._drawn(split, size)
+        return self._given[split, size]
+
+    def _drawn(self, split: SplitName, size: int | None) -> list[Instance]:
         found = self._call("instances", self.task.instances, split, size, through=(ValueError, OSError))
         if not isinstance(found, list):
             raise self._wrong("instances", "give a list", found)

@@ -94,7 +94,8 @@ def open_run(folder: Path) -> Iterator[Callable[[Start], str]]:
             with TemporaryFile(dir=folder):
                 pass  # refuses a folder that cannot be written, before anything is done
             yield begin
-            _remove_previous(folder)
+            if _foreign(folder / PREVIOUS) is None:
+                _replace_previous(folder)
     except RecipeError as error:
         raise RecipeError(f"{error}; {_kept(folder)}" if begun else str(error)) from error
     except OSError as error:
@@ -220,17 +221,13 @@ def _clear(folder: Path) -> None:
         remove(folder / name)
 
 
-def _replace_previous(folder: Path, new: Path) -> None:
+def _replace_previous(folder: Path, new: Path | None = None) -> None:
+    """Make `new` the `previous`, or nothing; the one that is there goes by one rename before it is removed."""
     if (folder / PREVIOUS).exists():
         os.rename(folder / PREVIOUS, folder / _REMOVED)
-    os.rename(new, folder / PREVIOUS)
+    if new is not None:
+        os.rename(new, folder / PREVIOUS)
     remove(folder / _REMOVED)
-
-
-def _remove_previous(folder: Path) -> None:
-    if (folder / PREVIOUS).exists() and _foreign(folder / PREVIOUS) is None:
-        os.rename(folder / PREVIOUS, folder / _REMOVED)
-        remove(folder / _REMOVED)
 
 
 def _kept(folder: Path) -> str:

@@ -68,26 +68,25 @@ def made_whole(recipe: Recipe, weights: dict[str, Any]) -> Any:
 @contextmanager
 def whole_models(config: Any) -> Iterator[None]:
     """Models that are loaded in this block are whole and generate alone, where ZeRO-3 would divide them at once."""
-    plugin = getattr(config, "deepspeed_plugin", None)
-    if plugin is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
+    _let_divide(config, False)
     try:
         yield
     finally:
-        set_hf_deepspeed_config(plugin.dschf)
+        _let_divide(config, True)
 
 
 @contextmanager
 def dividing(config: Any) -> Iterator[None]:
     """Inside of `whole_models`: a block in which ZeRO-3 may divide them."""
-    plugin = getattr(config, "deepspeed_plugin", None)
-    if plugin is None:
-        yield
-        return
-    set_hf_deepspeed_config(plugin.dschf)
+    _let_divide(config, True)
     try:
         yield
     finally:
-        unset_hf_deepspeed_config()
+        _let_divide(config, False)
+
+
+def _let_divide(config: Any, may: bool) -> None:
+    """Whether transformers divides the models that it loads from here on, where DeepSpeed is in use."""
+    plugin = getattr(config, "deepspeed_plugin", None)
+    if plugin is not None:
+        set_hf_deepspeed_config(plugin.dschf) if may else unset_hf_deepspeed_config()

@@ -34,17 +34,18 @@ def load_progress(trainer: Any, folder: str) -> None:
     Raises:
         ValueError: for a checkpoint of another number of processes.
     """
-    path = os.path.join(folder, FILE.format(process=trainer.accelerator.process_index))
-    first = os.path.join(folder, FILE.format(process=0))
+    own, first = (
+        os.path.join(folder, FILE.format(process=process)) for process in (trainer.accelerator.process_index, 0)
+    )
     if not os.path.exists(first):
         return
-    saved = torch.load(first, map_location="cpu", weights_only=True)["processes"]
-    if saved != trainer.accelerator.num_processes:
+    path = own if os.path.exists(own) else first  # of fewer processes, the first says how many
+    progress = torch.load(path, map_location=trainer.accelerator.device, weights_only=True)
+    if progress["processes"] != trainer.accelerator.num_processes:
         raise ValueError(
             f"resume_from_checkpoint must be of {trainer.accelerator.num_processes} processes, as many as resume it, "
-            f"got {folder!r}, of {saved}"
+            f"got {folder!r}, of {progress['processes']}"
         )
-    progress = torch.load(path, map_location=trainer.accelerator.device, weights_only=True)
     trainer._step, trainer._buffered_inputs = progress["step"], progress["buffered"]
 
 
