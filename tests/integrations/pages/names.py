@@ -56,9 +56,8 @@ def missing(names: Iterable[Name], read: Callable[[str], str | None]) -> list[st
 
 def unlisted(code: str, names: Iterable[Name]) -> list[str]:
     """What a page's code imports of the package of these names and they do not list."""
-    names = list(names)
-    packages = {file.removeprefix("src/").split("/")[0] for file, _, _ in names}
-    listed = {(file.removeprefix("src/"), name.split(".")[0]) for file, name, _ in names}
+    listed = {(file.rpartition("src/")[2], name.split(".")[0]) for file, name, _ in names}
+    packages = {file.split("/")[0] for file, _ in listed}
     found = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in packages:

@@ -151,6 +151,7 @@ def test_what_cannot_be_reached_fails_and_says_so(tmp_path, monkeypatch, capsys,
 def test_what_code_imports_and_nobody_listed_is_found():
     code = "import pack.new, torch\nfrom pack.file import Worker, gone\nfrom pack import file\nfrom pack import left\n"
     assert names.unlisted(code, HELD) == ["pack.new", "pack.file.gone", "pack.left"]
+    assert names.unlisted(code, [("some/src/pack/file.py", "Worker", None)])[0] == "pack.new"
 
 
 @pytest.mark.parametrize("page", sorted(names.pages()))
