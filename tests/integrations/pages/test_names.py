@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 from . import names
-from .page import PAGES, page_code
+from .page import PAGES, blocks
 
 FILE = """
 from elsewhere import Handed as Taken
@@ -156,6 +156,6 @@ def test_what_code_imports_and_nobody_listed_is_found():
 
 @pytest.mark.parametrize("page", sorted(names.pages()))
 def test_pages_list_what_their_code_imports(page):
-    code = page_code(f"{page}.md")
+    code = blocks(f"{page}.md")
     assert code, f"{PAGES / page}.md has no code"
     assert names.unlisted("\n".join(code), names.pages()[page][1]) == []
