@@ -269,9 +269,13 @@ def test_what_it_cannot_honour_is_refused_by_name(monkeypatch):
         trainer.step(loader)
 
 
-def test_a_trainer_that_has_moved_stops_the_import(monkeypatch):
+def test_a_trainer_that_has_moved_stops_the_import_or_the_first_step(monkeypatch):
     with pytest.raises(ImportError, match=r"must be imported by prime_rl.trainer.rl.train"):
         prime(monkeypatch, started_as="prime_rl.trainer.elsewhere")
+    page, trainer, loader, _ = prime(monkeypatch)
+    trainer.forward, trainer.compute_loss = page.plain_forward, page.plain_loss
+    with pytest.raises(RuntimeError, match="does not call what was wrapped"):
+        trainer.step(loader)
 
 
 def test_the_log_says_so(monkeypatch, capsys, caplog):

@@ -258,6 +258,16 @@ def test_a_row_that_was_not_measured_stops_the_first_step_unless_it_is_padding(s
     torch.testing.assert_close(torch.cat(worker.met[-4:]), other["advantages"])
 
 
+def test_a_worker_that_has_moved_stops_the_first_step(skyrl):
+    worker = skyrl.RhythmPolicyWorker(config(), build_model())
+    worker.init_model("a model")
+    data = batch()
+    data["action_log_probs"] = worker.forward(data)
+    worker._forward_backward_micro = types.MethodType(FSDPPolicyWorkerBase._forward_backward_micro, worker)
+    with pytest.raises(RuntimeError, match="does not call _forward_backward_micro"):
+        worker.forward_backward(data)
+
+
 def test_a_loss_of_one_ratio_a_response_is_refused_in_the_first_step(skyrl):
     skyrl.SETTINGS = replace(skyrl.SETTINGS, mode="local")
     worker = skyrl.RhythmPolicyWorker(config(), build_model())
