@@ -1,9 +1,10 @@
 """Whether the names that a page's code uses of a foreign package are in that package's source, which is not installed.
 
-    python -m tests.integrations.pages.names [FOLDER]
+    python tests/integrations/pages/names.py [FOLDER]
 
-downloads the source of every page's package into a folder (kept for the next time) and prints a line a page. Each test
-module here says what its page needs:
+downloads the source of every page's package into a folder and prints a line a page. What is there already is taken as
+it is: where GitHub is not reachable, `git archive --prefix=NAME/ -o FOLDER/NAME-COMMIT/sources.tar.gz COMMIT` puts it
+there from a checkout. Each test module here says what its page needs:
 
     PACKAGE = ("skyrl", "0.4.0")                  of PyPI; or ("git+https://github.com/OWNER/NAME", "COMMIT")
     NAMES = [("skyrl/a/file.py", "Class.method", ("self", "batch")), ...]
@@ -17,8 +18,6 @@ noticed.
 from __future__ import annotations
 
 import ast
-import importlib
-import pkgutil
 import subprocess
 import sys
 import tarfile
@@ -27,6 +26,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 Name = tuple[str, str, Sequence[str] | None]
 
@@ -192,14 +192,18 @@ def _of_pypi(package: str, version: str, place: Path) -> Path:
 
 
 def pages() -> dict[str, tuple[tuple[str, str], list[Name]]]:
-    """By page, what its test module says."""
-    here = __package__
+    """By page, what its test module says. It is not imported, so that this needs nothing but Python and pip."""
     found = {}
-    for module in pkgutil.iter_modules(importlib.import_module(here).__path__):
-        if module.name.startswith("test_"):
-            page = importlib.import_module(f"{here}.{module.name}")
-            if hasattr(page, "NAMES"):
-                found[module.name.removeprefix("test_")] = (page.PACKAGE, page.NAMES)
+    for module in sorted(Path(__file__).parent.glob("test_*.py")):
+        says: dict[str, Any] = {}
+        for node in ast.parse(module.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and "NAMES" not in says:
+                try:
+                    exec(compile(ast.Module([node], []), str(module), "exec"), says)
+                except NameError:  # of what the module imports: another constant
+                    continue
+        if "NAMES" in says:
+            found[module.stem.removeprefix("test_")] = (says["PACKAGE"], says["NAMES"])
     return found
 
 

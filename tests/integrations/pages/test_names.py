@@ -159,3 +159,13 @@ def test_pages_list_what_their_code_imports(page):
     code = blocks(f"{page}.md")
     assert code, f"{PAGES / page}.md has no code"
     assert names.unlisted("\n".join(code), names.pages()[page][1]) == []
+
+
+def test_what_pages_need_is_read_without_importing_their_tests(tmp_path, monkeypatch):
+    (tmp_path / "test_one.py").write_text(
+        "import nowhere\n_AT = 'pack/file.py'\nMODEL = nowhere.build()\nPACKAGE = ('pack', '1.0')\n"
+        "NAMES = [(_AT, 'outer', ('a',))]\nraise RuntimeError\n"
+    )
+    (tmp_path / "test_other.py").write_text("PACKAGE = ('pack', '1.0')\n")
+    monkeypatch.setattr(names, "__file__", str(tmp_path / "names.py"))
+    assert names.pages() == {"one": (("pack", "1.0"), [("pack/file.py", "outer", ("a",))])}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from ..toy import WORDS, build_model
-from .page import blocks, gamma_from_maps, install, ragged, run_as_module
+from .page import blocks, gamma_from_maps, groups_from_maps, install, ragged, run_as_module
 
 PACKAGE = ("git+https://github.com/NVIDIA-NeMo/RL", "7ea279abfbeb698b092856d0dab61e7cf39bc909")
 _WORKER = "nemo_rl/models/policy/workers/dtensor_policy_worker_v2.py"
@@ -283,6 +283,8 @@ def test_the_loss_gets_advantages_times_gamma_of_full_maps(nemo, packed, mode):
     for met, advantages, factor in zip(loss_fn.met, data["advantages"], gamma, strict=True):
         torch.testing.assert_close(met, (advantages * factor)[: len(met)])
     assert worker.seen
+    groups = groups_from_maps(build_model(), data["input_ids"][:2], live[:2], mask[:2], nemo.SETTINGS)
+    assert (list(worker.credit.groups.local), list(worker.credit.groups.global_)) == groups
     assert torch.equal(data["advantages"], batch()["advantages"])  # the batch of the trainer is left as it was
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from ..toy import WORDS, build_model
-from .page import blocks, gamma_from_maps, install, ragged, run_as_module
+from .page import blocks, gamma_from_maps, groups_from_maps, install, ragged, run_as_module
 
 PACKAGE = ("git+https://github.com/PrimeIntellect-ai/prime-rl", "559b44772e471d1538537b8805cc77f3824a5e64")
 _CONFIGS = "packages/prime-rl-configs/src/prime_rl/configs"
@@ -224,6 +224,8 @@ def test_the_loss_gets_advantages_times_gamma_of_full_maps(monkeypatch, mode, st
     bonus = torch.cat([(g[: len(row)] - 1)[m] for g, row, m in zip(gamma, rows, masks)])
     torch.testing.assert_close(torch.cat([tensors["rhythm_bonus"] for _, tensors in logged]), bonus)
     assert page.State.seen
+    groups = groups_from_maps(build_model(), tokens[:3], live[:3], mask[:3], page.SETTINGS)  # of the first micro-batch
+    assert (list(page.State.credit.groups.local), list(page.State.credit.groups.global_)) == groups
 
 
 def test_gamma_of_one_leaves_every_bit(monkeypatch):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from ..toy import WORDS, build_model
-from .page import blocks, gamma_from_maps, install, ragged, run_as_module
+from .page import blocks, gamma_from_maps, groups_from_maps, install, ragged, run_as_module
 
 PACKAGE = ("skyrl", "0.4.0")
 _WORKERS = "skyrl/backends/skyrl_train/workers"
@@ -224,6 +224,11 @@ def test_the_loss_gets_advantages_times_gamma_of_full_maps(skyrl, packed, mode):
     bonus = [((g - 1) * m).sum() / m.sum() for g, m in zip(gamma, data["loss_mask"])]
     torch.testing.assert_close([s["rhythm_bonus"] for s in statuses], [b.item() for b in bonus])
     assert worker.seen
+    tail = live.clone()
+    tail[:, :-length] = False  # what the first forward knows of responses
+    first = list(worker.order[:2])
+    groups = groups_from_maps(build_model(), tokens[first], live[first], tail[first], skyrl.SETTINGS)
+    assert (list(worker.credit.groups.local), list(worker.credit.groups.global_)) == groups
 
 
 def test_gamma_of_one_leaves_every_bit(skyrl):
