@@ -226,4 +226,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else ".sources")))
+    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else ".venv-sources/sources")))

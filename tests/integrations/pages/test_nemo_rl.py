@@ -41,7 +41,7 @@ NAMES = [
     ),
     ("nemo_rl/algorithms/loss/loss_functions.py", "ClippedPGLossFn.__call__", ("self", "next_token_logprobs", "data")),
     ("nemo_rl/algorithms/grpo.py", "Policy", None),
-    ("nemo_rl/algorithms/grpo.py", "setup", None),
+    ("nemo_rl/algorithms/grpo.py", "setup", ("master_config", "tokenizer", "dataset", "val_dataset", "processor")),
     ("nemo_rl/models/policy/lm_policy.py", "Policy", ("self", "cluster", "config", "tokenizer")),
     ("nemo_rl/distributed/batched_data_dict.py", "BatchedDataDict.size", ("self",)),
     ("nemo_rl/distributed/ray_actor_environment_registry.py", "ACTOR_ENVIRONMENT_REGISTRY", None),
@@ -223,6 +223,10 @@ def Policy(cluster, config, tokenizer, worker_extension_cls_fqn=None):  # noqa: 
     return worker_extension_cls_fqn
 
 
+def setup(master_config, tokenizer, dataset, val_dataset, processor=None, policy_factory=None):
+    return (policy_factory or Policy)(cluster=None, config=master_config.policy, tokenizer=tokenizer)
+
+
 @pytest.fixture
 def nemo(monkeypatch):
     """The page's worker module, in a process group of one."""
@@ -238,7 +242,7 @@ def nemo(monkeypatch):
             "nemo_rl.models.policy.workers.dtensor_policy_worker_v2": {
                 "DTensorPolicyWorkerV2Impl": DTensorPolicyWorkerV2Impl
             },
-            "nemo_rl.algorithms.grpo": {"Policy": Policy},
+            "nemo_rl.algorithms.grpo": {"Policy": Policy, "setup": setup},
             "nemo_rl.distributed.ray_actor_environment_registry": {"ACTOR_ENVIRONMENT_REGISTRY": {}},
             "nemo_rl.distributed.virtual_cluster": {"PY_EXECUTABLES": types.SimpleNamespace(AUTOMODEL="automodel")},
         },
@@ -331,14 +335,30 @@ def test_a_step_that_has_moved_stops_the_first_step(nemo, monkeypatch):
         worker.train(batch(), ClippedPGLossFn())
 
 
-def test_the_start_gives_the_policy_our_worker_and_the_log_says_so(nemo, monkeypatch, capsys, caplog):
-    started = []
-    monkeypatch.setattr("runpy.run_path", lambda path, run_name: started.append((path, run_name)))
+def started(monkeypatch, policy_factory=None, **dtensor):
+    """What the page's start makes of the policy, by the name of its worker."""
+    ran = []
+    monkeypatch.setattr("runpy.run_path", lambda path, run_name: ran.append((path, run_name)))
     run_as_module(monkeypatch, "start_rhythm", blocks("nemo_rl.md")[1], "nemo_rl.md")
-    assert started == [("examples/run_grpo.py", "__main__")]
-    made = sys.modules["nemo_rl.algorithms.grpo"].Policy(cluster=None, config={}, tokenizer=None)
+    assert ran == [("examples/run_grpo.py", "__main__")]
+    grpo = sys.modules["nemo_rl.algorithms.grpo"]
+    policy = {"dtensor_cfg": {"enabled": True, "_v2": True, **dtensor}}
+    return grpo.setup(types.SimpleNamespace(policy=policy), None, None, None, policy_factory=policy_factory)
+
+
+def test_the_start_gives_the_policy_our_worker_and_the_log_says_so(nemo, monkeypatch, capsys, caplog):
+    made = started(monkeypatch)
     registry = sys.modules["nemo_rl.distributed.ray_actor_environment_registry"].ACTOR_ENVIRONMENT_REGISTRY
     assert registry == {made: "automodel"}
     module, _, name = made.rpartition(".")
     getattr(sys.modules[module], name)(config())
     assert "rhythm credit is on in NeMo-RL's DTensor worker" in capsys.readouterr().err + caplog.text
+
+
+@pytest.mark.usefixtures("nemo")
+def test_the_start_refuses_other_workers_by_name(monkeypatch):
+    for dtensor in ({"enabled": False}, {"_v2": False}):
+        with monkeypatch.context() as one, pytest.raises(ValueError, match=r"policy.dtensor_cfg.enabled and ._v2 must"):
+            started(one, **dtensor)
+    with pytest.raises(ValueError, match=r"data_plane.enabled must be false"):
+        started(monkeypatch, policy_factory=lambda **named: None)
