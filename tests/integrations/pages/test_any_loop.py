@@ -8,16 +8,21 @@ import torch
 import rhythm_kernels as rk
 
 from ...probe.probe_oracle import eager_maps, oracle, padded_bounds
-from .page import blocks, run
+from .page import page_code
 
 PAGE = "any_loop.md"
-SETUP, *LOOPS = blocks(PAGE)
+SETUP, *LOOPS = page_code(PAGE)
 LAYOUTS = ["padded", "completion", "packed"]
+
+
+def run(block: str, names: dict) -> None:
+    exec(compile(block, f"<a block of {PAGE}>", "exec"), names)
 
 
 def loop(kind: str, **replaced):
     """The page's names after its loop, and by step: what `rollout` gave, the dense gamma `(B, T)`, gamma, the loss."""
-    names = run(SETUP, {}, PAGE)
+    names = {}
+    run(SETUP, names)
     names |= replaced
     rolled, steps = [], []
     rollout, update = names["rollout"], names["update"]
@@ -31,7 +36,7 @@ def loop(kind: str, **replaced):
         update(loss)
 
     names |= {"rollout": recorded_rollout, "update": recorded_update}
-    run(LOOPS[LAYOUTS.index(kind)], names, PAGE)
+    run(LOOPS[LAYOUTS.index(kind)], names)
     return names, steps
 
 
