@@ -76,7 +76,7 @@ def test_the_loop_trains_on_the_dense_gamma(kind):
 
 
 def test_the_layouts_train_the_same_model():
-    """Masks over all tokens, over responses, and packed are the same training, but for rounding (Adam's by the sign)."""
+    """Masks over all tokens, over responses, and packed are the same training, but for rounding."""
     losses = [[step[-1] for step in loop(kind)[1]] for kind in LAYOUTS]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[2] == pytest.approx(losses[0], rel=1e-4)

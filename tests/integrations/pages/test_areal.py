@@ -286,5 +286,5 @@ def test_what_it_cannot_honour_is_refused_by_name(areal, changed, message):
 
 def test_modes_without_attention_are_refused(areal):
     areal.SETTINGS = areal.rk.RhythmSettings(mode="entropy")
-    with pytest.raises(ValueError, match="SETTINGS.mode must be local, global or coupled, got entropy"):
+    with pytest.raises(ValueError, match=r"SETTINGS.mode must be local, global or coupled, got entropy"):
         engine(areal)
