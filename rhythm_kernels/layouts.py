@@ -26,6 +26,7 @@ GPU the host waits in `pack` alone, whose result is as long as the mask has toke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -179,9 +180,10 @@ def from_jagged(x: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"x must be a nested tensor of layout torch.jagged, got {kind}")
     if x.dim() != 2:
         raise ValueError(f"x must be (S, tokens), got {x.dim()} dimensions")
-    if x.lengths() is not None:
+    nested: Any = x  # whose own methods torch does not declare
+    if nested.lengths() is not None:
         raise TypeError("x must be a nested tensor without holes, got one with lengths: x.contiguous() is one")
-    return x.detach().values(), x.offsets()
+    return nested.detach().values(), nested.offsets()
 
 
 def split_responses(x: Tensor, total_lengths: Sequence[int], response_lengths: Sequence[int]) -> list[Tensor]:

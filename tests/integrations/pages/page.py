@@ -1,4 +1,4 @@
-"""The pages of docs/trainers, as their readers run them: beside stand-ins of the packages that they are for."""
+"""A page's code, run as it stands there, beside stand-ins of the package that it is for; and gamma of full maps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 import sys
 import types
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from ...probe.probe_oracle import eager_maps, oracle, padded_bounds, spans
 PAGES = Path(__file__).resolve().parents[3] / "docs" / "trainers"
 
 
-def blocks(page: str) -> list[str]:
+def page_code(page: str) -> list[str]:
     """The Python blocks of a page, in order."""
     return re.findall(r"^```python\n(.*?)^```", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
@@ -35,17 +34,11 @@ def install(monkeypatch, modules: dict[str, dict]) -> None:
             setattr(sys.modules[parent], child, module)
 
 
-def run(source: str, names: dict[str, Any], page: str) -> dict[str, Any]:
-    """Execute a block in `names`, with the page's name in its tracebacks."""
-    exec(compile(source, str(PAGES / page), "exec"), names)
-    return names
-
-
-def run_as_module(monkeypatch, name: str, source: str, page: str) -> types.ModuleType:
-    """A block as the module that its page tells to save it as."""
+def run_page(monkeypatch, name: str, code: str) -> types.ModuleType:
+    """A block of a page as the module that the page tells to save it as."""
     module = types.ModuleType(name)
     monkeypatch.setitem(sys.modules, name, module)
-    run(source, module.__dict__, page)
+    exec(compile(code, f"<{name}, of its page>", "exec"), module.__dict__)
     return module
 
 

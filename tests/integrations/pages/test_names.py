@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 from . import names
-from .page import PAGES, blocks
+from .page import PAGES, page_code
 
 FILE = """
 from elsewhere import Handed as Taken
@@ -156,7 +156,7 @@ def test_what_code_imports_and_nobody_listed_is_found():
 
 @pytest.mark.parametrize("page", sorted(names.pages()))
 def test_pages_list_what_their_code_imports(page):
-    code = blocks(f"{page}.md")
+    code = page_code(f"{page}.md")
     assert code, f"{PAGES / page}.md has no code"
     assert names.unlisted("\n".join(code), names.pages()[page][1]) == []
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from ..toy import WORDS, build_model
-from .page import blocks, gamma_from_maps, groups_from_maps, install, ragged, run_as_module
+from .page import gamma_from_maps, groups_from_maps, install, page_code, ragged, run_page
 
 PACKAGE = ("git+https://github.com/NVIDIA-NeMo/RL", "7ea279abfbeb698b092856d0dab61e7cf39bc909")
 _WORKER = "nemo_rl/models/policy/workers/dtensor_policy_worker_v2.py"
@@ -248,8 +248,8 @@ def nemo(monkeypatch):
         },
     )
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    worker, _ = blocks("nemo_rl.md")
-    yield run_as_module(monkeypatch, "rhythm_nemo", worker, "nemo_rl.md")
+    worker, _ = page_code("nemo_rl.md")
+    yield run_page(monkeypatch, "rhythm_nemo", worker)
     dist.destroy_process_group()
 
 
@@ -339,7 +339,7 @@ def started(monkeypatch, policy_factory=None, **dtensor):
     """What the page's start makes of the policy, by the name of its worker."""
     ran = []
     monkeypatch.setattr("runpy.run_path", lambda path, run_name: ran.append((path, run_name)))
-    run_as_module(monkeypatch, "start_rhythm", blocks("nemo_rl.md")[1], "nemo_rl.md")
+    run_page(monkeypatch, "start_rhythm", page_code("nemo_rl.md")[1])
     assert ran == [("examples/run_grpo.py", "__main__")]
     grpo = sys.modules["nemo_rl.algorithms.grpo"]
     policy = {"dtensor_cfg": {"enabled": True, "_v2": True, **dtensor}}

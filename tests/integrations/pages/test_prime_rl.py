@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from ..toy import WORDS, build_model
-from .page import blocks, gamma_from_maps, groups_from_maps, install, ragged, run_as_module
+from .page import gamma_from_maps, groups_from_maps, install, page_code, ragged, run_page
 
 PACKAGE = ("git+https://github.com/PrimeIntellect-ai/prime-rl", "559b44772e471d1538537b8805cc77f3824a5e64")
 _CONFIGS = "packages/prime-rl-configs/src/prime_rl/configs"
@@ -195,8 +195,8 @@ def prime(monkeypatch, model=None, loss_fn=default_loss_fn, started_as=None):
     model = with_their_head(model or build_model())
     trainer = make_trainer(model, lambda inputs: page.loss(inputs))
     monkeypatch.setitem(sys.modules, started_as or "prime_rl.trainer.rl.train", trainer)
-    (code,) = blocks("prime_rl.md")
-    page = run_as_module(monkeypatch, "rhythm_prime", code, "prime_rl.md")
+    (code,) = page_code("prime_rl.md")
+    page = run_page(monkeypatch, "rhythm_prime", code)
     return page, trainer, loader(), model
 
 

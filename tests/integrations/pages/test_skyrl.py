@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from ..toy import WORDS, build_model
-from .page import blocks, gamma_from_maps, groups_from_maps, install, ragged, run_as_module
+from .page import gamma_from_maps, groups_from_maps, install, page_code, ragged, run_page
 
 PACKAGE = ("skyrl", "0.4.0")
 _WORKERS = "skyrl/backends/skyrl_train/workers"
@@ -173,8 +173,8 @@ def skyrl(monkeypatch):
         },
     )
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    (code,) = blocks("skyrl.md")
-    yield run_as_module(monkeypatch, "rhythm_skyrl", code, "skyrl.md")
+    (code,) = page_code("skyrl.md")
+    yield run_page(monkeypatch, "rhythm_skyrl", code)
     dist.destroy_process_group()
 
 
