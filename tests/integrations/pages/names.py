@@ -24,6 +24,7 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,14 +136,20 @@ def in_folder(folder: Path) -> Callable[[str], str | None]:
 
 
 def in_archive(archive: Path) -> Callable[[str], str | None]:
-    """Files of a wheel, or of an archive of sources, all of which lie in one folder there."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as wheel:
-            texts = {name: wheel.read(name) for name in wheel.namelist() if name.endswith(".py")}
-    else:
-        with tarfile.open(archive) as sources:
-            members = [member for member in sources if member.isfile() and member.name.endswith(".py")]
-            texts = {member.name.partition("/")[2]: sources.extractfile(member).read() for member in members}
+    """Files of a wheel, or of an archive of sources, all of which lie in one folder there.
+
+    Raises OSError for one that is not whole.
+    """
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as wheel:
+                texts = {name: wheel.read(name) for name in wheel.namelist() if name.endswith(".py")}
+        else:
+            with tarfile.open(archive) as sources:
+                members = [member for member in sources if member.isfile() and member.name.endswith(".py")]
+                texts = {member.name.partition("/")[2]: sources.extractfile(member).read() for member in members}
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise OSError(f"{archive} is not whole ({error}): delete it") from error
 
     def read(file: str) -> str | None:
         source = texts.get(file, texts.get(f"src/{file}"))
@@ -214,7 +221,7 @@ def main(folder: Path) -> int:
         try:
             read = source_of(package, version, folder)
         except OSError as error:
-            print(f"{page}: {package} {version} is not reachable: {error}")
+            print(f"{page}: {package} {version} not reachable: {error}")
             failed = 1
             continue
         wrong = missing(names, read)

@@ -145,7 +145,22 @@ def test_what_cannot_be_reached_fails_and_says_so(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(names.urllib.request, "urlopen", lambda *args, **kwargs: (_ for _ in ()).throw(TimeoutError()))
     one_page(monkeypatch, (package, "1.0"), HELD)
     assert names.main(tmp_path) == 1
-    assert f"pack: {package} 1.0 is not reachable: " in capsys.readouterr().out
+    assert f"pack: {package} 1.0 not reachable: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sources"])
+def test_an_archive_that_is_not_whole_fails_and_says_so(tmp_path, monkeypatch, capsys, kind):
+    archive = tmp_path / "pack-1.0" / "pack.tar.gz"
+    archive.parent.mkdir()
+    archive_of(kind, archive, "")
+    whole = archive.read_bytes()
+    one_page(monkeypatch, ("pack", "1.0"), HELD)
+    for part in (whole[: len(whole) // 2], whole[:40], b""):
+        archive.write_bytes(part)
+        assert names.main(tmp_path) == 1
+        said = capsys.readouterr().out
+        assert "pack: pack 1.0 not reachable: " in said
+        assert f"{archive} is not whole" in said
 
 
 def test_what_code_imports_and_nobody_listed_is_found():
