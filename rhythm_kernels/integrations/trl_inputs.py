@@ -11,6 +11,9 @@ from trl import GRPOTrainer
 
 __all__ = ["last_token", "log_prob_arguments", "response_mask"]
 
+# The methods of TRL that name what a log-prob pass takes. From 1.14.0 to 1.14.2 the first names nothing: it hands all on.
+PASSES = ("_get_per_token_logps_and_entropies", "_full_logits_logps")
+
 
 def response_mask(inputs: dict[str, Any]) -> Tensor:
     """`(B, T)`: completion tokens that the model itself wrote."""
@@ -32,7 +35,8 @@ def log_prob_arguments(
     """
     input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
     attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-    names = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    passes = (getattr(GRPOTrainer, name) for name in PASSES if hasattr(GRPOTrainer, name))
+    names = {name for method in passes for name in inspect.signature(method).parameters}
     named = {name: output[name] for name in names if name in output}
     args = trainer.args
     size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
