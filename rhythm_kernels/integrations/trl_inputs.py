@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 
 __all__ = ["last_token", "log_prob_arguments", "response_mask"]
 
-# The methods of TRL that name what a log-prob pass takes. From 1.14.0 to 1.14.2 the first names nothing: it hands all on.
+# The methods of TRL that name what a log-prob pass takes. From 1.14.0 to 1.14.2 the first hands all on to the second.
 PASSES = ("_get_per_token_logps_and_entropies", "_full_logits_logps")
 
 
