@@ -116,8 +116,10 @@ class TrainerCredit:
             mask = response_mask(inputs)
             self.passes.measured_apart(mask, model, inputs)
             inputs["rhythm_gamma"] = self.passes.gamma(mask)
+        if self.trainer.rhythm.settings.mode == "uniform":
+            return inputs["advantages"]  # untouched, for losses that know none of tokens
         shaped = self.trainer.rhythm.shape(inputs["advantages"], inputs["rhythm_gamma"])
-        return shaped.as_subclass(OneValueAToken) if self._is_watching else shaped
+        return shaped if self._seen else shaped.as_subclass(OneValueAToken)
 
     @property
     def _is_watching(self) -> bool:

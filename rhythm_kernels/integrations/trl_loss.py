@@ -50,6 +50,9 @@ class LossInputs(MutableMapping[str, Any]):
     def __delitem__(self, name: str) -> None:
         del self.inputs[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.inputs
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.inputs)
 
