@@ -118,6 +118,8 @@ class TrainerCredit:
             inputs["rhythm_gamma"] = self.passes.gamma(mask)
         if self.trainer.rhythm.settings.mode == "uniform":
             return inputs["advantages"]  # untouched, for losses that know none of tokens
+        if inputs["advantages"].requires_grad:
+            raise RuntimeError('inputs["advantages"] carry a gradient, which rhythm credit would cut: detach them')
         shaped = self.trainer.rhythm.shape(inputs["advantages"], inputs["rhythm_gamma"])
         return shaped if self._seen else shaped.as_subclass(OneValueAToken)
 

@@ -29,8 +29,10 @@ _REFUSED = {
     ("trl", "RLOOTrainer"): _ONE_RATIO,
     ("trl", "PAPOTrainer"): _ONE_ADVANTAGE,
     ("trl", "GRPOWithReplayBufferTrainer"): "it replays responses of earlier policies, whose attention nobody measured",
+    ("trl", "MiniLLMTrainer"): "its advantages are a teacher's, and carry a gradient, which credit would cut",
     ("trl", "AsyncGRPOTrainer"): _ASYNCHRONOUS,
     ("trl", "PPOTrainer"): "its advantages come from a critic that it trains with the policy, not from GRPOTrainer",
+    ("axolotl", "AxolotlAsyncGRPOTrainer"): _ASYNCHRONOUS,
     ("axolotl", "AsyncGRPOTrainer"): _ASYNCHRONOUS,
     ("axolotl", "AxolotlGRPOContextParallelTrainer"): _DIVIDED,
     ("axolotl", "AxolotlGRPOSequenceParallelTrainer"): _DIVIDED,
@@ -81,7 +83,8 @@ def refuse_arguments(args: Any, settings: RhythmSettings) -> None:
 
     Raises:
         ValueError: for ratios of whole responses (:func:`refuse_blind_credit`), `use_liger_kernel` in versions of TRL
-            whose Liger loss reads one advantage a response, and DPPO's divergences over the top tokens.
+            whose Liger loss reads one advantage a response, DPPO's divergences over the top tokens, and axolotl's
+            `context_parallel_size`.
     """
     if getattr(args, "use_liger_kernel", False) and hasattr(GRPOTrainer, "compute_liger_loss"):
         raise ValueError(
@@ -94,6 +97,8 @@ def refuse_arguments(args: Any, settings: RhythmSettings) -> None:
             f"divergence_type must be 'binary_tv' or 'binary_kl', got {divergence!r}: DPPO makes a forward of its own "
             "for the others, which is not measured"
         )
+    if (parts := getattr(args, "context_parallel_size", None) or 1) > 1:
+        raise ValueError(f"context_parallel_size must be 1, got {parts}: no process would see a response whole")
     refuse_blind_credit(args, settings)
 
 

@@ -285,6 +285,16 @@ def test_a_column_of_rows_is_found_at_any_gamma(tmp_path, amplitude):
         train(kind, RhythmGRPOConfig, tmp_path, rhythm_mode="random", rhythm_gamma_amp=amplitude)
 
 
+def test_advantages_with_a_gradient_are_not_cut_from_it(tmp_path):
+    class Differentiable:
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            inputs["advantages"].requires_grad_()
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    with pytest.raises(RuntimeError, match="carry a gradient, which rhythm credit would cut: detach them"):
+        train(over(RhythmMixin, Differentiable, GRPOTrainer), RhythmGRPOConfig, tmp_path, rhythm_mode="random")
+
+
 class LeavesOut:
     """A loss that skips some batches: they say nothing of the others."""
 
@@ -426,7 +436,7 @@ def test_refused_names_are_those_of_their_package_alone(package, name):
 
 
 # Trainers of TRL 1.0.0 to 1.16.0 that extend GRPOTrainer, and are not refused: tried with those versions.
-WORK = {"DPPOTrainer", "GFPOTrainer", "MiniLLMTrainer", "GRPOTrainer"}
+WORK = {"DPPOTrainer", "GFPOTrainer", "GRPOTrainer"}
 
 
 def test_every_trainer_of_trl_was_read():
