@@ -23,6 +23,7 @@ from .test_trl import SCHEDULES, FedFromMaps, count_passes
 from .toy import RHYTHM, build_model, build_tokenizer, dataset, losses, options, reward, train, weights
 
 SHORT = RhythmSettings(window=RHYTHM["rhythm_window"], horizon=RHYTHM["rhythm_horizon"])
+RANDOM = {"rhythm_mode": "random"}
 ON, OFF = SCHEDULES["on-policy"], SCHEDULES["off-policy"]
 BOTH = pytest.mark.parametrize("schedule", [ON, OFF], ids=["on-policy", "off-policy"])
 
@@ -263,7 +264,7 @@ ASTRAY = [
 
 @pytest.mark.parametrize(("kind", "message"), ASTRAY, ids=[message.partition("\\")[0] for _, message in ASTRAY])
 def test_a_loss_that_credit_does_not_reach_fails_in_the_first_step(tmp_path, kind, message):
-    trainer = build(kind, RhythmGRPOConfig(**options(tmp_path), **RHYTHM))
+    trainer = build(kind, RhythmGRPOConfig(**options(tmp_path, max_completion_length=12), **RHYTHM))
     before = weights(trainer).clone()
     with pytest.raises(RuntimeError, match=message):
         trainer.train()
@@ -278,11 +279,11 @@ def test_uniform_takes_any_loss(tmp_path, part):
     assert torch.equal(weights(ours), weights(plain))
 
 
-@pytest.mark.parametrize("amplitude", [1.0, 1.5])
+@pytest.mark.parametrize("amplitude", [pytest.param(1.0, marks=pytest.mark.long), 1.5])
 def test_a_column_of_rows_is_found_at_any_gamma(tmp_path, amplitude):
     kind = over(RhythmMixin, ColumnOfRows, GRPOTrainer)
     with pytest.raises(RuntimeError, match=r"\(16, 1, \d+\) of them: .* where advantages\.dim\(\) == 1"):
-        train(kind, RhythmGRPOConfig, tmp_path, rhythm_mode="random", rhythm_gamma_amp=amplitude)
+        train(kind, RhythmGRPOConfig, tmp_path, max_completion_length=8, rhythm_gamma_amp=amplitude, **RANDOM)
 
 
 def test_advantages_with_a_gradient_are_not_cut_from_it(tmp_path):
@@ -292,7 +293,7 @@ def test_advantages_with_a_gradient_are_not_cut_from_it(tmp_path):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     with pytest.raises(RuntimeError, match="carry a gradient, which rhythm credit would cut: detach them"):
-        train(over(RhythmMixin, Differentiable, GRPOTrainer), RhythmGRPOConfig, tmp_path, rhythm_mode="random")
+        train(over(RhythmMixin, Differentiable, GRPOTrainer), RhythmGRPOConfig, tmp_path, **RANDOM)
 
 
 class LeavesOut:
@@ -308,7 +309,7 @@ class LeavesOut:
 
 
 def test_a_loss_may_leave_out_batches(tmp_path):
-    trainer = train(over(RhythmMixin, LeavesOut, GRPOTrainer), RhythmGRPOConfig, tmp_path, max_steps=2, **RHYTHM)
+    trainer = train(over(RhythmMixin, LeavesOut, GRPOTrainer), RhythmGRPOConfig, tmp_path, max_steps=2, **RANDOM)
     assert trainer.state.global_step == 2 and trainer._rhythm.losses == 2
 
 
