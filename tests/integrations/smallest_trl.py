@@ -121,6 +121,12 @@ ALTERED = [
     ("methods_take", "def _compute_loss(self, model, inputs)", "def _compute_loss(self, model, inputs, step)", LOSS),
     ("methods_take", "def _compute_loss(", "def _loss(", "there is no _compute_loss"),
     ("methods_take", "        self, model, input_ids,", "        self, model, prompts, input_ids,", "takes .*prompts"),
+    (
+        "methods_take",
+        "self, model, input_ids, attention_mask, logits_to_keep,\n",
+        "self, model, *args,\n",
+        "no _full_logits",
+    ),
     ("methods_take", "(self, model, trial)", "(self, model, trial, metrics)", "_save_checkpoint takes"),
     ("a_loss_is_of_one_pass", FORWARD, FORWARD.replace("logps, ent", "logps, other, ent"), "takes .*other"),
     (
@@ -142,6 +148,9 @@ ALTERED = [
         "calls .* 2 times",
     ),
     ("a_pass_returns", "return logps, entropies", "return entropies, logps", "returns entropies, logps"),
+    ("a_loss_asks", READ, READ + "        inputs = {**inputs}\n", "takes inputs as a whole"),
+    ("a_loss_asks", READ, READ + "        self.note(inputs)\n", "takes inputs as a whole"),
+    ("a_loss_asks", READ, READ + '        inputs.pop("x")\n', "reads inputs by pop"),
     ("advantages_are_read_after", FORWARD, READ + FORWARD, "before its forward"),
     ("advantages_are_read_after", READ, '        advantages = inputs["rewards"]\n', "does not read"),
     (

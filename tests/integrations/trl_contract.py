@@ -73,11 +73,22 @@ def a_loss_is_of_one_pass_over_its_batch(trl: Release) -> None:
 
 
 def a_pass_returns_log_probs_then_entropies(trl: Release) -> None:
-    """A log-prob pass returns log-probs, then entropies, with logits of the last `logits_to_keep` tokens alone."""
+    """A log-prob pass returns log-probs, then entropies."""
     made = trl[PASSES[1]] if trl[PASS].args.vararg else trl[PASS]
     for back in nodes(made, ast.Return):
         found = text(back.value).strip("()")
         need(found.startswith("logps, entropies"), f"{made.name} returns {found}")
+
+
+def a_loss_asks_its_inputs_by_name(trl: Release) -> None:
+    """`_compute_loss` reads its inputs by `[...]`, `get` and `in` alone, so that a mapping may stand in for them."""
+    loss = trl[LOSS]
+    asked = [x.value for kind in (ast.Subscript, ast.Attribute) for x in nodes(loss, kind)]
+    asked = [x for x in asked if isinstance(x, ast.Name)] + [y for x in nodes(loss, ast.Compare) for y in x.comparators]
+    for name in nodes(loss, ast.Name):
+        need(name.id != "inputs" or any(name is x for x in asked), f"line {name.lineno} takes inputs as a whole")
+    other = {x.attr for x in nodes(loss, ast.Attribute) if text(x.value) == "inputs"} - {"get"}
+    need(not other, f"{LOSS} reads inputs by {', '.join(sorted(other))}")
 
 
 def advantages_are_read_after_the_forward(trl: Release) -> None:
@@ -214,6 +225,7 @@ RULES: tuple[Callable[[Release], None], ...] = (
     methods_take_what_they_are_handed,
     a_loss_is_of_one_pass_over_its_batch,
     a_pass_returns_log_probs_then_entropies,
+    a_loss_asks_its_inputs_by_name,
     advantages_are_read_after_the_forward,
     advantages_of_tokens_are_used_as_they_are,
     tokens_of_tools_are_masked,
