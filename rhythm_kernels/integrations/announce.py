@@ -39,9 +39,9 @@ def announce(adapter: str, settings: RhythmSettings, where: str) -> None:
 
 
 def _is_heard(line: str) -> bool:
-    """Whether a handler takes the line: axolotl's, for one, drops what other packages say below a warning."""
+    """Whether logger and a handler take the line: axolotl's drop what other packages say below a warning."""
     record = _LOGGER.makeRecord(_LOGGER.name, logging.INFO, __file__, 0, line, (), None)
-    logger: logging.Logger | None = _LOGGER
+    logger: logging.Logger | None = _LOGGER if _LOGGER.isEnabledFor(logging.INFO) and _LOGGER.filter(record) else None
     while logger is not None:
         if any(handler.level <= logging.INFO and handler.filter(record) for handler in logger.handlers):
             return True

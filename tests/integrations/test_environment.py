@@ -87,6 +87,7 @@ HANDLER = "import logging; h = logging.StreamHandler(); {}; logging.basicConfig(
         "",
         "import logging; logging.basicConfig(level='WARNING')\n",
         HANDLER.format("h.addFilter(lambda record: record.name == 'other')"),
+        HANDLER.format("logging.getLogger('rhythm_kernels').addFilter(lambda record: record.levelno > 20)"),
     ],
 )
 def test_announced_where_it_is_not(before):
