@@ -396,6 +396,16 @@ def test_blind_credit_is_refused_whatever_the_configuration(tmp_path, config):
         )
 
 
+def test_blind_credit_is_refused_of_a_configuration_that_the_trainer_makes(tmp_path):
+    class Theirs(GRPOTrainer):
+        def __init__(self, model, reward_funcs, args, *rest, **kwargs):
+            args = args or GRPOConfig(**options(tmp_path, importance_sampling_level="sequence"))
+            super().__init__(model, reward_funcs, args, *rest, **kwargs)
+
+    with pytest.raises(ValueError, match=r"importance_sampling_level must be 'token' .*, got 'sequence'"):
+        build(over(RhythmMixin, Theirs), None, rhythm=SHORT)
+
+
 def test_divergences_of_a_forward_that_is_not_measured_are_refused(tmp_path):
     args = RhythmGRPOConfig(**options(tmp_path))
     args.divergence_type = "topk_tv"
