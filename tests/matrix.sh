@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # The tests under other versions, each in an environment of its own (.venv-NAME, kept for the next time).
 #   bash tests/matrix.sh [PYTHON [NAME ...]]
-# Names: torch-oldest trl-oldest triton-3.6 triton-3.9 peers areal abi gpu-machine sources; CONTRIBUTING.md says what
-# each is for.
+# Names: those of `all` below; CONTRIBUTING.md says what each is for.
 # Prints one line a row at the end and fails if one failed. PYTHON_GPU names the Python 3.12 of gpu-machine.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +9,9 @@ cd "$(dirname "$0")/.."
 python=${1:-python3}
 shift || true
 names=("$@")
-[ ${#names[@]} -gt 0 ] || names=(torch-oldest trl-oldest triton-3.6 triton-3.9 peers areal abi gpu-machine sources)
+all=(torch-oldest trl-oldest trl-middle trl-contract axolotl ms-swift areal sources triton-3.6 triton-3.9 peers abi
+  gpu-machine)
+[ ${#names[@]} -gt 0 ] || names=("${all[@]}")
 torch=${TORCH:-torch==2.13.0}
 extras="[train,tasks,test]"
 export OMP_NUM_THREADS=1
@@ -35,6 +36,17 @@ row() {
     trl-oldest)
       environment "$1" "trl==1.0.0" "transformers==5.5.4" requests &&
         ".venv-$1/bin/python" -m pytest -q -n auto tests/integrations tests/probe
+      ;;
+    trl-middle) # the last that is unlike the newest in its loss; then the one that is unlike all in its passes
+      environment "$1" "trl==1.9.2" "transformers==5.14.1" requests &&
+        ".venv-$1/bin/python" -m pytest -q -n auto tests/integrations &&
+        ".venv-$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "trl==1.14.2" &&
+        ".venv-$1/bin/python" -m pytest -q -n auto tests/integrations
+      ;;
+    trl-contract) # every release that is allowed: its wheel is read, nothing of it is installed
+      { [ -x ".venv-$1/bin/python" ] || "$python" -m venv ".venv-$1"; } &&
+        ".venv-$1/bin/python" -m pip install --quiet --disable-pip-version-check packaging &&
+        ".venv-$1/bin/python" -m tests.integrations.every_trl ".venv-$1/wheels"
       ;;
     triton-3.6)
       environment "$1" "triton==3.6.0" && ".venv-$1/bin/python" -m pytest -q -n auto tests/triton

@@ -20,7 +20,7 @@ _LOGGER = logging.getLogger("rhythm_kernels")
 def announce(adapter: str, settings: RhythmSettings, where: str) -> None:
     """Log, at level INFO of the logger `rhythm_kernels`, that an adapter gives credit. For the main process alone.
 
-    Where nobody configured logging the line goes to standard error, as Python would drop it.
+    Where no handler of the program's takes the line, it goes to standard error, as nobody would see it.
 
     Args:
         adapter: what gives credit, with the version of its trainer: `RhythmGRPOTrainer (TRL 1.16.0)`.
@@ -33,10 +33,20 @@ def announce(adapter: str, settings: RhythmSettings, where: str) -> None:
     elif settings.reads_attention:
         line += f"; attention is measured in {where}"
     _LOGGER.setLevel(min(_LOGGER.getEffectiveLevel(), logging.INFO))
-    if _LOGGER.hasHandlers():
-        _LOGGER.info(line)
-    else:
+    _LOGGER.info(line)
+    if not _is_heard(line):
         print(f"rhythm_kernels: {line}", file=sys.stderr, flush=True)
+
+
+def _is_heard(line: str) -> bool:
+    """Whether logger and a handler take the line: axolotl's drop what other packages say below a warning."""
+    record = _LOGGER.makeRecord(_LOGGER.name, logging.INFO, __file__, 0, line, (), None)
+    logger: logging.Logger | None = _LOGGER if _LOGGER.isEnabledFor(logging.INFO) and _LOGGER.filter(record) else None
+    while logger is not None:
+        if any(handler.level <= logging.INFO and handler.filter(record) for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
 
 
 def spelled(settings: RhythmSettings) -> str:

@@ -1,4 +1,4 @@
-"""The configuration of :mod:`rhythm_kernels.integrations.trl`."""
+"""Where :mod:`rhythm_kernels.integrations.trl` has its settings from: a configuration, an argument, the environment."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 from trl import GRPOConfig
 
 from ..settings import RhythmSettings
+from .environment import VARIABLE, settings_from_environment
+from .trl_refusals import refuse_blind_credit
 
-__all__ = ["RhythmGRPOConfig"]
+__all__ = ["RhythmFields", "RhythmGRPOConfig", "settings_of"]
 
 _SETTINGS = {setting.name: setting for setting in dataclasses.fields(RhythmSettings)}
-
-# Losses of TRL in which a token's advantage multiplies that token's own log-probability, whatever the ratio's level.
-_TOKENWISE_LOSSES = ("cispo", "vespo")
 
 
 class _Distance(int):
@@ -33,8 +32,18 @@ def _as_in_settings(name: str) -> Any:
 
 
 @dataclass
-class RhythmGRPOConfig(GRPOConfig):
-    """TRL's `GRPOConfig` and, as `rhythm_NAME`, the settings NAME of :class:`rhythm_kernels.RhythmSettings`."""
+class RhythmFields:
+    """As `rhythm_NAME`, the settings NAME of :class:`rhythm_kernels.RhythmSettings`, for a configuration to extend.
+
+        @dataclass  # without it the fields of the other are not known
+        class MyConfig(RhythmFields, TheirGRPOConfig):
+            pass
+
+    They may change while a trainer trains, by a callback: the next batch goes by them.
+
+    Raises:
+        TypeError, ValueError: at construction, for a setting out of its range, and a loss that would not see credit.
+    """
 
     rhythm_mode: str = _as_in_settings("mode")
     rhythm_gamma_amp: float = _as_in_settings("gamma_amp")
@@ -50,9 +59,12 @@ class RhythmGRPOConfig(GRPOConfig):
     rhythm_sign: str = _as_in_settings("sign")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.refuse_blind_credit()
+        following = getattr(super(), "__post_init__", None)  # of the configuration that this is mixed into
+        if following is not None:
+            following()
         settings = self.rhythm_settings()
+        if hasattr(self, "importance_sampling_level"):
+            refuse_blind_credit(self, settings)
         try:
             settings.load_groups()
         except ValueError as error:
@@ -69,18 +81,35 @@ class RhythmGRPOConfig(GRPOConfig):
         except (TypeError, ValueError) as error:
             raise type(error)(f"rhythm_{error}") from error
 
-    def refuse_blind_credit(self) -> None:
-        """Raise where the loss would not see which tokens the credit chose.
 
-        With one ratio for a whole response, its gradient is that of the ratio times the sum of the advantages. Losses
-        that multiply each token's own log-probability keep the tokens apart at either level.
-        """
-        level, loss = self.importance_sampling_level, self.loss_type
-        if self.rhythm_mode == "uniform" or level == "token" or loss in _TOKENWISE_LOSSES:
-            return
-        raise ValueError(
-            f"importance_sampling_level must be 'token' for rhythm_mode={self.rhythm_mode!r} with loss_type={loss!r}, "
-            f"got {level!r}: there all tokens of a response share one ratio, and credit would vanish into its mean "
-            "over the response: which tokens it chose would change nothing. Or set loss_type to one of "
-            f"{', '.join(map(repr, _TOKENWISE_LOSSES))}, or rhythm_mode to 'uniform'"
+@dataclass
+class RhythmGRPOConfig(RhythmFields, GRPOConfig):
+    """TRL's `GRPOConfig` with the settings of credit: :class:`RhythmFields`."""
+
+
+def settings_of(args: Any, given: RhythmSettings | None) -> tuple[RhythmSettings, str]:
+    """The settings of a trainer's credit, and where they are from, in words.
+
+    Args:
+        args: the trainer's configuration; None where it makes one itself.
+        given: the trainer's argument `rhythm`.
+
+    Raises:
+        TypeError: none, both, or none of these types.
+        ValueError: settings that `RHYTHM_CREDIT` misspells.
+    """
+    if given is not None and not isinstance(given, RhythmSettings):
+        raise TypeError(f"rhythm must be a RhythmSettings, got {type(given).__name__}")
+    if hasattr(args, "rhythm_settings"):
+        if given is not None:
+            raise TypeError(f"rhythm must be left out beside a {type(args).__name__}, got both: that has the settings")
+        return args.rhythm_settings(), type(args).__name__
+    if given is not None:
+        return given, "the argument rhythm"
+    settings = settings_from_environment()
+    if settings is None:
+        raise TypeError(
+            f"args must be a RhythmGRPOConfig, got {type(args).__name__}: or one that extends RhythmFields; or hand "
+            f"over rhythm=RhythmSettings(...), or set the environment variable {VARIABLE}"
         )
+    return settings, VARIABLE

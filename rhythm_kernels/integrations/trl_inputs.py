@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-__all__ = ["last_token", "log_prob_arguments", "response_mask"]
+__all__ = [
+    "is_off_policy",
+    "is_whole_batch",
+    "keeps_old_log_probs",
+    "last_token",
+    "log_prob_arguments",
+    "response_mask",
+]
+
+# The methods of TRL that name what a log-prob pass takes. From 1.14.0 to 1.14.2 the first hands all on to the second.
+PASSES = ("_get_per_token_logps_and_entropies", "_full_logits_logps")
 
 
 def response_mask(inputs: dict[str, Any]) -> Tensor:
@@ -23,8 +34,28 @@ def last_token(mask: Tensor) -> Tensor:
     return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
 
 
+def is_whole_batch(batch: Mapping[str, Any], input_ids: Tensor, attention_mask: Tensor) -> bool:
+    """Whether a pass over these tokens, `(B, S)`, is one over this batch."""
+    for given, name in ((input_ids, "ids"), (attention_mask, "mask")):
+        whole = torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], dim=1)
+        if given.shape != whole.shape or not bool((given == whole).all()):
+            return False
+    return True
+
+
+def is_off_policy(trainer: GRPOTrainer) -> bool:
+    """Whether the policy changes before a generation batch was trained on as often as it will be."""
+    return trainer.args.gradient_accumulation_steps % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
+
+
+def keeps_old_log_probs(trainer: GRPOTrainer) -> bool:
+    """Whether TRL makes an old-log-prob pass."""
+    corrects = trainer.use_vllm and getattr(trainer, "vllm_importance_sampling_correction", False)
+    return bool(is_off_policy(trainer) or corrects)
+
+
 def log_prob_arguments(
-    trainer: GRPOTrainer, output: dict[str, Any]
+    trainer: GRPOTrainer, output: Mapping[str, Any]
 ) -> tuple[tuple[Tensor, Tensor, int], dict[str, Any]]:
     """What TRL's log-prob function takes after the model for a whole generation batch, as TRL's own passes give it.
 
@@ -32,7 +63,8 @@ def log_prob_arguments(
     """
     input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
     attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-    names = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    passes = (getattr(GRPOTrainer, name) for name in PASSES if hasattr(GRPOTrainer, name))
+    names = {name for method in passes for name in inspect.signature(method).parameters}
     named = {name: output[name] for name in names if name in output}
     args = trainer.args
     size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size

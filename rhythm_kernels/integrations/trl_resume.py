@@ -1,4 +1,4 @@
-"""What a checkpoint of `RhythmGRPOTrainer` holds beyond TRL's, so that a resumed run is the same run.
+"""What a checkpoint of `RhythmMixin` holds beyond TRL's, so that a resumed run is the same run.
 
 TRL generates a batch of responses, trains on it in several steps, and keeps it in memory meanwhile: `_buffered_inputs`,
 of which `_step` says the part that is due. Neither is in TRL's checkpoints, nor is the order in which a second pass
@@ -11,6 +11,11 @@ import os
 from typing import Any
 
 import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..measured_credit import GROUPS_FILE
+
+__all__ = ["ResumeMixin"]
 
 FILE = "rhythm_progress_{process}.pt"
 
@@ -56,3 +61,36 @@ def replay(sampler: Any, epochs: int) -> None:
         return
     for _ in range(epochs):
         torch.randperm(sampler.num_samples, generator=generator)
+
+
+class ResumeMixin:
+    """The methods of a trainer that save and load its progress and head groups with its checkpoints."""
+
+    args: Any
+    state: Any
+    rhythm: Any
+    _rhythm_sampler: Any = None  # of the questions
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._rhythm_sampler = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
+        return self._rhythm_sampler
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = os.path.join(self._get_output_dir(trial=trial), name)  # type: ignore[attr-defined]
+        if not self.args.save_only_model:
+            save_progress(self, folder)
+        if self.args.should_save:
+            self.rhythm.save(folder)
+        # Last: what makes a checkpoint one is never there without ours.
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        load_progress(self, checkpoint)
+        if not self.args.ignore_data_skip:
+            replay(self._rhythm_sampler, int(self.state.epoch or 0))
+        if os.path.exists(os.path.join(checkpoint, GROUPS_FILE)):
+            self.rhythm.load(checkpoint)

@@ -165,7 +165,7 @@ class Capture:
             name = type(self._decoder.attentions[missing[0]]).__name__
             raise RuntimeError(
                 f"layers {missing} ({name}) did not call the attention function of transformers' registry in this "
-                "forward, so they cannot be measured: leave them out of the groups"
+                "forward, so they cannot be measured: leave them out of the groups, or set another attn_implementation"
             )
         self._consumer.end()
         assert inputs is not None

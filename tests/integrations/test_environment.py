@@ -78,7 +78,18 @@ def test_announced_where_logging_is_configured(caplog):
     assert "attention" not in third
 
 
-@pytest.mark.parametrize("before", ["", "import logging; logging.basicConfig(level='WARNING')\n"])
+HANDLER = "import logging; h = logging.StreamHandler(); {}; logging.basicConfig(level='INFO', handlers=[h])\n"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "import logging; logging.basicConfig(level='WARNING')\n",
+        HANDLER.format("h.addFilter(lambda record: record.name == 'other')"),
+        HANDLER.format("logging.getLogger('rhythm_kernels').addFilter(lambda record: record.levelno > 20)"),
+    ],
+)
 def test_announced_where_it_is_not(before):
     code = (
         f"{before}from rhythm_kernels import RhythmSettings\n"

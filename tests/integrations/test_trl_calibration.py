@@ -108,14 +108,17 @@ def test_groups_see_the_pictures(tmp_path, kind, path):
     """Vision-language models: image features in place, and the positions that images give (M-RoPE)."""
     if not hasattr(ProcessorMixin, "replace_image_token"):
         pytest.skip("a processor without torchvision needs a later transformers")
-    from .toy_vision import build_processor, build_vision_model, pictures
+    from .toy_vision import PADS, build_processor, build_vision_model, pictures
 
     def answers(completions, **_):
         return reward([answer[0]["content"] for answer in completions])
 
     changed = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "learning_rate": 0.0, "max_steps": 1}
+    processor = build_processor()
+    pads = processor.tokenizer.convert_tokens_to_ids(PADS)  # of which a response with none of its pictures has none
+    changed["generation_kwargs"] = {"suppress_tokens": pads}
     args = RhythmGRPOConfig(**options(tmp_path, **changed, **PATHS[path]), **RHYTHM)
-    trainer = Watched(build_vision_model(kind), answers, args, pictures(), processing_class=build_processor())
+    trainer = Watched(build_vision_model(kind), answers, args, pictures(), processing_class=processor)
     trainer.train()
     assert all(name in given for given, _ in trainer.given for name in IMAGES)
     spans = spans_from_maps(trainer.model.model, trainer.given)

@@ -85,7 +85,8 @@ def build(folder, **changed):
 @pytest.mark.parametrize(("loss", "level"), list(itertools.product(LOSSES, LEVELS)))
 def test_credit_reaches_tokens_or_is_refused(tmp_path, loss, level, off_policy):
     changed = {"loss_type": loss, "importance_sampling_level": level}
-    trainer = build(tmp_path, rhythm_mode="uniform", **changed)  # plain GRPO takes all that TRL takes
+    trainer = build(tmp_path, rhythm_mode="uniform", rhythm_gamma_amp=1.0, **changed)  # takes all that TRL takes
+    trainer.args.rhythm_mode = "random"  # but reads gamma, where inputs have it
     trainer.current_gradient_accumulation_steps = 1
     inputs, gamma, lengths = a_batch(trainer, off_policy)
     other = permuted(gamma, lengths)

@@ -14,6 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from .toy import PROMPTS, build_tokenizer
 
 IMAGE = "<|image_pad|>"
+PADS = [IMAGE, "<|video_pad|>"]
 TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }} {% else %}"
     "{% for part in message['content'] %}"
@@ -39,7 +40,7 @@ class Processor(ProcessorMixin):
 
 def build_processor() -> Processor:
     tokenizer: PreTrainedTokenizerFast = build_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, "<|video_pad|>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": PADS})
     images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
     return Processor(images, tokenizer, chat_template=TEMPLATE)
 
@@ -62,7 +63,7 @@ VISION = {
 def build_vision_model(kind: str) -> Any:
     torch.manual_seed(0)
     tokenizer = build_processor().tokenizer
-    image, video = tokenizer.convert_tokens_to_ids([IMAGE, "<|video_pad|>"])
+    image, video = tokenizer.convert_tokens_to_ids(PADS)
     config = AutoConfig.for_model(
         kind,
         text_config={

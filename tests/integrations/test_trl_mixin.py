@@ -1,0 +1,476 @@
+"""The mixin over trainers of others: their losses, passes and batches; what is refused, or found at the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from packaging.version import Version
+from transformers import Trainer
+from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+
+from rhythm_kernels import RhythmSettings
+from rhythm_kernels.integrations import trl_refusals
+from rhythm_kernels.integrations.trl import RhythmFields, RhythmGRPOConfig, RhythmGRPOTrainer, RhythmMixin
+from rhythm_kernels.integrations.trl_loss import LossInputs
+
+from .test_trl import SCHEDULES, FedFromMaps, count_passes
+from .toy import RHYTHM, build_model, build_tokenizer, dataset, losses, options, reward, train, weights
+
+SHORT = RhythmSettings(window=RHYTHM["rhythm_window"], horizon=RHYTHM["rhythm_horizon"])
+RANDOM = {"rhythm_mode": "random"}
+ON, OFF = SCHEDULES["on-policy"], SCHEDULES["off-policy"]
+BOTH = pytest.mark.parametrize("schedule", [ON, OFF], ids=["on-policy", "off-policy"])
+
+
+def log_probs(trainer, model, inputs, **more):
+    tokens, live = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+    length = inputs["completion_ids"].shape[1]
+    return trainer._get_per_token_logps_and_entropies(model, tokens, live, length, **more)[0]
+
+
+def surrogate(new, inputs, advantages):
+    """Clipped ratios times advantages, (B, 1) or (B, T), over the tokens of the responses."""
+    old = inputs.get("old_per_token_logps")
+    ratio = torch.exp(new - (new.detach() if old is None else old))
+    mask = inputs["completion_mask"]
+    gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return -(gain * mask).sum() / mask.sum()
+
+
+def columns(advantages):
+    return advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+
+
+class OwnLoss:
+    """A loss written anew, that takes its advantages after its forward."""
+
+    def _compute_loss(self, model, inputs):
+        new = log_probs(self, model, inputs)
+        return surrogate(new, inputs, columns(inputs["advantages"]))
+
+
+class EarlyReader:
+    """The same, that looks at its advantages first, and at its inputs as a whole."""
+
+    def _compute_loss(self, model, inputs):
+        inputs = {**inputs}
+        advantages = columns(inputs["advantages"])
+        return surrogate(log_probs(self, model, inputs), inputs, advantages)
+
+
+class TokenAdvantages:
+    """Advantages of every token, before credit comes to them: the end of a response counts half."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        length = output["completion_ids"].shape[1]
+        weight = torch.where(torch.arange(length) < length // 2, 1.0, 0.5)
+        output["advantages"] = output["advantages"][:, None] * weight
+        return output
+
+
+class Filter:
+    """Leaves out a response of every group, after the old log-probs were made."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        rows = len(output["advantages"])
+        kept = torch.arange(rows) % 4 != 3
+        kept[3] = True  # as many as can be split in two
+        if rows == 16:
+            kept[7] = True
+        return {k: v[kept] if torch.is_tensor(v) and v.dim() and len(v) == rows else v for k, v in output.items()}
+
+
+class Temperature:
+    """Log-probs of another temperature."""
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        logps, *rest = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return (logps / 1.5, *rest)
+
+
+def over(*bases):
+    return type("Mine", bases, {})
+
+
+def fed(part):
+    """TRL with a part of another trainer, and gamma of full eager maps: the oracle."""
+    return over(FedFromMaps, over(part, GRPOTrainer))
+
+
+LEARNS = [
+    (OwnLoss, "on-policy"),
+    (Filter, "off-policy"),
+    *(
+        pytest.param(part, schedule, marks=pytest.mark.long)
+        for part, schedule in [
+            (OwnLoss, "two iterations in one step"),
+            (EarlyReader, "on-policy"),
+            (EarlyReader, "off-policy"),
+            (TokenAdvantages, "on-policy"),
+            (TokenAdvantages, "off-policy"),
+            (Filter, "on-policy"),
+            (Temperature, "checkpointed, reentrant"),
+            (Temperature, "off-policy"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("part", "schedule"), LEARNS)
+def test_a_trainer_of_others_learns_as_with_maps(tmp_path, part, schedule):
+    changed = {**SCHEDULES[schedule], "max_steps": 2}
+    oracle = train(fed(part), GRPOConfig, tmp_path, **changed)
+    ours = train(over(RhythmMixin, over(part, GRPOTrainer)), RhythmGRPOConfig, tmp_path, **changed, **RHYTHM)
+    assert (ours.rhythm_groups.local, ours.rhythm_groups.global_) == oracle.groups
+    torch.testing.assert_close(losses(ours), losses(oracle), rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights(ours), weights(oracle), rtol=0, atol=1e-6)
+    assert 1 < ours.state.log_history[0]["rhythm/gamma_mean"] < 1.5
+
+
+class Logs:
+    """A mixin of a user's, with names that others may have too."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._loss, self._armed, self._log, self._credit = [], True, None, None
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        self._loss.append((loss.item(), inputs["advantages"].shape))
+        return loss
+
+
+@pytest.mark.parametrize("side", ["before", pytest.param("behind", marks=pytest.mark.long)])
+def test_mixins_stand_on_either_side(tmp_path, side):
+    plain = train(over(Logs, GRPOTrainer), GRPOConfig, tmp_path, max_steps=1)
+    kind = over(Logs, RhythmGRPOTrainer) if side == "before" else over(RhythmMixin, Logs, GRPOTrainer)
+    ours = train(kind, RhythmGRPOConfig, tmp_path, max_steps=1, rhythm_gamma_amp=1.0, **RHYTHM)
+    assert torch.equal(weights(ours), weights(plain))
+    assert [loss for loss, _ in ours._loss] == [loss for loss, _ in plain._loss]
+    assert len(ours._loss[0][1]) == (1 if side == "before" else 2)  # theirs, or those that the loss read
+
+
+@pytest.mark.long
+@BOTH
+def test_a_subclass_of_ours_changes_the_passes(tmp_path, schedule):
+    oracle = train(fed(Temperature), GRPOConfig, tmp_path, **schedule)
+    ours = train(over(Temperature, RhythmGRPOTrainer), RhythmGRPOConfig, tmp_path, **schedule, **RHYTHM)
+    torch.testing.assert_close(weights(ours), weights(oracle), rtol=0, atol=1e-6)
+
+
+@pytest.mark.long
+@BOTH
+@pytest.mark.parametrize("part", [OwnLoss, EarlyReader, TokenAdvantages, Filter, Temperature], ids=lambda x: x.__name__)
+def test_gamma_of_one_is_the_trainer_of_others_bit_for_bit(tmp_path, part, schedule):
+    plain = train(over(part, GRPOTrainer), GRPOConfig, tmp_path, **schedule)
+    kind = over(RhythmMixin, over(part, GRPOTrainer))
+    ours = train(kind, RhythmGRPOConfig, tmp_path, rhythm_gamma_amp=1.0, **schedule, **RHYTHM)
+    assert torch.equal(weights(ours), weights(plain))
+
+
+@pytest.mark.long
+def test_only_advantages_that_are_read_early_cost_a_forward(tmp_path, caplog):
+    late, early = (
+        count_passes(over(RhythmMixin, over(part, GRPOTrainer)), RhythmGRPOConfig, tmp_path, **RHYTHM)
+        for part in (OwnLoss, EarlyReader)
+    )
+    assert early == late + 3
+    assert caplog.text.count("before its forward") == 1
+    kind = over(RhythmMixin, over(EarlyReader, GRPOTrainer))
+    assert count_passes(kind, RhythmGRPOConfig, tmp_path, rhythm_mode="random") == late - 1  # nor a calibration
+
+
+class OwnForward:
+    """A loss that takes its logits from the model."""
+
+    def _compute_loss(self, model, inputs):
+        tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        live = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        logits = model(input_ids=tokens, attention_mask=live, use_cache=False).logits.log_softmax(-1)
+        new = logits[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0][:, -inputs["completion_ids"].shape[1] :]
+        return surrogate(new, inputs, columns(inputs["advantages"]))
+
+
+class InPieces:
+    """A loss whose forwards are of one half of the batch each: none is of the whole batch."""
+
+    def _compute_loss(self, model, inputs):
+        half = len(inputs["completion_ids"]) // 2
+        parts = []
+        for rows in (slice(0, half), slice(half, None)):
+            part = {k: inputs[k][rows] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
+            parts.append(log_probs(self, model, part))
+        return surrogate(torch.cat(parts), inputs, columns(inputs["advantages"]))
+
+
+class OneAdvantage:
+    """A loss that reads one advantage a response."""
+
+    def _compute_loss(self, model, inputs):
+        new = log_probs(self, model, inputs)
+        return surrogate(new, inputs, columns(inputs["advantages"]).mean(dim=1, keepdim=True))
+
+
+class AnotherTensor:
+    """A loss of log-probs that lost their gradient, and of others that have one."""
+
+    def _compute_loss(self, model, inputs):
+        new = log_probs(self, model, inputs)
+        advantages = columns(inputs["advantages"])
+        return surrogate(new.detach(), inputs, advantages) + log_probs(self, model, inputs).mean()
+
+
+class ColumnOfRows:
+    """A loss that was written for one advantage a response, as TRL's were before it knew others."""
+
+    def _compute_loss(self, model, inputs):
+        new = log_probs(self, model, inputs)
+        return surrogate(new, inputs, inputs["advantages"].unsqueeze(1))
+
+
+class OwnStep:
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs = self._prepare_inputs(inputs)
+        loss = OwnLoss._compute_loss(self, model, inputs)
+        self.accelerator.backward(loss)
+        self._step += 1
+        return loss.detach()
+
+
+class OwnComputeLoss:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return OwnLoss._compute_loss(self, model, inputs)
+
+
+ASTRAY = [
+    (over(OwnLoss, RhythmGRPOTrainer), r"OwnLoss\._compute_loss: it takes the place of RhythmMixin's _compute_loss"),
+    (over(OwnStep, RhythmGRPOTrainer), r"OwnStep\.training_step: it takes the place"),
+    (over(RhythmMixin, OwnStep, GRPOTrainer), r"OwnStep\.training_step: it takes the place"),
+    (over(RhythmMixin, OwnComputeLoss, GRPOTrainer), r"OwnComputeLoss\.compute_loss: it takes the place"),
+    (over(RhythmMixin, OwnForward, GRPOTrainer), r"OwnForward\._compute_loss: it makes a forward of its own"),
+    (over(RhythmMixin, InPieces, GRPOTrainer), r"InPieces\._compute_loss: .* of the whole batch .* in one call"),
+    (over(RhythmMixin, OneAdvantage, GRPOTrainer), r"OneAdvantage\._compute_loss: the loss does not see which tokens"),
+    (over(RhythmMixin, AnotherTensor, GRPOTrainer), r"AnotherTensor\._compute_loss: the loss "),
+]
+
+
+@pytest.mark.parametrize(("kind", "message"), ASTRAY, ids=[message.partition("\\")[0] for _, message in ASTRAY])
+def test_a_loss_that_credit_does_not_reach_fails_in_the_first_step(tmp_path, kind, message):
+    trainer = build(kind, RhythmGRPOConfig(**options(tmp_path, max_completion_length=12), **RHYTHM))
+    before = weights(trainer).clone()
+    with pytest.raises(RuntimeError, match=message):
+        trainer.train()
+    assert torch.equal(weights(trainer), before) and trainer.state.global_step == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", [OwnForward, OneAdvantage, OwnComputeLoss, ColumnOfRows], ids=lambda x: x.__name__)
+def test_uniform_takes_any_loss(tmp_path, part):
+    plain = train(over(part, GRPOTrainer), GRPOConfig, tmp_path)
+    ours = train(over(RhythmMixin, over(part, GRPOTrainer)), RhythmGRPOConfig, tmp_path, rhythm_mode="uniform")
+    assert torch.equal(weights(ours), weights(plain))
+
+
+@pytest.mark.parametrize("amplitude", [pytest.param(1.0, marks=pytest.mark.long), 1.5])
+def test_a_column_of_rows_is_found_at_any_gamma(tmp_path, amplitude):
+    kind = over(RhythmMixin, ColumnOfRows, GRPOTrainer)
+    with pytest.raises(RuntimeError, match=r"\(16, 1, \d+\) of them: .* where advantages\.dim\(\) == 1"):
+        train(kind, RhythmGRPOConfig, tmp_path, max_completion_length=8, rhythm_gamma_amp=amplitude, **RANDOM)
+
+
+def test_advantages_with_a_gradient_are_not_cut_from_it(tmp_path):
+    class Differentiable:
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            inputs["advantages"].requires_grad_()
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    with pytest.raises(RuntimeError, match="carry a gradient, which rhythm credit would cut: detach them"):
+        train(over(RhythmMixin, Differentiable, GRPOTrainer), RhythmGRPOConfig, tmp_path, **RANDOM)
+
+
+class LeavesOut:
+    """A loss that skips some batches: they say nothing of the others."""
+
+    calls = 0
+
+    def _compute_loss(self, model, inputs):
+        self.calls += 1
+        if self.calls % 2:
+            return 0.0 * sum(p.sum() for p in model.parameters())
+        return super()._compute_loss(model, inputs)
+
+
+def test_a_loss_may_leave_out_batches(tmp_path):
+    trainer = train(over(RhythmMixin, LeavesOut, GRPOTrainer), RhythmGRPOConfig, tmp_path, max_steps=2, **RANDOM)
+    assert trainer.state.global_step == 2 and trainer._rhythm.losses == 2
+
+
+def build(kind, args, **more):
+    return kind(build_model(), reward, args, dataset(), processing_class=build_tokenizer(), **more)
+
+
+@dataclass
+class TheirConfig(GRPOConfig):
+    theirs: int = 3
+
+
+@dataclass
+class MyConfig(RhythmFields, TheirConfig):
+    pass
+
+
+@dataclass
+class LateConfig(TheirConfig, RhythmFields):
+    """The other way round, so that nobody calls the checks of the fields at once."""
+
+
+def test_where_the_settings_come_from(tmp_path, monkeypatch, caplog):
+    plain, mixed = TheirConfig(**options(tmp_path)), MyConfig(**options(tmp_path), rhythm_top=0.3, theirs=4)
+    monkeypatch.delenv("RHYTHM_CREDIT", raising=False)
+    kind = over(RhythmMixin, GRPOTrainer)
+    message = (
+        "args must be a RhythmGRPOConfig, got TheirConfig: .* RhythmFields; .* rhythm=RhythmSettings.* RHYTHM_CREDIT"
+    )
+    for refused in (kind, RhythmGRPOTrainer):
+        with pytest.raises(TypeError, match=message):
+            build(refused, plain)
+    assert build(kind, mixed).rhythm.settings.top == 0.3 and mixed.theirs == 4
+    with pytest.raises(TypeError, match="rhythm must be left out beside a MyConfig, got both"):
+        build(kind, mixed, rhythm=SHORT)
+    with pytest.raises(TypeError, match="rhythm must be a RhythmSettings, got dict"):
+        build(kind, plain, rhythm={"top": 0.3})
+    assert build(kind, plain, rhythm=SHORT).rhythm.settings == SHORT
+    monkeypatch.setenv("RHYTHM_CREDIT", "window=4,horizon=2:8")
+    caplog.clear()
+    assert build(RhythmGRPOTrainer, plain).rhythm.settings == SHORT
+    assert caplog.messages == [
+        f"rhythm credit is on in RhythmGRPOTrainer (TRL {trl.__version__}; settings from RHYTHM_CREDIT): mode=coupled, "
+        "gamma_amp=1.5, top=0.4, alpha=0.5, neighbors=3, window=4, horizon=2:8, layers=middle5, head_quantile=0.3, "
+        "groups=null, regroup_steps=0, sign=both; attention is measured in the training forward"
+    ]
+    off = TheirConfig(**options(tmp_path, num_iterations=2))
+    monkeypatch.setenv("RHYTHM_CREDIT", "mode=local")
+    build(kind, off)
+    assert caplog.messages[-1].endswith("measured in the old-log-prob pass")
+    monkeypatch.setenv("RHYTHM_CREDIT", "mode=uniform")
+    build(kind, plain)
+    assert "rhythm credit is off in Mine" in caplog.messages[-1]
+    monkeypatch.setenv("RHYTHM_CREDIT", "mode=up")
+    with pytest.raises(ValueError, match=r"RHYTHM_CREDIT.*mode must be one of"):
+        build(kind, plain)
+
+
+def test_without_a_configuration(tmp_path, monkeypatch):
+    """The defaults of TRL and of credit, or those that were given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RHYTHM_CREDIT", raising=False)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # TRL's default
+    made = build(RhythmGRPOTrainer, None)
+    assert isinstance(made.args, RhythmGRPOConfig) and made.rhythm.settings == RhythmSettings()
+    assert build(RhythmGRPOTrainer, None, rhythm=SHORT).rhythm.settings == SHORT
+    with pytest.raises(TypeError, match="args must be a RhythmGRPOConfig, got NoneType"):
+        build(over(RhythmMixin, GRPOTrainer), None)
+
+
+def test_settings_may_be_set_anew_where_no_configuration_has_them(tmp_path):
+    trainer = build(over(RhythmMixin, GRPOTrainer), GRPOConfig(**options(tmp_path, max_steps=1)), rhythm=SHORT)
+    trainer.rhythm.settings = dataclasses.replace(SHORT, gamma_amp=3.0)
+    trainer.train()
+    assert trainer.state.log_history[0]["rhythm/gamma_mean"] > 1.5
+
+
+@pytest.mark.parametrize("config", [TheirConfig, MyConfig, LateConfig])
+def test_blind_credit_is_refused_whatever_the_configuration(tmp_path, config):
+    given = {} if issubclass(config, RhythmFields) else {"rhythm": SHORT}
+    with pytest.raises(ValueError, match=r"importance_sampling_level must be 'token' .*, got 'sequence'"):
+        build(
+            over(RhythmMixin, GRPOTrainer), config(**options(tmp_path, importance_sampling_level="sequence")), **given
+        )
+
+
+def test_blind_credit_is_refused_of_a_configuration_that_the_trainer_makes(tmp_path):
+    class Theirs(GRPOTrainer):
+        def __init__(self, model, reward_funcs, args, *rest, **kwargs):
+            args = args or GRPOConfig(**options(tmp_path, importance_sampling_level="sequence"))
+            super().__init__(model, reward_funcs, args, *rest, **kwargs)
+
+    with pytest.raises(ValueError, match=r"importance_sampling_level must be 'token' .*, got 'sequence'"):
+        build(over(RhythmMixin, Theirs), None, rhythm=SHORT)
+
+
+def test_divergences_of_a_forward_that_is_not_measured_are_refused(tmp_path):
+    args = RhythmGRPOConfig(**options(tmp_path))
+    args.divergence_type = "topk_tv"
+    with pytest.raises(ValueError, match="divergence_type must be 'binary_tv' or 'binary_kl', got 'topk_tv'"):
+        build(RhythmGRPOTrainer, args)
+
+
+def test_the_mixin_stands_before_the_trainer():
+    for bases in ((GRPOTrainer, RhythmMixin), (over(OwnLoss, GRPOTrainer), RhythmMixin)):
+        with pytest.raises(
+            TypeError, match=r"bases of Mine must name RhythmMixin before any GRPOTrainer, got \((GRPO|Mi)"
+        ):
+            over(*bases)
+
+
+def test_other_trainers_are_refused_by_name():
+    gmpo = pytest.importorskip("trl.experimental.gmpo").GMPOTrainer
+    with pytest.raises(
+        TypeError, match="must heed token advantages, got GMPOTrainer: its loss weighs a response by one"
+    ):
+        over(RhythmMixin, gmpo)
+    with pytest.raises(TypeError, match=r"must heed token advantages, got RLOOTrainer: .* one ratio"):
+        over(RhythmMixin, RLOOTrainer)
+    with pytest.raises(TypeError, match="trainer of Mine must be a GRPOTrainer, got Trainer"):
+        over(RhythmMixin, Trainer)
+    part = over(RhythmMixin, Logs)  # of a trainer to come
+    with pytest.raises(TypeError, match="trainer of Mine must be a GRPOTrainer, got none"):
+        part()
+
+
+@pytest.mark.parametrize(("package", "name"), trl_refusals._REFUSED)
+def test_refused_names_are_those_of_their_package_alone(package, name):
+    def named(module):
+        return type(name, (GRPOTrainer,), {"__module__": module})
+
+    with pytest.raises(TypeError, match=f"got {name}: "):
+        over(RhythmMixin, over(named(f"{package}.somewhere")))
+    over(RhythmMixin, named("mine"))
+
+
+# Trainers of TRL 1.0.0 to 1.16.0 that extend GRPOTrainer, and are not refused: tried with those versions.
+WORK = {"DPPOTrainer", "GFPOTrainer", "GRPOTrainer"}
+
+
+def test_every_trainer_of_trl_was_read():
+    """A new one fails here: read its loss and what it does to a batch, then refuse it or add it."""
+    found = set()
+    for path in Path(trl.__file__).parent.rglob("*_trainer.py"):
+        found |= set(re.findall(r"^class (\w+)\([^)]*GRPOTrainer\b", path.read_text(), re.MULTILINE))
+    assert "GMPOTrainer" in found or Version(trl.__version__) < Version("1.7")
+    assert found <= WORK | {name for _, name in trl_refusals._REFUSED}
+
+
+def test_inputs_of_a_loss():
+    """They are a batch like any other, but for advantages that are made when they are asked for."""
+    asked = []
+    batch = {"advantages": 1, "rest": 2}
+    read = LossInputs(batch, lambda: asked.append(1) or 3)
+    assert read["rest"] == read.get("rest") == 2 and "advantages" in read and read.get("other") is None
+    assert list(read) == ["advantages", "rest"] and not asked
+    read["rest"], read["new"] = 4, 5
+    assert batch == {"advantages": 1, "rest": 4, "new": 5} and not asked
+    assert read["advantages"] == 3 and {**read} == dict(read.items()) == read.copy() == {**batch, "advantages": 3}
+    assert asked == [1]
+    read["advantages"] = 6
+    assert read["advantages"] == 6 and batch["advantages"] == 1
+    del read["new"]
+    assert len(read) == 2
