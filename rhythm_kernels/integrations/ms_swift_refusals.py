@@ -46,7 +46,7 @@ def refuse(settings: RhythmSettings, args: Any, model: Any, template: Any, train
     for keyword, name in _TEACHERS.items():
         if trainer.get(keyword):
             got = trainer[keyword] if isinstance(trainer[keyword], str) else "one"
-            raise ValueError(f"{name} must be left out for rhythm credit, got {got!r}: {_TEACHER}")
+            raise ValueError(f"{name} must be left out for rhythm credit, got {got}: {_TEACHER}")
     if template.sequence_parallel_size != 1:
         raise ValueError(
             f"sequence_parallel_size must be 1 for rhythm credit, got {template.sequence_parallel_size}: attention is "

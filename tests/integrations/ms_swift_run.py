@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from swift.rlhf_trainers import GRPOTrainer
 from rhythm_kernels import HeadGroups
 from rhythm_kernels.integrations.ms_swift import RhythmGRPOTrainer
 
+from .ms_swift_maps import cases_of, gamma_of, groups_of
 from .ms_swift_toy import CREDIT, FedFromMaps, command_line, losses, train, weights, write_toy
+from .toy import build_model, eager_copy
 
 
 class Ours(RhythmGRPOTrainer):
@@ -243,28 +246,61 @@ def test_groups_are_saved_and_resumed(toy, tmp_path, credit):
     assert not any("rhythm/calibration_seconds" in e for e in resumed.state.log_history if e["step"] > 1)
 
 
-def _swift(toy, out, processes=1, **changed):
+ROOT = Path(__file__).parents[2]
+DUMPING = """
+import torch
+from swift.trainers import TrainerFactory
+from rhythm_kernels.integrations.ms_swift import RhythmGRPOTrainer
+from tests.integrations.ms_swift_maps import sequences
+
+class Dumping(RhythmGRPOTrainer):
+    def _postprocess_batch(self, samples, batch_encoded_inputs):
+        super()._postprocess_batch(samples, batch_encoded_inputs)
+        if self.state.global_step == 0:
+            first = batch_encoded_inputs[0]
+            path = f"{self.args.output_dir}/process{self.accelerator.process_index}.pt"
+            torch.save((sequences(first, False), first["grpo_batch"].rhythm_gamma), path)
+
+TrainerFactory.TRAINER_MAPPING["grpo"] = f"{__name__}.Dumping"
+"""
+
+
+def _swift(toy, out, processes=1, plugins=("rhythm.py",), **changed):
     """`swift rlhf` in processes of its own, as a user starts it."""
-    words = command_line(toy, out, external_plugins=[toy / "reward.py", toy / "rhythm.py"], **changed)
-    root = str(pytest.importorskip("tests").__path__[0]) + "/.."
-    environment = os.environ | {"PYTHONPATH": root, "RHYTHM_CREDIT": CREDIT, "NPROC_PER_NODE": str(processes)}
-    if processes == 1:
-        del environment["NPROC_PER_NODE"]
+    words = command_line(toy, out, external_plugins=[toy / name for name in ("reward.py", *plugins)], **changed)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RHYTHM_CREDIT": CREDIT}
+    if processes > 1:
+        environment["NPROC_PER_NODE"] = str(processes)
     program = os.path.join(os.path.dirname(sys.executable), "swift")
     return subprocess.run([program, "rlhf", *words], env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_command_line(toy, tmp_path, processes):
-    size = 8 // processes
-    options = {"per_device_train_batch_size": size, "save_strategy": "steps", "save_steps": 2}
-    done = _swift(toy, tmp_path, processes, **options)
+    (toy / "dumping.py").write_text(DUMPING)
+    options = {"per_device_train_batch_size": 8 // processes, "save_strategy": "steps", "save_steps": 2}
+    plugins = ["rhythm.py"] if processes == 1 else ["rhythm.py", "dumping.py"]
+    done = _swift(toy, tmp_path, processes, plugins, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("rhythm credit is on in RhythmGRPOTrainer (ms-swift 4.6.0): mode=coupled") == 1
     rows = [json.loads(line) for line in (tmp_path / "logging.jsonl").read_text().splitlines()]
-    assert sum("rhythm/gamma_mean" in row for row in rows) == 2
-    assert all(1.1 < row["rhythm/gamma_mean"] < 1.5 for row in rows if "rhythm/gamma_mean" in row)
-    assert (tmp_path / "checkpoint-2" / "rhythm_groups.json").exists()
+    means = [row["rhythm/gamma_mean"] for row in rows if "rhythm/gamma_mean" in row]
+    assert len(means) == 2
+    assert all(1.1 < mean < 1.5 for mean in means)
+    groups = HeadGroups.load(tmp_path / "checkpoint-2" / "rhythm_groups.json")
+    if processes == 1:
+        return
+    parts = [torch.load(tmp_path / f"process{i}.pt", weights_only=False) for i in range(processes)]
+    decoder = eager_copy(build_model())
+    cases = [cases_of(decoder, alone) for alone, _ in parts]
+    assert groups == groups_of([case for part in cases for case in part])  # of both processes' responses together
+    summed = tokens = 0
+    for part, (alone, gamma) in zip(cases, parts):
+        torch.testing.assert_close(gamma, gamma_of(part, alone, groups, gamma.shape[1]), rtol=0, atol=1e-6)
+        for row, (_, mask, inside) in zip(gamma, alone):
+            chosen = mask[len(mask) - (inside.stop - inside.start) :]
+            summed, tokens = summed + row[inside][chosen].sum().item(), tokens + int(chosen.sum())
+    assert means[0] == pytest.approx(summed / tokens, abs=1e-5)  # the log is of both as well
 
 
 def test_other_trainers_are_refused(toy, tmp_path):
@@ -273,12 +309,32 @@ def test_other_trainers_are_refused(toy, tmp_path):
     assert "rlhf_type must be 'grpo' for rhythm credit" in done.stderr
 
 
-def test_this_file_of_ours_is_no_plugin(toy, tmp_path):
-    from rhythm_kernels.integrations import ms_swift
+def test_the_module_is_no_plugin_itself():
+    with pytest.raises(ImportError, match="^external_plugins must name a file of yours"):
+        import_external_file(ms_swift.__file__)
+    sys.path.remove(str(Path(ms_swift.__file__).parent))
 
-    done = subprocess.run(
-        [sys.executable, "-c", f"from swift.utils import import_external_file; import_external_file({ms_swift.__file__!r})"],
-        capture_output=True,
-        text=True,
-    )
-    assert "external_plugins must name a file of yours" in done.stderr
+
+def test_megatron_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "swift.megatron", object())
+    with pytest.raises(ImportError, match="^rhythm credit must be used with 'swift rlhf', got Megatron"):
+        importlib.reload(ms_swift)
+
+
+def test_another_plugin_with_a_trainer_is_refused(monkeypatch):
+    monkeypatch.setitem(TrainerFactory.TRAINER_MAPPING, "grpo", "theirs.GRPOTrainer")
+    with pytest.raises(ValueError, match="^external_plugins must hold one GRPO trainer, got theirs.GRPOTrainer"):
+        ms_swift.register()
+
+
+@pytest.mark.parametrize("name", sorted(standin.SIGNATURES))
+def test_the_stand_in_of_the_default_tests_is_like_ms_swift(name):
+    """The names that the adapter reads and calls, with their parameters."""
+    owner, _, method = name.rpartition(".")
+    ours, theirs = (getattr(getattr(where, owner), method) for where in (standin, swift.rlhf_trainers))
+    assert str(inspect.signature(inspect.unwrap(theirs))) != ""
+    assert _parameters(ours) == _parameters(inspect.unwrap(theirs))
+
+
+def _parameters(function):
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]

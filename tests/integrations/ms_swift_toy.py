@@ -13,14 +13,12 @@ from swift.rewards import ORM, orms
 from swift.rlhf_trainers import GRPOTrainer
 from swift.trainers import TrainerFactory
 
-from rhythm_kernels import HeadGroups, reference, shape_advantages
+from rhythm_kernels import shape_advantages
 
-from ..probe.probe_oracle import eager_maps, oracle, spans
+from .ms_swift_maps import cases_of, gamma_of, groups_of, sequences
 from .toy import PROMPTS, build_model, build_tokenizer, eager_copy, reward
 
-CREDIT = "window=4,horizon=2:8"  # as short as the toy's responses
-LAYERS = [1, 2]  # `middle5` of four layers
-GROUP = round(0.3 * 8)
+CREDIT = "window=4,horizon=2:8"  # as in ms_swift_maps
 
 REWARD = """
 from swift.rewards import ORM, orms
@@ -136,33 +134,6 @@ def weights(trainer: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
 
 
-def sequences(encoded: dict[str, Any], packed: bool) -> list[tuple[torch.Tensor, torch.Tensor, slice, torch.Tensor]]:
-    """Of each response of a micro-batch: its tokens alone, its mask over them, and where that stands in `(B, T)`.
-
-    The fourth is the part of the mask that the slice names, for the batch's own frame.
-    """
-    inputs, batch = encoded["model_inputs"], encoded["grpo_batch"]
-    found, ids = [], inputs["input_ids"]
-    width = batch.completion_mask.shape[1]
-    if packed:
-        starts = (inputs["position_ids"].flatten() == 0).nonzero().flatten().tolist() + [ids.shape[1]]
-        rows = [ids[0, a:b] for a, b in zip(starts, starts[1:])]
-        ends = [width] * len(rows)
-    else:
-        live = inputs["attention_mask"].bool()
-        rows = [row[there] for row, there in zip(ids, live)]
-        length = ids.shape[1]
-        ends = [width - length + int(there.nonzero().max()) + 1 for there in live]
-    for row, end, mask in zip(rows, ends, batch.completion_mask):
-        share = min(len(row), end)
-        inside = slice(end - share, end)
-        whole = torch.zeros(len(row), dtype=torch.bool)
-        whole[len(row) - share :] = mask[inside]
-        assert int(whole.sum()) == int(mask.sum())
-        found.append((row, whole, inside, mask))
-    return found
-
-
 class FedFromMaps(GRPOTrainer):
     """Plain ms-swift, whose advantages are shaped by gamma from full eager maps of each response alone."""
 
@@ -171,22 +142,11 @@ class FedFromMaps(GRPOTrainer):
 
     def _postprocess_batch(self, samples: Any, batch_encoded_inputs: list[dict[str, Any]]) -> None:
         super()._postprocess_batch(samples, batch_encoded_inputs)
-        maps_of = eager_copy(self.model)
+        decoder = eager_copy(self.model)
         for encoded in batch_encoded_inputs:
             batch, alone = encoded["grpo_batch"], sequences(encoded, self.template.padding_free)
-            cases = []
-            for tokens, mask, _, _ in alone:
-                maps = eager_maps(maps_of, input_ids=tokens[None], use_cache=False)
-                cases.append(({layer: maps[layer] for layer in LAYERS}, [(0, 0, len(tokens))], mask[None]))
-            if self.groups is None:
-                found = spans(cases)
-                ranked = sorted(found, key=lambda head: (found[head], head))
-                self.groups = HeadGroups(ranked[:GROUP], ranked[-GROUP:])
-            gamma = torch.ones(batch.completion_mask.shape)
-            for row, ((maps, bounds, mask), (_, _, inside, _)) in enumerate(zip(cases, alone)):
-                waad, fai = oracle(maps, self.groups, bounds, mask, window=4, horizon=(2, 8))
-                one = reference.rhythm_credit(waad.float(), fai.float(), mask)[0]
-                gamma[row, inside] = one[len(one) - (inside.stop - inside.start) :]
+            cases = cases_of(decoder, alone)
+            self.groups = self.groups or groups_of(cases)
+            gamma = gamma_of(cases, alone, self.groups, batch.completion_mask.shape[1])
             self.gammas.append(gamma)
             batch.advantages = shape_advantages(batch.advantages, gamma, self.sign)
-
