@@ -1,0 +1,88 @@
+"""Whether credit reaches a loss: the check that finds a trainer which takes shaped advantages and ignores the shape.
+
+Some losses see one number a response: they read a scalar advantage, or weigh a whole response by one ratio, in whose
+gradient the advantages of its tokens count by their sum alone. Trained on those, credit changes nothing that it should,
+and no log would tell. The gradient by the tokens' log-probabilities tells.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..arguments import check_tensor, same_shape
+
+__all__ = ["credit_is_seen"]
+
+# Within a response, a token's gradient grows with its advantage: by how much, in logarithms, is a slope of 1 for a loss
+# that sees tokens, and of 0 for one that does not. Ratios and other weights of tokens add noise around either.
+_BETWEEN = 0.5
+# The variance of the logarithm of the advantages below which they are all alike (factors apart by less than 0.3%).
+_ALIKE = 1e-5
+
+
+def credit_is_seen(loss: Tensor, log_probs: Tensor, advantages: Tensor, response_mask: Tensor) -> bool:
+    """Whether the gradient of a loss tells apart the tokens that the advantages tell apart.
+
+    Ask in the first steps of a training, until it is True once: it costs a gradient through the loss's elementwise
+    operations alone, and waits for the device. The loss is left as it is, and can be differentiated after.
+
+    Args:
+        loss: the scalar that will be differentiated.
+        log_probs: the tokens' log-probabilities of which the loss was made, part of its graph; `(B, T)`, or `(total,)`
+            of packed responses, which then count as one.
+        advantages: of the same shape, as shaped by credit.
+        response_mask: of the same shape, bool or 0/1: the tokens that are trained.
+
+    Returns:
+        True where it does; False where this batch cannot say: within each response the advantages are all alike, or
+        zero, or their tokens are clipped, or too few beside the other weights that the loss gives them.
+
+    Raises:
+        RuntimeError: the loss does not see which tokens credit chose, or is not made of `log_probs`.
+        ValueError: tensors of other shapes.
+    """
+    shape = check_tensor("log_probs", log_probs).shape
+    for name, value in (("advantages", advantages), ("response_mask", response_mask)):
+        if not same_shape(check_tensor(name, value).shape, shape):
+            raise ValueError(f"{name} must have the shape of log_probs, {tuple(shape)}, got {tuple(value.shape)}")
+    if not (loss.requires_grad and log_probs.requires_grad):
+        return False
+    (gradient,) = torch.autograd.grad(loss, log_probs, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        raise RuntimeError("the loss is not made of the log-probabilities that were measured: credit does not reach it")
+    slope, error = _slope(advantages, gradient, response_mask.bool())
+    if slope - error > _BETWEEN:
+        return True
+    if slope + error >= _BETWEEN:  # also where it is nowhere near certain
+        return False
+    raise RuntimeError(
+        "the loss does not see which tokens credit chose: within a response its gradient is no larger for tokens of "
+        "larger advantage. It reads one advantage a response, or weighs a response by one ratio (GSPO, GMPO); credit "
+        "needs a loss of token advantages and token ratios, or mode 'uniform' to train without"
+    )
+
+
+def _slope(advantages: Tensor, gradient: Tensor, mask: Tensor) -> tuple[float, float]:
+    """How the logarithm of the gradient follows that of the advantage within rows, and three standard errors of that.
+
+    Least squares over the tokens where neither is zero, each row around its own mean. An infinite error: nothing can
+    be said.
+    """
+    x, y = (values.detach().double().abs().log() for values in torch.atleast_2d(advantages, gradient))
+    mask = torch.atleast_2d(mask) & x.isfinite() & y.isfinite()
+    count = mask.sum(dim=1, keepdim=True)
+
+    def centred(values: Tensor) -> Tensor:
+        values = values.where(mask, 0.0)
+        return (values - values.sum(dim=1, keepdim=True) / count.clamp(min=1)).where(mask, 0.0)
+
+    x, y = centred(x), centred(y)
+    xx, xy, yy, tokens, rows = torch.stack(
+        [(x * x).sum(), (x * y).sum(), (y * y).sum(), count.sum().double(), (count > 0).sum().double()]
+    ).tolist()
+    if xx <= _ALIKE * tokens:
+        return 0.0, torch.inf
+    slope = xy / xx
+    unexplained = max(yy - slope * xy, 0.0) / max(tokens - rows - 1, 1)
+    return slope, 3 * (unexplained / xx) ** 0.5

@@ -1,0 +1,150 @@
+"""Which losses see the tokens that credit chose, by their gradients, and which are found out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rhythm_kernels import rhythm_credit, shape_advantages
+from rhythm_kernels.integrations.reach import credit_is_seen
+
+ADVANTAGES = torch.tensor([1.0, -0.5, 0.3, -2.0, 0.7, 0.0])
+
+
+def batch(seed=0, tokens=400, **options):
+    """Log-probabilities, advantages shaped by credit, and a mask with responses of different lengths."""
+    g = torch.Generator().manual_seed(seed)
+    log_probs = (-torch.rand(6, tokens, generator=g)).requires_grad_()
+    mask = torch.arange(tokens) < torch.tensor([1, 0.8, 0.2, 0.5, 0, 0.3])[:, None] * tokens
+    gamma = rhythm_credit(torch.rand(6, tokens, generator=g), torch.rand(6, tokens, generator=g), mask, **options)
+    return log_probs, shape_advantages(ADVANTAGES, gamma), mask
+
+
+def noisy(log_probs, size, seed=1):
+    """What the log-probabilities were before some steps."""
+    noise = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(seed))
+    return log_probs.detach() + size * noise
+
+
+def token_loss(log_probs, advantages, mask, old):
+    ratio = (log_probs - old).exp()
+    least = torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return -(least * mask).sum() / mask.sum()
+
+
+def sequence_loss(log_probs, advantages, mask, old):
+    """GSPO's: one ratio a response, the mean of its tokens'."""
+    ratio = (((log_probs - old) * mask).sum(1) / mask.sum(1).clamp(min=1)).exp()[:, None]
+    return -(torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) * mask).sum() / mask.sum()
+
+
+def scalar_loss(log_probs, advantages, mask, old):
+    """One that takes `(B, T)` and reads the first column."""
+    return token_loss(log_probs, advantages[:, :1].expand_as(mask), mask, old)
+
+
+def reinforce(log_probs, advantages, mask, old):
+    return -(log_probs * advantages * mask).sum(1).mean()
+
+
+def with_penalty(log_probs, advantages, mask, old):
+    difference = old - 0.3 - log_probs
+    penalty = ((difference.exp() - difference - 1) * mask).sum() / mask.sum()
+    return token_loss(log_probs, advantages, mask, old) + 0.05 * penalty
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.05])
+@pytest.mark.parametrize("loss", [token_loss, reinforce, with_penalty])
+@pytest.mark.parametrize("mode", ["coupled", "local", "random"])
+def test_losses_of_token_advantages_are_let_pass(loss, mode, noise):
+    log_probs, advantages, mask = batch(mode=mode)
+    assert credit_is_seen(loss(log_probs, advantages, mask, noisy(log_probs, noise)), log_probs, advantages, mask)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.05])
+@pytest.mark.parametrize("loss", [sequence_loss, scalar_loss])
+def test_losses_that_see_responses_alone_are_found_out(loss, noise):
+    log_probs, advantages, mask = batch()
+    with pytest.raises(RuntimeError, match="does not see which tokens credit chose"):
+        credit_is_seen(loss(log_probs, advantages, mask, noisy(log_probs, noise)), log_probs, advantages, mask)
+
+
+@pytest.mark.parametrize("loss", [token_loss, scalar_loss])
+def test_is_never_wrong_under_heavy_weights(loss):
+    """Weights of tokens that have nothing to do with credit: it may not know, but it does not say the opposite."""
+    certain = 0
+    for seed in range(40):
+        log_probs, advantages, mask = batch(seed)
+        total = loss(log_probs, advantages, mask, noisy(log_probs, 0.0)) * 0
+        weight = noisy(log_probs, 0.5, seed).sub(log_probs.detach()).exp()
+        shaped = advantages if loss is token_loss else advantages[:, :1].expand_as(mask)
+        total = total - (weight * log_probs * shaped * mask).sum()
+        try:
+            seen = credit_is_seen(total, log_probs, advantages, mask)
+        except RuntimeError:
+            assert loss is scalar_loss
+            certain += 1
+        else:
+            assert not seen or loss is token_loss
+            certain += seen
+    assert certain >= 30
+
+
+def test_shifted_by_one_token_is_found_out():
+    log_probs, advantages, mask = batch(mode="random")
+    with pytest.raises(RuntimeError, match="does not see"):
+        credit_is_seen(reinforce(log_probs, advantages.roll(1, dims=1), mask, None), log_probs, advantages, mask)
+
+
+def test_few_tokens_are_enough_without_other_weights():
+    log_probs, advantages, mask = batch(tokens=12)
+    assert credit_is_seen(reinforce(log_probs, advantages, mask, None), log_probs, advantages, mask)
+    with pytest.raises(RuntimeError, match="does not see"):
+        credit_is_seen(scalar_loss(log_probs, advantages, mask, log_probs.detach()), log_probs, advantages, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision(dtype):
+    log_probs, advantages, mask = batch()
+    log_probs = log_probs.detach().to(dtype).requires_grad_()
+    low = advantages.to(dtype)
+    assert credit_is_seen(token_loss(log_probs, low, mask, log_probs.detach()), log_probs, low, mask)
+    with pytest.raises(RuntimeError, match="does not see"):
+        credit_is_seen(scalar_loss(log_probs, low, mask, log_probs.detach()), log_probs, low, mask)
+
+
+def test_batches_that_cannot_say():
+    log_probs, advantages, mask = batch()
+    plain = shape_advantages(ADVANTAGES, torch.ones_like(log_probs))
+    for case in (torch.zeros_like(plain), plain):
+        assert not credit_is_seen(token_loss(log_probs, case, mask, log_probs.detach()), log_probs, case, mask)
+    nothing = torch.zeros_like(mask)
+    loss = (token_loss(log_probs, advantages, mask, log_probs.detach()) * 0).sum()
+    assert not credit_is_seen(loss, log_probs, advantages, nothing)
+    with torch.no_grad():
+        loss = token_loss(log_probs, advantages, mask, log_probs)
+    assert not credit_is_seen(loss, log_probs, advantages, mask)
+
+
+def test_a_loss_of_other_log_probs():
+    log_probs, advantages, mask = batch()
+    other = log_probs.detach().clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="not made of the log-probabilities"):
+        credit_is_seen(reinforce(other, advantages, mask, None), log_probs, advantages, mask)
+
+
+def test_packed_and_the_loss_stays_differentiable():
+    log_probs, advantages, mask = batch()
+    flat = log_probs.detach().flatten().requires_grad_()
+    loss = -(flat * advantages.flatten() * mask.flatten()).sum()
+    assert credit_is_seen(loss, flat, advantages.flatten(), mask.flatten())
+    assert flat.grad is None
+    loss.backward()
+    torch.testing.assert_close(flat.grad, -(advantages * mask).flatten())
+
+
+def test_other_shapes():
+    log_probs, advantages, mask = batch()
+    loss = reinforce(log_probs, advantages, mask, None)
+    with pytest.raises(ValueError, match=r"advantages must have the shape of log_probs, \(6, 400\), got \(6,\)"):
+        credit_is_seen(loss, log_probs, advantages[:, 0], mask)
