@@ -1,4 +1,4 @@
-"""ms-swift's two layouts of a micro-batch under `--padding_free`: one packed row for the model, `(B, T)` for the loss."""
+"""ms-swift's two layouts of a micro-batch under `--padding_free`: a packed row for the model, `(B, T)` for the loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..probe.split_batch import over_tokens
 
 __all__ = ["pack", "unpack"]
 
-# The loss sees the last T places of the packed row, T as far back as the first response begins. Each sequence's share of
+# The loss sees the last T places of the packed row, as far back as the first response begins. Each sequence's share of
 # them stands at the right end of a batch row of its own.
 
 

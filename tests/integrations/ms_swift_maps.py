@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ Alone = list[tuple[torch.Tensor, torch.Tensor, slice]]  # of each response
 
 
 def sequences(encoded: dict[str, Any], packed: bool) -> list[tuple[torch.Tensor, torch.Tensor, slice]]:
-    """Of each response of a micro-batch: its tokens alone, its mask over them, and where their end stands in `(B, T)`."""
+    """Of each response of a micro-batch: its tokens alone, its mask over them, where their end stands in `(B, T)`."""
     inputs, batch = encoded["model_inputs"], encoded["grpo_batch"]
     found, ids = [], inputs["input_ids"]
     width = batch.completion_mask.shape[1]
     if packed:
         starts = (inputs["position_ids"].flatten() == 0).nonzero().flatten().tolist() + [ids.shape[1]]
-        rows = [ids[0, a:b] for a, b in zip(starts, starts[1:])]
+        rows = [ids[0, a:b] for a, b in pairwise(starts)]
         ends = [width] * len(rows)
     else:
         live = inputs["attention_mask"].bool()
