@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The tests under other versions, each in an environment of its own (.venv-NAME, kept for the next time).
 #   bash tests/matrix.sh [PYTHON [NAME ...]]
-# Names: torch-oldest trl-oldest triton-3.6 triton-3.9 peers abi gpu-machine (CONTRIBUTING.md says what each is for).
+# Names: torch-oldest trl-oldest ms-swift triton-3.6 triton-3.9 peers abi gpu-machine (CONTRIBUTING.md says what each
+# is for).
 # Prints one line a row at the end and fails if one failed. PYTHON_GPU names the Python 3.12 of gpu-machine.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +10,7 @@ cd "$(dirname "$0")/.."
 python=${1:-python3}
 shift || true
 names=("$@")
-[ ${#names[@]} -gt 0 ] || names=(torch-oldest trl-oldest triton-3.6 triton-3.9 peers abi gpu-machine)
+[ ${#names[@]} -gt 0 ] || names=(torch-oldest trl-oldest ms-swift triton-3.6 triton-3.9 peers abi gpu-machine)
 torch=${TORCH:-torch==2.13.0}
 extras="[train,tasks,test]"
 export OMP_NUM_THREADS=1
@@ -34,6 +35,10 @@ row() {
     trl-oldest)
       environment "$1" "trl==1.0.0" "transformers==5.5.4" requests &&
         ".venv-$1/bin/python" -m pytest -q -n auto tests/integrations tests/probe
+      ;;
+    ms-swift) # with the TRL and the transformers that it asks for; msgspec it imports and does not ask for
+      extras="" environment "$1" "ms-swift==4.6.0" msgspec pytest &&
+        ".venv-$1/bin/python" -m pytest -q tests/integrations/ms_swift_run.py
       ;;
     triton-3.6)
       environment "$1" "triton==3.6.0" && ".venv-$1/bin/python" -m pytest -q -n auto tests/triton

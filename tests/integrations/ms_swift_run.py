@@ -135,6 +135,14 @@ def _hold_equal(ours, oracle):
     torch.testing.assert_close(weights(ours), weights(oracle), rtol=0, atol=1e-5)
 
 
+EVALUATION = {"split_dataset_ratio": 0.25, "per_device_eval_batch_size": 8}
+CHORD = {
+    "chord_sft_per_device_train_batch_size": 2,
+    "chord_mu_warmup_steps": 0,
+    "chord_mu_decay_steps": 4,
+    "chord_mu_peak": 0.5,
+    "chord_mu_valley": 0.1,
+}
 # With dropout, which a pass of our own would draw from.
 PLAIN = {
     **{loss: {"loss_type": loss} for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")},
@@ -142,12 +150,8 @@ PLAIN = {
     "sequence_token": {"importance_sampling_level": "sequence_token", "num_iterations": 2},
     "adapters with dropout": {**LORA, "lora_dropout": 0.3, "beta": 0.1, "learning_rate": 0.1},
     "accumulated": SCHEDULES["accumulated"],
-    "evaluated": {
-        "split_dataset_ratio": 0.25,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "per_device_eval_batch_size": 8,
-    },
+    "evaluated": {**EVALUATION, "eval_strategy": "steps", "eval_steps": 1},
+    "with expert data": {"chord_sft_dataset": "experts.jsonl", **CHORD},
 }
 
 
@@ -206,7 +210,7 @@ def test_refused_by_name(toy, tmp_path, credit, case):
 
 
 def test_a_teacher_is_refused(toy, tmp_path, credit):
-    with pytest.raises(ValueError, match="^teacher_model must be left out .*, got one"):
+    with pytest.raises(ValueError, match=r"^teacher_model must be left out .*, got one"):
         train(Ours, toy, tmp_path, teacher_model=toy / "model", teacher_model_type="qwen3")
 
 
@@ -323,7 +327,7 @@ def test_other_trainers_are_refused(toy, tmp_path):
 
 def test_the_module_is_no_plugin_itself(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(ImportError, match="^external_plugins must name a file of yours"):
+    with pytest.raises(ImportError, match=r"^external_plugins must name a file of yours"):
         import_external_file(ms_swift.__file__)
 
 

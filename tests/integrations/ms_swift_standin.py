@@ -148,7 +148,7 @@ def arguments(**changed: Any) -> SimpleNamespace:
 
 
 def batch_of(packed: bool, vocabulary: int = 24) -> tuple[dict[str, Tensor], GRPOBatch]:
-    """A micro-batch of four responses with holes in the second one's mask, padded on the right or packed, as collated."""
+    """Four responses as collated, padded on the right or packed, with a hole in the mask of the second."""
     prompts, lengths = [1, 4, 2, 5], [18, 11, 15, 9]
     rows = [torch.randint(2, vocabulary, (p + n,)) for p, n in zip(prompts, lengths)]
     masks = [torch.arange(p + n) >= p for p, n in zip(prompts, lengths)]

@@ -48,6 +48,8 @@ def write_toy(folder: Path) -> Path:
         part.save_pretrained(folder / "model")
     rows = [{"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS * 8]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = [[*row["messages"], {"role": "assistant", "content": "w2 w4 w6"}] for row in rows]
+    (folder / "experts.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in answers))
     (folder / "reward.py").write_text(REWARD)
     (folder / "rhythm.py").write_text("import rhythm_kernels.integrations.ms_swift\n")
     return folder
@@ -87,7 +89,7 @@ def command_line(toy: Path, out: Path, **changed: Any) -> list[str]:
     }
     words = []
     for name, value in options.items():
-        values = value if isinstance(value, list) else [value]
+        values = value if isinstance(value, list) else [toy / value if str(value).endswith(".jsonl") else value]
         words += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
     return words
 

@@ -49,6 +49,11 @@ def generation(trainer, packed=False, count=2):
     return encoded
 
 
+def first_step(trainer):
+    for one in generation(trainer):
+        trainer.compute_loss(trainer.model, one)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_gamma_is_that_of_full_maps(make, packed, beta):
@@ -78,8 +83,7 @@ def test_forwards_are_those_of_ms_swift_and_one_to_calibrate(make):
         trainer = make(kind, beta=0.1)
         calls = []
         trainer.model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        for one in generation(trainer):
-            trainer.compute_loss(trainer.model, one)
+        first_step(trainer)
         counts.append(len(calls))
     assert counts == [2 * 3 + 1, 2 * 3]
 
@@ -152,6 +156,7 @@ def test_a_batch_without_a_response_gets_no_credit_and_the_next_one_calibrates(m
     assert (encoded[0]["grpo_batch"].rhythm_gamma == 1).all()
     assert (encoded[1]["grpo_batch"].rhythm_gamma != 1).any()
     assert trainer._metrics["train"]["rhythm/gamma_mean"][0] == 1.0
+    assert len(trainer._metrics["train"]["rhythm/calibration_seconds"]) == 1  # no forward for nothing
 
 
 def test_groups_go_with_checkpoints(make, tmp_path):
@@ -254,8 +259,7 @@ def test_credit_that_does_not_happen_stops_the_first_step(adapter, make, change,
     kind = type(change, (adapter.RhythmGRPOTrainer, getattr(Changed, change)), {})
     trainer = make(kind)
     with pytest.raises((RuntimeError, ValueError), match=said):
-        for one in generation(trainer):
-            trainer.compute_loss(trainer.model, one)
+        first_step(trainer)
 
 
 def test_registered_by_the_import(adapter):
@@ -264,11 +268,11 @@ def test_registered_by_the_import(adapter):
     assert getattr(importlib.import_module(module), name) is adapter.RhythmGRPOTrainer
     assert mapping["causal_lm"] == "swift.trainers.Seq2SeqTrainer"
     module, name = mapping["gkd"].rsplit(".", 1)
-    with pytest.raises(ValueError, match="^rlhf_type must be 'grpo' for rhythm credit, got"):
+    with pytest.raises(ValueError, match=r"^rlhf_type must be 'grpo' for rhythm credit, got"):
         getattr(importlib.import_module(module), name)(model=None, args=SimpleNamespace())
     adapter.register()  # again: a plug-in may be imported anew
     mapping["grpo"] = "theirs.GRPOTrainer"
-    with pytest.raises(ValueError, match="^external_plugins must hold one GRPO trainer, got theirs.GRPOTrainer"):
+    with pytest.raises(ValueError, match=r"^external_plugins must hold one GRPO trainer, got theirs.GRPOTrainer"):
         adapter.register()
 
 
@@ -293,11 +297,11 @@ def test_it_imports_nothing_of_trl(monkeypatch):
 def test_the_module_is_no_plugin_itself(adapter):
     """ms-swift would put our folder first on sys.path, where `import trl` finds a module of ours."""
     spec = importlib.util.spec_from_file_location("_swift_external_0", adapter.__file__)
-    with pytest.raises(ImportError, match="^external_plugins must name a file of yours that holds"):
+    with pytest.raises(ImportError, match=r"^external_plugins must name a file of yours that holds"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_megatron_is_refused(adapter, monkeypatch):
     monkeypatch.setitem(sys.modules, "swift.megatron", standin.modules()["swift"])
-    with pytest.raises(ImportError, match="^rhythm credit must be used with 'swift rlhf', got Megatron"):
+    with pytest.raises(ImportError, match=r"^rhythm credit must be used with 'swift rlhf', got Megatron"):
         importlib.reload(adapter)
