@@ -41,8 +41,9 @@ def refuse(settings: RhythmSettings, args: Any, model: Any, template: Any, train
         ValueError: by the argument's name on the command line.
     """
     for name, (allowed, why) in _ARGUMENTS.items():
-        if getattr(args, name) not in allowed:
-            raise ValueError(f"{name} must be {allowed[0]!r} for rhythm credit, got {getattr(args, name)!r}: {why}")
+        value = getattr(args, name, allowed[0])  # a version without it has none of that
+        if value not in allowed:
+            raise ValueError(f"{name} must be {allowed[0]!r} for rhythm credit, got {value!r}: {why}")
     for keyword, name in _TEACHERS.items():
         if trainer.get(keyword):
             got = trainer[keyword] if isinstance(trainer[keyword], str) else "one"

@@ -52,6 +52,11 @@ class Holes:
             sample.response_loss_mask = [[int(t % 4 < 2) for t in range(len(flat))]]
         return samples
 
+    def _postprocess_batch(self, samples, batch_encoded_inputs):
+        super()._postprocess_batch(samples, batch_encoded_inputs)
+        masks = torch.cat([encoded["grpo_batch"].completion_mask for encoded in batch_encoded_inputs]).int()
+        self.turns = (masks.diff(dim=1) == 1).sum(1).max()
+
 
 class OursWithHoles(Holes, Ours):
     pass
@@ -115,6 +120,7 @@ def test_packed(toy, tmp_path, credit, packing_anywhere):
 def test_only_what_the_model_wrote_gets_credit(toy, tmp_path, credit, packing_anywhere, packed):
     oracle = train(FedFromMapsWithHoles, toy, tmp_path / "oracle", padding_free=packed)
     ours = train(OursWithHoles, toy, tmp_path / "ours", padding_free=packed)
+    assert ours.turns > 2
     _hold_equal(ours, oracle)
 
 
