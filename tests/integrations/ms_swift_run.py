@@ -157,6 +157,8 @@ PLAIN = {
     "adapters with dropout": {**LORA, "lora_dropout": 0.3, "beta": 0.1, "learning_rate": 0.1},
     "accumulated": SCHEDULES["accumulated"],
     "evaluated": {**EVALUATION, "eval_strategy": "steps", "eval_steps": 1},
+    "truncated left out": {"overlong_filter": True, "max_completion_length": 16},
+    "sampled again": {"dynamic_sample": True, "loss_type": "dapo"},
     "with expert data": {"chord_sft_dataset": "experts.jsonl", **CHORD},
 }
 
