@@ -38,7 +38,7 @@ row() {
       ;;
     ms-swift) # with the TRL and the transformers that it asks for; msgspec it imports and does not ask for
       extras="" environment "$1" "ms-swift==4.6.0" msgspec pytest &&
-        ".venv-$1/bin/python" -m pytest -q tests/integrations/ms_swift_run.py
+        ".venv-$1/bin/python" -m pytest -q tests/integrations/ms_swift_{run,command}.py
       ;;
     triton-3.6)
       environment "$1" "triton==3.6.0" && ".venv-$1/bin/python" -m pytest -q -n auto tests/triton
