@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import reference
+from . import layouts, reference
 from .functional import attention_lse, attention_with_rhythm, column_moments, fai, span, waad
 from .ops import backends
 from .reference import AttentionStats, ColumnMoments
@@ -38,6 +38,7 @@ __all__ = [
     "column_moments",
     "fai",
     "head_groups",
+    "layouts",
     "reference",
     "rhythm_credit",
     "shape_advantages",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..arguments import check_tensor, same_shape
 
@@ -21,7 +22,14 @@ _BETWEEN = 0.5
 _ALIKE = 1e-5
 
 
-def credit_is_seen(loss: Tensor, log_probs: Tensor, advantages: Tensor, response_mask: Tensor) -> bool:
+def credit_is_seen(
+    loss: Tensor,
+    log_probs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> bool:
     """Whether the gradient of a loss tells apart the tokens that the advantages tell apart.
 
     Ask in the first steps of a training, until it is True once: it costs a gradient through the loss's elementwise
@@ -29,10 +37,12 @@ def credit_is_seen(loss: Tensor, log_probs: Tensor, advantages: Tensor, response
 
     Args:
         loss: the scalar that will be differentiated.
-        log_probs: the tokens' log-probabilities of which the loss was made, part of its graph; `(B, T)`, or `(total,)`
-            of packed responses, which then count as one.
+        log_probs: the tokens' log-probabilities of which the loss was made, part of its graph; `(B, T)`, each batch row
+            a response, or `(total,)` or `(1, total)` of packed responses, with `cu_seqlens`.
         advantages: of the same shape, as shaped by credit.
         response_mask: of the same shape, bool or 0/1: the tokens that are trained.
+        cu_seqlens: `(S + 1,)` int, where packed sequences begin, and `total`. Without it they count as one response,
+            and a loss that tells responses apart passes for one that tells tokens apart.
 
     Returns:
         True where it does; False where this batch cannot say: within each response the advantages are all alike, or
@@ -51,7 +61,14 @@ def credit_is_seen(loss: Tensor, log_probs: Tensor, advantages: Tensor, response
     (gradient,) = torch.autograd.grad(loss, log_probs, retain_graph=True, allow_unused=True)
     if gradient is None:
         raise RuntimeError("the loss is not made of the log-probabilities that were measured: credit does not reach it")
-    slope, error = _slope(advantages, gradient, response_mask.bool())
+    rows: tuple[Tensor, ...] = (advantages.detach(), gradient, response_mask.bool())
+    if cu_seqlens is not None:
+        lengths = check_tensor("cu_seqlens", cu_seqlens).diff().tolist()
+        if sum(lengths) != log_probs.numel():
+            total = log_probs.numel()
+            raise ValueError(f"cu_seqlens must end with the {total} tokens of log_probs, got {sum(lengths)}")
+        rows = tuple(pad_sequence(x.flatten().split(lengths), batch_first=True) for x in rows) if lengths else rows
+    slope, error = _slope(*rows)
     if slope - error > _BETWEEN:
         return True
     if slope + error >= _BETWEEN:  # also where it is nowhere near certain

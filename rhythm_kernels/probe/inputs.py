@@ -24,6 +24,9 @@ def forward_inputs(given: dict[str, Any]) -> ForwardInputs:
     if not isinstance(tokens, Tensor):
         raise ValueError(f"input_ids or inputs_embeds must be a tensor, got {type(tokens).__name__}")
     mask = given.get("attention_mask")
+    ready = isinstance(mask, dict) and all(one is None for one in mask.values())  # a layer type's mask each: none
+    if ready:
+        mask = None
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -42,6 +45,7 @@ def forward_inputs(given: dict[str, Any]) -> ForwardInputs:
         attention_mask=None if mask is None else on_device(mask, tokens.device),
         position_ids=given.get("position_ids"),
         cu_seqlens=given.get("cu_seq_lens_q"),
+        packs_positions=not ready,  # transformers takes ready masks as they are, whatever the positions
         logits_to_keep=given.get("logits_to_keep"),
     )
 

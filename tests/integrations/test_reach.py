@@ -143,6 +143,26 @@ def test_packed_and_the_loss_stays_differentiable():
     torch.testing.assert_close(flat.grad, -(advantages * mask).flatten())
 
 
+@pytest.mark.parametrize("shape", [(-1,), (1, -1)])
+@pytest.mark.parametrize("loss", [token_loss, sequence_loss, scalar_loss])
+def test_packed_responses_are_told_apart_by_where_they_begin(loss, shape):
+    """Else one whose advantages differ between responses alone would pass."""
+    log_probs, advantages, mask = batch()
+    lengths = mask.sum(1)
+    cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    flat = log_probs.detach()[mask].view(shape).requires_grad_()
+    rows = torch.zeros_like(advantages).masked_scatter(mask, flat)
+    value = loss(rows, advantages, mask, rows.detach())
+    packed = (value, flat, advantages[mask].view(shape), torch.ones_like(flat))
+    if loss is token_loss:
+        assert credit_is_seen(*packed, cu_seqlens=cu_seqlens)
+    else:
+        with pytest.raises(RuntimeError, match="does not see which tokens credit chose"):
+            credit_is_seen(*packed, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match=rf"cu_seqlens must end with the {int(mask.sum())} tokens of log_probs, got"):
+        credit_is_seen(*packed, cu_seqlens=cu_seqlens[:-2])
+
+
 def test_other_shapes():
     log_probs, advantages, mask = batch()
     loss = reinforce(log_probs, advantages, mask, None)

@@ -57,19 +57,33 @@ def test_a_batch_of_padding_alone():
     assert not probe.waad.any() and not probe.fai.any()
 
 
-@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "both", "beside a mask"])
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "both", "beside a mask", "ready masks"])
 def test_packed(how):
     model = models.tiny_model("qwen3", "eager")
     batch, bounds = models.packed_batch()
     expected = oracle(eager_maps(model, **batch, use_cache=False), GROUPS, bounds)
-    if how in ("cu_seq_lens", "both"):
+    if how in ("cu_seq_lens", "both", "ready masks"):
         ends = torch.tensor([0, *(end for _, _, end in bounds)], dtype=torch.int32)
         batch.update(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=40, max_length_k=40)
     if how == "beside a mask":
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if how == "ready masks":  # made outside of the model, as AReaL does: no layer gets one
+        batch["attention_mask"] = {"full_attention": None, "sliding_attention": None}
     probe = probed(model, batch)
     assert set(probe.lse_source.values()) == {"flash-attn (varlen)"}
     check(probe, expected)
+
+
+def test_sdpa_under_ready_masks_keeps_nothing_apart():
+    """Positions that start again are packing only where masks are made of them."""
+    model, (batch, _) = models.tiny_model("qwen3"), models.packed_batch()
+    ready = {"full_attention": None, "sliding_attention": None}
+    with (
+        pytest.raises(ValueError, match="position_ids must increase along a batch row"),
+        torch.no_grad(),
+        RhythmProbe(model, GROUPS),
+    ):
+        model(**batch, attention_mask=ready, use_cache=False)
 
 
 def test_the_sequences_are_those_that_the_kernel_was_given():
