@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The tests under other versions, each in an environment of its own (.venv-NAME, kept for the next time).
 #   bash tests/matrix.sh [PYTHON [NAME ...]]
-# Names: torch-oldest trl-oldest triton-3.6 triton-3.9 peers areal abi gpu-machine (CONTRIBUTING.md says what each is for).
+# Names: torch-oldest trl-oldest triton-3.6 triton-3.9 peers areal abi gpu-machine sources; CONTRIBUTING.md says what
+# each is for.
 # Prints one line a row at the end and fails if one failed. PYTHON_GPU names the Python 3.12 of gpu-machine.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +10,7 @@ cd "$(dirname "$0")/.."
 python=${1:-python3}
 shift || true
 names=("$@")
-[ ${#names[@]} -gt 0 ] || names=(torch-oldest trl-oldest triton-3.6 triton-3.9 peers areal abi gpu-machine)
+[ ${#names[@]} -gt 0 ] || names=(torch-oldest trl-oldest triton-3.6 triton-3.9 peers areal abi gpu-machine sources)
 torch=${TORCH:-torch==2.13.0}
 extras="[train,tasks,test]"
 export OMP_NUM_THREADS=1
@@ -76,6 +77,11 @@ row() {
         ".venv-$1/bin/python" -m pytest -q -n auto tests/probe/test_probe_waiting.py tests/test_tensor_cache.py tests/gpu &&
         ".venv-$1/bin/python" -m benchmarks.gpu right --rehearse --out ".venv-$1/results" &&
         ".venv-$1/bin/python" -m benchmarks.gpu fast --rehearse --out ".venv-$1/results"
+      ;;
+    sources) # what the pages of docs/trainers use of packages that are not installed: read, not run
+      { [ -x .venv-sources/bin/python ] || "$python" -m venv .venv-sources; } &&
+        .venv-sources/bin/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel &&
+        .venv-sources/bin/python tests/integrations/pages/names.py .venv-sources/sources
       ;;
     *)
       echo "unknown row: $1" >&2

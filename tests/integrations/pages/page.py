@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rhythm_kernels import RhythmSettings, reference
+from rhythm_kernels.probe.structure import attention_layers, find_decoder
 
-from ...probe.probe_oracle import eager_maps, oracle, padded_bounds
+from ...probe.probe_oracle import eager_maps, oracle, padded_bounds, spans
 
 PAGES = Path(__file__).resolve().parents[3] / "docs" / "trainers"
 
@@ -51,6 +52,15 @@ def gamma_from_maps(model, tokens: Tensor, live: Tensor, mask: Tensor, groups, s
     maps = eager_maps(model, input_ids=tokens, attention_mask=live.long(), use_cache=False)
     waad, fai = oracle(maps, groups, padded_bounds(live), mask, settings.window, settings.horizon)
     return reference.rhythm_credit(waad.float(), fai.float(), mask, **settings.credit_options())
+
+
+def groups_from_maps(model, tokens: Tensor, live: Tensor, mask: Tensor, settings: RhythmSettings) -> tuple[list, list]:
+    """The local and the global heads by the mean span of their rows in R, from maps that are kept in full."""
+    maps = eager_maps(model, input_ids=tokens, attention_mask=live.long(), use_cache=False)
+    chosen = {layer: maps[layer] for layer in attention_layers(find_decoder(model), settings.layers)}
+    span = spans([(chosen, padded_bounds(live), mask)])
+    ranked, count = sorted(span, key=lambda head: (span[head], head)), round(settings.head_quantile * len(span))
+    return ranked[:count], ranked[-count:]
 
 
 def ragged(prompts: list[int], responses: list[int], words: int, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
