@@ -2,7 +2,7 @@
 # The tests under other versions, each in an environment of its own (.venv-NAME, kept for the next time).
 #   bash tests/matrix.sh [PYTHON [NAME ...]]
 # Names: those of `all` below; CONTRIBUTING.md says what each is for.
-# Prints one line a row at the end and fails if one failed. PYTHON_GPU names the Python 3.12 of gpu-machine.
+# Prints one line a row at the end and fails if one failed. PYTHON_GPU and PYTHON_AXOLOTL name the Python 3.12 of two rows.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -47,6 +47,20 @@ row() {
       { [ -x ".venv-$1/bin/python" ] || "$python" -m venv ".venv-$1"; } &&
         ".venv-$1/bin/python" -m pip install --quiet --disable-pip-version-check packaging &&
         ".venv-$1/bin/python" -m tests.integrations.every_trl ".venv-$1/wheels"
+      ;;
+    axolotl) # needs Python 3.12; without what it needs on a GPU: its trainer and its command run without
+      python=${PYTHON_AXOLOTL:-python3.12} extras="" environment "$1" trl==1.14.1 transformers==5.20.1 \
+        accelerate==1.15.0 datasets==5.0.1 peft==0.21.2 pydantic addict fire PyYAML colorama typer python-dotenv scipy \
+        einops requests numba "kernels<0.18" evaluate==0.4.1 fastcore schedulefree==1.4.1 axolotl-contribs-lgpl==0.0.7 \
+        axolotl-contribs-mit==0.0.6 posthog==6.7.11 art zstandard tensorboard sentencepiece langdetect \
+        nvidia-ml-py==12.560.30 hf_transfer torchao wandb pytest hypothesis &&
+        ".venv-$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps bitsandbytes==0.50.2 \
+          axolotl==0.21.0 &&
+        AXOLOTL=required ".venv-$1/bin/python" -m pytest -q tests/integrations/test_axolotl.py
+      ;;
+    ms-swift) # with the TRL and the transformers that it asks for; msgspec it imports and does not ask for
+      extras="" environment "$1" "ms-swift==4.6.0" msgspec pytest &&
+        ".venv-$1/bin/python" -m pytest -q tests/integrations/ms_swift_{run,command}.py
       ;;
     triton-3.6)
       environment "$1" "triton==3.6.0" && ".venv-$1/bin/python" -m pytest -q -n auto tests/triton
