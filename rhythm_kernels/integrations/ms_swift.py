@@ -4,12 +4,13 @@
     RHYTHM_CREDIT="mode=coupled,gamma_amp=1.5" swift rlhf --rlhf_type grpo --external_plugins rhythm.py ...
 
 The settings are those of :class:`rhythm_kernels.RhythmSettings`, spelled in the environment variable `RHYTHM_CREDIT`
-(:mod:`rhythm_kernels.integrations.environment`) or left at their defaults.
+(:mod:`rhythm_kernels.integrations.environment`); set and empty, it means their defaults.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 if not __package__:  # ms-swift imports a plug-in under a name of its own, with its folder first on sys.path
     raise ImportError(
@@ -21,36 +22,45 @@ if "swift.megatron" in sys.modules:
 
 from swift.trainers import TrainerFactory
 
-from .environment import settings_from_environment
-from .ms_swift_refusals import NoCredit
+from .ms_swift_refusals import settings_of_run
 from .ms_swift_trainer import RhythmGRPOTrainer
 
 __all__ = ["RhythmGRPOTrainer", "register"]
 
-_OWN = "swift.rlhf_trainers."  # where ms-swift's own trainers are
+_chosen = TrainerFactory.get_cls  # ms-swift's choice, by a run's arguments, out of one of its tables
 
 
 def register() -> None:
-    """Have `--rlhf_type grpo` mean `RhythmGRPOTrainer`, and any other type an error: none of them gives credit.
+    """Have `--rlhf_type grpo` mean `RhythmGRPOTrainer`, and every run of `swift rlhf` without it an error.
+
+    A trainer that another plug-in registered, before or after, is left: it gives credit where it extends ours.
+    """
+    if TrainerFactory.TRAINER_MAPPING["grpo"].startswith("swift."):
+        TrainerFactory.TRAINER_MAPPING["grpo"] = f"{RhythmGRPOTrainer.__module__}.{RhythmGRPOTrainer.__qualname__}"
+    TrainerFactory.get_cls = staticmethod(_choose)
+
+
+def _choose(args: Any, mapping: dict[str, str]) -> type:
+    """As ms-swift does, first for the class of its configuration: after all plug-ins, before a model is loaded.
 
     Raises:
-        ValueError: for a wrong `RHYTHM_CREDIT`, before a model is loaded; for another plug-in's GRPO trainer.
+        ValueError: for a run of `swift rlhf` that would have no credit; for a wrong `RHYTHM_CREDIT`, or none.
     """
-    settings_from_environment()
-    mapping, ours = TrainerFactory.TRAINER_MAPPING, _path(RhythmGRPOTrainer)
-    if mapping["grpo"] != ours and not mapping["grpo"].startswith(_OWN):
+    kind = getattr(args, "rlhf_type", None)
+    if kind == "grpo":
+        settings_of_run()
+        trainer = _chosen(args, TrainerFactory.TRAINER_MAPPING)
+        if not issubclass(trainer, RhythmGRPOTrainer):
+            raise ValueError(
+                f"external_plugins must register no GRPO trainer beside rhythm credit's, got {trainer.__name__}: let "
+                "it extend rhythm_kernels.integrations.ms_swift.RhythmGRPOTrainer"
+            )
+    elif kind is not None:
         raise ValueError(
-            f"external_plugins must hold one GRPO trainer, got {mapping['grpo']} before rhythm credit: let it extend "
-            "rhythm_kernels.integrations.ms_swift.RhythmGRPOTrainer, and import that module first"
+            f"rlhf_type must be 'grpo' for rhythm credit, got {kind!r}: leave rhythm_kernels.integrations.ms_swift out "
+            "of --external_plugins"
         )
-    for kind, path in mapping.items():
-        if path.startswith(_OWN):
-            mapping[kind] = _path(NoCredit)
-    mapping["grpo"] = ours
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return _chosen(args, mapping)
 
 
 register()

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..settings import RhythmSettings
+from .environment import VARIABLE, settings_from_environment
 
-__all__ = ["NoCredit", "refuse"]
+__all__ = ["refuse", "settings_of_run"]
 
 _ONE_POLICY = "credit is measured of the policy that wrote the responses, by the one pass over them that it makes"
 _TEACHER = "a teacher makes token advantages of its own there, which credit was never tried with"
@@ -25,6 +26,18 @@ _TEACHERS = {
     "teacher_model_server": "teacher_model_server",
     "teacher_use_disable_adapter": "teacher_model",
 }
+
+
+def settings_of_run() -> RhythmSettings:
+    """Those of the environment, which must have them: where its name is misspelt, defaults would go unnoticed.
+
+    Raises:
+        ValueError: for a wrong `RHYTHM_CREDIT`, or none.
+    """
+    settings = settings_from_environment()
+    if settings is None:
+        raise ValueError(f"{VARIABLE} must be set for rhythm credit (empty means the defaults), got no such variable")
+    return settings
 
 
 def refuse(settings: RhythmSettings, args: Any, model: Any, template: Any, trainer: Mapping[str, Any]) -> None:
@@ -80,14 +93,4 @@ def _refuse_blind_loss(settings: RhythmSettings, loss: str, level: str) -> None:
         raise ValueError(
             f"importance_sampling_level must be 'token' or 'sequence_token' for rhythm credit with loss_type={loss!r}, "
             f"got 'sequence': all tokens of a response share one ratio, so {advice}"
-        )
-
-
-class NoCredit:
-    """In the place of ms-swift's other trainers: a run that asks for credit and would have none."""
-
-    def __init__(self, *_: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            f"rlhf_type must be 'grpo' for rhythm credit, got another, of a {type(kwargs['args']).__name__}: leave "
-            "rhythm_kernels.integrations.ms_swift out of --external_plugins"
         )

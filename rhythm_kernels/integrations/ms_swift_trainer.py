@@ -13,10 +13,8 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..measured_credit import GROUPS_FILE, NO_CREDIT, RhythmCredit
-from ..settings import RhythmSettings
 from .announce import announce
-from .environment import settings_from_environment
-from .ms_swift_refusals import refuse
+from .ms_swift_refusals import refuse, settings_of_run
 from .ms_swift_rows import pack, unpack
 from .reach import credit_is_seen
 
@@ -30,12 +28,12 @@ class RhythmGRPOTrainer(GRPOTrainer):
     float32, and the advantages beside it are shaped by it. Nothing of ms-swift's loss is copied.
 
     Raises:
-        ValueError: for what credit cannot honour, by the argument's name; for a wrong `RHYTHM_CREDIT`.
+        ValueError: for what credit cannot honour, by the argument's name; for a wrong `RHYTHM_CREDIT`, or none.
         RuntimeError: in the first step, where a pass was not measured or the loss does not see the credit.
     """
 
     def __init__(self, model: Any, *rest: Any, **kwargs: Any) -> None:
-        settings = settings_from_environment() or RhythmSettings()
+        settings = settings_of_run()
         refuse(settings, kwargs["args"], model, kwargs["template"], kwargs)
         super().__init__(model, *rest, **kwargs)
         self.rhythm = RhythmCredit(self.model, settings)
@@ -100,7 +98,10 @@ class RhythmGRPOTrainer(GRPOTrainer):
             if self._watched is None:
                 raise RuntimeError("the loss was made of no log-probs of the policy: this ms-swift is not supported")
             log_probs, batch = self._watched
-            self._seen = credit_is_seen(loss, log_probs, batch.advantages, self._trained(batch))
+            # As credit shapes them: the advantages in the batch may be another's. Those within KL's reach tell nothing.
+            shaped = self.rhythm.shape(batch.advantages.sign(), batch.rhythm_gamma)
+            told = self._trained(batch) & (batch.advantages.abs() > self.beta)
+            self._seen = credit_is_seen(loss, log_probs, shaped, told)
         self._watched = None
         return loss
 

@@ -84,7 +84,14 @@ def test_the_command_line(toy, tmp_path, processes):
 def test_other_trainers_are_refused(toy, tmp_path):
     done = _swift(toy, tmp_path, rlhf_type="gkd")
     assert done.returncode != 0
-    assert "rlhf_type must be 'grpo' for rhythm credit" in done.stderr
+    assert "rlhf_type must be 'grpo' for rhythm credit, got 'gkd'" in done.stderr
+
+
+def test_a_trainer_registered_after_ours_is_refused(toy, tmp_path):
+    (toy / "other.py").write_text(DUMPING.replace("(RhythmGRPOTrainer)", "(RhythmGRPOTrainer.__base__)"))
+    done = _swift(toy, tmp_path, plugins=["rhythm.py", "other.py"])
+    assert done.returncode != 0
+    assert "external_plugins must register no GRPO trainer beside rhythm credit's, got Dumping" in done.stderr
 
 
 def test_the_module_is_no_plugin_itself(monkeypatch):

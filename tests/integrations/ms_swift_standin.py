@@ -6,6 +6,7 @@ It writes no text: a batch is of drawn tokens, a reward is a number drawn with i
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -116,6 +117,11 @@ class TrainerFactory:
     TRAINER_MAPPING: dict[str, str] = {}  # noqa: RUF012
 
 
+def get_cls(args, mapping):
+    module, name = mapping[getattr(args, "rlhf_type", None) or args.task_type].rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
 def modules() -> dict[str, ModuleType]:
     """What `import swift...` is to find."""
     TrainerFactory.TRAINER_MAPPING = {
@@ -123,9 +129,11 @@ def modules() -> dict[str, ModuleType]:
         "gkd": "swift.rlhf_trainers.GKDTrainer",
         "grpo": "swift.rlhf_trainers.GRPOTrainer",
     }
+    TrainerFactory.get_cls = staticmethod(get_cls)  # type: ignore[attr-defined]
     package, trainers, rlhf = (ModuleType(name) for name in ("swift", "swift.trainers", "swift.rlhf_trainers"))
     package.__version__ = "4.6.0"  # type: ignore[attr-defined]
     trainers.TrainerFactory, rlhf.GRPOTrainer = TrainerFactory, GRPOTrainer  # type: ignore[attr-defined]
+    trainers.Seq2SeqTrainer = object  # type: ignore[attr-defined]
     return {module.__name__: module for module in (package, trainers, rlhf)}
 
 

@@ -262,24 +262,58 @@ def test_credit_that_does_not_happen_stops_the_first_step(adapter, make, change,
         first_step(trainer)
 
 
+class Withholding:
+    """A user's subclass that takes the place of the step which shapes advantages."""
+
+    def _postprocess_batch(self, samples, batch_encoded_inputs):
+        standin.GRPOTrainer._postprocess_batch(self, samples, batch_encoded_inputs)
+
+
+def test_advantages_that_were_not_shaped_stop_the_first_step(adapter, make):
+    trainer = make(type("Mine", (Withholding, adapter.RhythmGRPOTrainer), {}))
+    with pytest.raises(RuntimeError, match="does not see which tokens credit chose"):
+        first_step(trainer)
+
+
+def test_advantages_within_the_reach_of_kl_tell_nothing(adapter, make):
+    trainer = make(type("Mine", (adapter.RhythmGRPOTrainer, Changed.Blind), {}), beta=2.0)
+    first_step(trainer)
+    assert not trainer._seen
+
+
+def chosen(kind):
+    return standin.TrainerFactory.get_cls(SimpleNamespace(rlhf_type=kind), standin.TrainerFactory.TRAINER_MAPPING)
+
+
 def test_registered_by_the_import(adapter):
-    mapping = standin.TrainerFactory.TRAINER_MAPPING
-    module, name = mapping["grpo"].rsplit(".", 1)
-    assert getattr(importlib.import_module(module), name) is adapter.RhythmGRPOTrainer
-    assert mapping["causal_lm"] == "swift.trainers.Seq2SeqTrainer"
-    module, name = mapping["gkd"].rsplit(".", 1)
-    with pytest.raises(ValueError, match=r"^rlhf_type must be 'grpo' for rhythm credit, got"):
-        getattr(importlib.import_module(module), name)(model=None, args=SimpleNamespace())
+    assert chosen("grpo") is adapter.RhythmGRPOTrainer
+    with pytest.raises(ValueError, match=r"^rlhf_type must be 'grpo' for rhythm credit, got 'gkd'"):
+        chosen("gkd")
     adapter.register()  # again: a plug-in may be imported anew
-    mapping["grpo"] = "theirs.GRPOTrainer"
-    with pytest.raises(ValueError, match=r"^external_plugins must hold one GRPO trainer, got theirs.GRPOTrainer"):
-        adapter.register()
+    assert chosen("grpo") is adapter.RhythmGRPOTrainer
 
 
-def test_a_wrong_setting_stops_the_import(adapter, monkeypatch):
-    monkeypatch.setenv("RHYTHM_CREDIT", "gamma=2")
-    with pytest.raises(ValueError, match=r"^RHYTHM_CREDIT .*gamma=2"):
+@pytest.mark.parametrize("before", [True, False])
+def test_another_plugins_trainer_must_extend_ours(adapter, monkeypatch, before):
+    monkeypatch.setitem(sys.modules, "theirs", theirs := SimpleNamespace(Theirs=type("Theirs", (), {})))
+    standin.TrainerFactory.TRAINER_MAPPING["grpo"] = "theirs.Theirs"
+    if before:
         adapter.register()
+    with pytest.raises(ValueError, match=r"^external_plugins must register no GRPO trainer beside .*, got Theirs"):
+        chosen("grpo")
+    theirs.Theirs = type("Theirs", (adapter.RhythmGRPOTrainer,), {})
+    assert chosen("grpo") is theirs.Theirs
+
+
+@pytest.mark.parametrize("spelled", [None, "gamma=2"])
+def test_settings_that_are_wrong_or_nowhere_stop_training_alone(adapter, make, monkeypatch, spelled):
+    monkeypatch.delenv("RHYTHM_CREDIT") if spelled is None else monkeypatch.setenv("RHYTHM_CREDIT", spelled)
+    adapter.register()
+    mapping = standin.TrainerFactory.TRAINER_MAPPING
+    assert standin.TrainerFactory.get_cls(SimpleNamespace(task_type="causal_lm"), mapping) is object
+    for training in (lambda: chosen("grpo"), make):
+        with pytest.raises(ValueError, match=r"^RHYTHM_CREDIT must be .*, got "):
+            training()
 
 
 def test_it_imports_nothing_of_trl(monkeypatch):
