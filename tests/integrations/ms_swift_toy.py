@@ -6,6 +6,7 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from swift.pipelines.train.rlhf import SwiftRLHF
@@ -14,6 +15,7 @@ from swift.rlhf_trainers import GRPOTrainer
 from swift.trainers import TrainerFactory
 
 from rhythm_kernels import shape_advantages
+from rhythm_kernels.integrations import ms_swift
 
 from .ms_swift_maps import cases_of, gamma_of, groups_of, sequences
 from .toy import PROMPTS, build_model, build_tokenizer, eager_copy, reward
@@ -117,14 +119,15 @@ def _hooked(model: Any, hook: Any):
 
 
 def train(kind: type, toy: Path, out: Path, **changed: Any) -> Any:
-    """Train by ms-swift's pipeline with `kind` for its GRPO trainer; returns the trainer."""
-    before = TrainerFactory.TRAINER_MAPPING["grpo"]
-    TrainerFactory.TRAINER_MAPPING["grpo"] = f"{kind.__module__}.{kind.__name__}"
-    try:
+    """Train by ms-swift's pipeline with `kind` for its GRPO trainer, plain ones too; returns the trainer."""
+    choice = TrainerFactory.get_cls if issubclass(kind, ms_swift.RhythmGRPOTrainer) else ms_swift._chosen
+    path = f"{kind.__module__}.{kind.__name__}"
+    with (
+        patch.dict(TrainerFactory.TRAINER_MAPPING, grpo=path),
+        patch.object(TrainerFactory, "get_cls", staticmethod(choice)),
+    ):
         run = _Run(command_line(toy, out, **changed))
         run.main()
-    finally:
-        TrainerFactory.TRAINER_MAPPING["grpo"] = before
     return run.trainer
 
 
