@@ -430,7 +430,8 @@ def test_a_better_known_mask_is_part_of_the_measured_one(model):
     assert torch.equal(credit.gamma(), gamma)
 
 
-def test_what_only_the_device_knows_is_raised_later(model, monkeypatch):
+@pytest.mark.parametrize("wrong", ["a hole in attention_mask", "padding in response_mask"])
+def test_what_only_the_device_knows_is_raised_later(model, wrong, monkeypatch):
     """As on a GPU, where the host does not wait: gamma is 1, and statistics or the next block says why."""
     from rhythm_kernels.probe import checks, forward_sequences, inputs, layer_window
 
@@ -439,11 +440,14 @@ def test_what_only_the_device_knows_is_raised_later(model, monkeypatch):
     monkeypatch.setattr(checks.Pending, "known", lambda self, wait: wait)
     batch, mask = batch_of()
     credit = calibrated(model)
-    batch["attention_mask"][1, 40] = 0  # a hole
+    if wrong == "padding in response_mask":
+        mask[:] = True
+    else:
+        batch["attention_mask"][1, 40] = mask[1, 40] = 0
     with torch.no_grad(), credit.measuring(mask):
         forward(model, batch)
     assert (credit.gamma() == 1).all()
-    with pytest.raises(ValueError, match="attention_mask"):
+    with pytest.raises(ValueError, match=f"{wrong.split()[-1]} must .*found on the device after"):
         credit.statistics()
 
 
