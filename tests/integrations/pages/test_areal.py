@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -177,8 +178,8 @@ def token_ratios(logprobs, entropy, input_data, vocab_min_logits=None, vocab_max
 
 def response_ratios(logprobs, entropy, input_data, vocab_min_logits=None, vocab_max_logits=None):
     """One ratio a response, and the mean of its advantages."""
-    total, ends = 0.0, input_data["cu_seqlens"].tolist()
-    for start, end in zip(ends, ends[1:]):
+    total = 0.0
+    for start, end in pairwise(input_data["cu_seqlens"].tolist()):
         mask = input_data["loss_mask"][start:end]
         difference = (logprobs - input_data["prox_logp"])[start:end]
         ratio = ((difference * mask).sum() / mask.sum()).exp()
