@@ -80,6 +80,11 @@ class RhythmFields:
             return RhythmSettings(**{name: getattr(self, f"rhythm_{name}") for name in _SETTINGS})
         except (TypeError, ValueError) as error:
             raise type(error)(f"rhythm_{error}") from error
+        except AttributeError as error:
+            name = type(self).__name__
+            raise TypeError(
+                f"{name} must be a dataclass, got a class without its fields: put @dataclass on it"
+            ) from error
 
 
 @dataclass
