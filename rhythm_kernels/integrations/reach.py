@@ -20,8 +20,8 @@ __all__ = ["credit_is_seen"]
 _BETWEEN = 0.5
 # The variance of the logarithm of the advantages below which they are all alike (factors apart by less than 0.3%).
 _ALIKE = 1e-5
-# Of how many tokens, beyond one a row, an error can be told; and how many standard errors it is. A training asks until it
-# knows, so that an error which is rare in one batch would come in some.
+# Of how many tokens, beyond one a row, an error can be told; and how many standard errors it is. A training asks until
+# it knows, so that an error which is rare in one batch would come in some.
 _SPARE, _ERRORS = 6, 4
 
 
