@@ -81,10 +81,7 @@ class RhythmFields:
         except (TypeError, ValueError) as error:
             raise type(error)(f"rhythm_{error}") from error
         except AttributeError as error:
-            name = type(self).__name__
-            raise TypeError(
-                f"{name} must be a dataclass, got a class without its fields: put @dataclass on it"
-            ) from error
+            raise TypeError(f"{type(self).__name__} must be a dataclass: put @dataclass on it") from error
 
 
 @dataclass

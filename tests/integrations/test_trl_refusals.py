@@ -79,7 +79,7 @@ def test_a_configuration_without_the_decorator(tmp_path):
     class Plain(TheirConfig, RhythmFields):
         pass
 
-    with pytest.raises(TypeError, match=r"Plain must be a dataclass, got .*: put @dataclass on it"):
+    with pytest.raises(TypeError, match=r"Plain must be a dataclass: put @dataclass on it"):
         build(RhythmGRPOTrainer, Plain(**options(tmp_path)))
 
 
