@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -25,6 +26,7 @@ NAMES = [
     (_ENGINE, "FSDPEngine.initialize", ("self", "addr", "ft_spec")),
     (_ENGINE, "FSDPEngine.forward_backward_batch", ("self", "mb_list", "process_output_fn", "forward_only")),
     (_ENGINE, "FSDPEngine.forward_batch", ("self", "input_", "output_seqlens", "aggregate_fn")),
+    (_ENGINE, "FSDPEngine.train_batch", ("self", "input_", "loss_fn", "loss_weight_fn")),
     (_ENGINE, "FSDPEngine.get_version", ("self",)),
     (_ENGINE, "FSDPEngine.model", None),
     (_ENGINE, "FSDPEngine.config", None),
@@ -39,6 +41,7 @@ NAMES = [
     ("areal/trainer/ppo/actor.py", "PPOActor.engine", None),
     ("areal/trainer/ppo/actor.py", "PPOActor._compute_logp", ("self", "data")),
     ("areal/trainer/ppo/actor.py", "PPOActor._compute_advantages", ("self", "data")),
+    ("areal/trainer/ppo/actor.py", "grpo_loss_fn", ("logprobs", "entropy", "input_data")),
     (_ARGS, "PPOActorConfig.should_compute_prox_logp", ("self",)),
     (_ARGS, "PPOActorConfig.importance_sampling_level", None),
     (_ARGS, "PPOActorConfig.recompute_logprob", None),
@@ -68,12 +71,13 @@ class MicroBatchList:
         def pack(x):
             return torch.cat([x[row, : lengths[row]] for row in rows])
 
-        mb = {name: pack(data[name]) for name in ("input_ids", "loss_mask")}
+        per_token = ("input_ids", "loss_mask", "advantages", "prox_logp")
+        mb = {name: pack(data[name]) for name in per_token if name in data}
         mb["position_ids"] = torch.cat([torch.arange(lengths[row]) for row in rows])
         padding = -len(mb["input_ids"]) % 16
         padded = {name: F.pad(x, (0, padding))[None] for name, x in mb.items()}
         padded["position_ids"][0, len(mb["input_ids"]) :] = torch.arange(padding)
-        ends = torch.cat([torch.zeros(1), lengths[rows].cumsum(0)]).int()
+        mb["cu_seqlens"] = ends = torch.cat([torch.zeros(1), lengths[rows].cumsum(0)]).int()
         if padding:
             ends = torch.cat([ends, ends[-1:] + padding])
         longest = int(ends.diff().max())
@@ -101,17 +105,28 @@ class FSDPEngine:
 
     def forward_backward_batch(self, mb_list, process_output_fn, forward_only=False):
         for mb in mb_list:
-            logits = self.model(**mb.padded_mb).logits.squeeze(0)
-            process_output_fn(logits, {"mb": mb})
+            inputs = {name: x for name, x in mb.padded_mb.items() if name not in ("advantages", "prox_logp")}
+            loss = process_output_fn(self.model(**inputs).logits.squeeze(0), {"mb": mb})
+            if not forward_only:
+                loss.backward()
+
+    def log_probs(self, logits, mb):
+        labels = mb.padded_mb["input_ids"][0].roll(-1)
+        return logits.log_softmax(-1).gather(1, labels[:, None])[: len(labels) - mb.padding_length, 0]
+
+    def train_batch(self, input_, loss_fn, loss_weight_fn):
+        def process_output(logits, context):
+            log_probs, mb = self.log_probs(logits, context["mb"]), context["mb"].orig_mb
+            named = {"vocab_min_logits": logits.min(-1).values, "vocab_max_logits": logits.max(-1).values}
+            return loss_fn(log_probs, torch.zeros_like(log_probs), mb, **named) * loss_weight_fn(mb)
+
+        self.forward_backward_batch(MicroBatchList(input_), process_output)
 
     def forward(self, input_, output_seqlens=None, aggregate_fn=torch.cat):
         mb_list, outputs = MicroBatchList(input_), []
 
         def process_output(logits, context):
-            mb = context["mb"]
-            labels = mb.padded_mb["input_ids"][0].roll(-1)
-            found = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-            outputs.append(found[: len(found) - mb.padding_length])
+            outputs.append(self.log_probs(logits, context["mb"]))
 
         self.forward_backward_batch(mb_list, process_output, forward_only=True)
         lengths = input_["attention_mask"].sum(1)
@@ -152,6 +167,25 @@ class PPOActor:
         data["loss_mask"] = loss_mask
         return data
 
+    def _ppo_update(self, data):
+        self.engine.train_batch(data, loss_fn=self.config.loss, loss_weight_fn=lambda mb: mb["loss_mask"].sum())
+
+
+def token_ratios(logprobs, entropy, input_data, vocab_min_logits=None, vocab_max_logits=None):
+    ratio = (logprobs - input_data["prox_logp"]).exp()
+    return -(ratio * input_data["advantages"] * input_data["loss_mask"]).sum()
+
+
+def response_ratios(logprobs, entropy, input_data, vocab_min_logits=None, vocab_max_logits=None):
+    """One ratio a response, and the mean of its advantages."""
+    total = 0.0
+    for start, end in pairwise(input_data["cu_seqlens"].tolist()):
+        mask = input_data["loss_mask"][start:end]
+        difference = (logprobs - input_data["prox_logp"])[start:end]
+        ratio = ((difference * mask).sum() / mask.sum()).exp()
+        total = total - ratio * (input_data["advantages"][start:end] * mask).sum()
+    return total
+
 
 @pytest.fixture
 def areal(monkeypatch):
@@ -176,6 +210,7 @@ def config(recomputes=True, **changed):
         "importance_sampling_level": "token",
         "enable_tree_training": False,
         "optimizer": "adam",
+        "loss": token_ratios,
         "tp_size": 1,
         "sp_size": 1,
         "made": build_model(),
@@ -242,6 +277,21 @@ def test_log_probs_and_returns_stay_and_gamma_of_one_leaves_every_bit(areal):
     with flash_standin.installed(actor.model):
         actor.compute_logp(again)
     assert torch.equal(actor.compute_advantages(dict(again))["returns"], expected)
+
+
+def update(actor):
+    data = batch()
+    with flash_standin.installed(actor.model):
+        data["prox_logp"] = actor.compute_logp(data)
+    actor.actor._ppo_update(actor.compute_advantages(data))  # the stand-in of flash attention has no gradient
+
+
+def test_a_loss_of_one_ratio_a_response_is_refused_in_the_first_step(areal):
+    actor = engine(areal)
+    update(actor)
+    assert actor.seen
+    with pytest.raises(RuntimeError, match="does not see which tokens credit chose"):
+        update(engine(areal, loss=response_ratios))
 
 
 def test_the_trainer_makes_our_actor_and_the_log_says_so(areal, capsys, caplog):

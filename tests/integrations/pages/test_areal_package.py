@@ -22,12 +22,13 @@ from .test_areal import batch
 
 
 def initialize(self, addr, ft_spec, *args, **kwargs):
-    """What of starting an engine a log-prob pass needs."""
+    """What of starting an engine its passes and an update without an optimizer need."""
     self.model, self.device = build_model(), torch.device("cpu")
     self.parallel_helper = types.SimpleNamespace(tp_size=1, sp_size=1, dp_size=1)
     self.dp_group = dist.group.WORLD
     self.logger = logging.getLogger("areal engine")
-    self._ensure_ready = lambda: None
+    self._ensure_ready = self.optimizer_zero_grad = lambda: None
+    self.optimizer_step = dict
 
 
 @pytest.fixture
@@ -102,6 +103,25 @@ def test_advantages_are_theirs_times_gamma_of_full_maps(module, tmp_path):
         rolled = torch.cat([gamma[row, 1:length], torch.ones(1)])
         assert torch.equal(ours["advantages"], theirs["advantages"] * rolled)
         assert torch.equal(ours["returns"], theirs["returns"])
+
+
+@pytest.mark.parametrize("sapo", [False, True])
+def test_their_loss_sees_the_tokens_and_one_of_whole_responses_is_refused(module, tmp_path, monkeypatch, sapo):
+    from areal.trainer.ppo import actor
+
+    settings = config(tmp_path, use_sapo_loss=sapo, use_decoupled_loss=False)
+    engine, _, shaped = advantages(module.RhythmFSDPPPOActor, settings)
+    engine.ppo_update(shaped)
+    assert engine.seen
+    engine, _, shaped = advantages(module.RhythmFSDPPPOActor, settings)
+    theirs = actor.grpo_loss_fn
+
+    def of_responses(*args, **named):
+        return theirs(*args, **{**named, "importance_sampling_level": "sequence"})
+
+    monkeypatch.setattr(actor, "grpo_loss_fn", of_responses)
+    with pytest.raises(RuntimeError, match="does not see which tokens credit chose"):
+        engine.ppo_update(shaped)
 
 
 def test_what_their_configuration_asks_for_is_refused(module, tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.rnn import pad_sequence
 
 from ..toy import WORDS, build_model
@@ -55,7 +56,7 @@ def sequence_ratio_loss_fn(inputs, loss_config):
 
 
 def with_their_head(model):
-    """A transformers model whose forward prime-rl has replaced: log-probs of the labels come out."""
+    """A transformers model whose layers are checkpointed, as they are by default, and whose forward gives log-probs."""
 
     def new_forward(
         self,
@@ -71,6 +72,8 @@ def with_their_head(model):
         scaled = self.lm_head(hidden) / temperature.unsqueeze(-1)
         return {"logprobs": scaled.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)}
 
+    for name, layer in list(model.model.layers.named_children()):
+        model.model.layers.register_module(name, checkpoint_wrapper(layer, preserve_rng_state=False))
     model.config.use_cache = False
     model.forward = types.MethodType(new_forward, model)
     return model

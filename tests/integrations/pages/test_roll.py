@@ -90,11 +90,12 @@ class FSDP2TrainStrategy:
             return torch.cat([forward_func(data, self.forward(data)) for data in batch.make_iterator(2, 1)])
 
     def train_step(self, batch, loss_func, no_sync=False):
-        metrics = []
+        metrics = {}
         for data in batch.make_iterator(mini_batch_size=2, epochs=1):
             loss, reduced = loss_func(data, self.forward(data))
             loss.backward()
-            metrics.append(reduced)
+            for name, value in reduced.items():
+                metrics.setdefault(name, []).append(value)
         return metrics
 
     def op_compute_log_probs(self, logits, input_ids, attention_mask):
@@ -131,7 +132,7 @@ class ActorPGWorker:
         self._cached_metrics = {"log_probs": log_probs}
         self.met.append(advantages)
         ratio = self.ratio(log_probs - data.batch["old_log_probs"], mask)
-        return -(ratio * advantages * mask).sum() / mask.sum(), {"actor/kl_loss": 0.0}
+        return -(ratio * advantages * mask).sum() / mask.sum().clamp(min=1), {"actor/kl_loss": 0.0}
 
     def ratio(self, difference, mask):
         return difference.exp()
@@ -208,9 +209,8 @@ def test_the_loss_reads_advantages_times_gamma_of_full_maps(roll):
         for t in range(1, mask.shape[1]):
             expected = data.batch["advantages"][row, t - 1] * gamma[row, t]
             assert found[row, t - 1] == pytest.approx(expected.item())
-    for part, reduced in zip((slice(0, 2), slice(2, 4)), metrics):
-        mean = gamma[part][mask[part]].mean().item()
-        assert reduced["actor/rhythm_gamma_mean"] == pytest.approx(mean)
+    means = [gamma[part][mask[part]].mean().item() for part in (slice(0, 2), slice(2, 4))]
+    assert metrics["actor/rhythm_gamma_mean"] == pytest.approx(means)
     assert worker.seen
 
 
@@ -250,6 +250,14 @@ def test_rows_that_the_loss_leaves_out_are_no_reason_to_stop(roll):
     data.batch["final_response_mask"][0] = 0
     trained(worker, data)
     assert worker.seen
+
+
+@pytest.mark.parametrize("rows", [slice(0, 2), slice(2, 4)])
+def test_a_micro_batch_without_a_response_has_the_same_metrics(roll, rows):
+    """ROLL stacks a metric over micro-batches and workers, and cannot where one of them lacks it."""
+    worker, data = started(roll.RhythmActorPGWorker), batch()
+    data.batch["response_mask"][rows] = data.batch["final_response_mask"][rows] = 0
+    assert {len(values) for values in trained(worker, data).values()} == {2}
 
 
 def test_ray_is_still_told_how_to_call_it_and_the_log_says_so(roll, capsys, caplog):
