@@ -41,6 +41,7 @@ class _Batch:
 
     settings: RhythmSettings  # as they were when it was measured
     mask: Tensor
+    step: int  # the latest that was asked about
     probe: BatchProbe | None = None
     measures: tuple[Tensor, Tensor] | None = None
     packed: tuple[Tensor, int] | None = None  # as of `BatchProbe.packed_bounds`
@@ -125,7 +126,8 @@ class RhythmCredit:
     def calibration_due(self, step: int) -> bool:
         """Whether to calibrate before this step of training: while there are no groups, and every `regroup_steps`.
 
-        Groups that are made or set count from the step of the latest such question.
+        Groups that are made or set count from the step of the latest such question. A question about another step
+        also ends the measured batch: :meth:`shape` then needs a batch that is measured after it, or a gamma.
         """
         self._step = check_int("step", step, 0)
         if self._grouped_at is None:
@@ -195,7 +197,7 @@ class RhythmCredit:
         before, self._batch = self._batch, None
         if before is not None and before.probe is not None:
             before.probe.examine()
-        batch = _Batch(self.settings, check_response_mask(response_mask))
+        batch = _Batch(self.settings, check_response_mask(response_mask), self._step)
         if not self.settings.reads_attention:
             yield
         elif self._groups is None and not bool(batch.mask.any()):
@@ -386,6 +388,11 @@ class RhythmCredit:
     def _measured(self) -> _Batch:
         if self._batch is None:
             raise RuntimeError("there is no measured batch: make its forwards inside `with credit.measuring(mask)`")
+        if self._batch.step != self._step:
+            raise RuntimeError(
+                f"the measured batch is of step {self._batch.step}, not of step {self._step}: measure the batch of "
+                "each step, or keep gamma() of an earlier one and hand it to shape(advantages, gamma)"
+            )
         return self._batch
 
     def _measures(self) -> tuple[Tensor, Tensor]:

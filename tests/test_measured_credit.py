@@ -46,6 +46,12 @@ def forward(model, batch, rows=slice(None)):
     return model(**{name: x[rows] for name, x in batch.items()}, use_cache=False).logits
 
 
+def measure_in_halves(credit, mask, batch):
+    with credit.measuring(mask):
+        forward(credit.model, batch, slice(0, 2))
+        forward(credit.model, batch, slice(2, 4))
+
+
 @pytest.mark.parametrize("mode", ["local", "global", "coupled"])
 @pytest.mark.parametrize("split", [(4,), (1, 3), (2, 1, 1)])
 def test_it_is_probe_and_credit(model, mode, split):
@@ -424,7 +430,8 @@ def test_a_better_known_mask_is_part_of_the_measured_one(model):
     assert torch.equal(credit.gamma(), gamma)
 
 
-def test_what_only_the_device_knows_is_raised_later(model, monkeypatch):
+@pytest.mark.parametrize("wrong", ["a hole in attention_mask", "padding in response_mask"])
+def test_what_only_the_device_knows_is_raised_later(model, wrong, monkeypatch):
     """As on a GPU, where the host does not wait: gamma is 1, and statistics or the next block says why."""
     from rhythm_kernels.probe import checks, forward_sequences, inputs, layer_window
 
@@ -433,11 +440,14 @@ def test_what_only_the_device_knows_is_raised_later(model, monkeypatch):
     monkeypatch.setattr(checks.Pending, "known", lambda self, wait: wait)
     batch, mask = batch_of()
     credit = calibrated(model)
-    batch["attention_mask"][1, 40] = 0  # a hole
+    if wrong == "padding in response_mask":
+        mask[:] = True
+    else:
+        batch["attention_mask"][1, 40] = mask[1, 40] = 0
     with torch.no_grad(), credit.measuring(mask):
         forward(model, batch)
     assert (credit.gamma() == 1).all()
-    with pytest.raises(ValueError, match="attention_mask"):
+    with pytest.raises(ValueError, match=f"{wrong.split()[-1]} must .*found on the device after"):
         credit.statistics()
 
 
@@ -449,6 +459,35 @@ def test_groups_saved_without_a_step_count_from_the_next(model, tmp_path):
         credit = rk.RhythmCredit(model, replace(SETTINGS, regroup_steps=10))
         credit.load(tmp_path)
         assert [credit.calibration_due(step) for step in (150, 159, 160)] == [False, False, True]
+
+
+def test_the_gamma_of_an_earlier_step_is_not_taken(model):
+    """A step whose batch was not measured: its tokens are others."""
+    credit, (batch, mask) = calibrated(model), batch_of()
+    assert not credit.calibration_due(3)
+    with credit.measuring(mask):
+        forward(model, batch)
+    gamma = credit.gamma()
+    assert not credit.calibration_due(3)
+    shaped = credit.shape(torch.ones(4))
+    assert not credit.calibration_due(4)
+    for call in (lambda: credit.shape(torch.ones(4)), credit.gamma, credit.statistics):
+        with pytest.raises(RuntimeError, match="the measured batch is of step 3, not of step 4: measure the batch of"):
+            call()
+    assert torch.equal(credit.shape(torch.ones(4), gamma), shaped)
+
+
+def test_padding_gets_no_credit(model):
+    """Such a mask is wrong: of responses that begin elsewhere in each batch row, shifted, or of `(B, C)`
+    where the padding is on the right. Padding would take the place of tokens among the chosen ones."""
+    batch, mask = batch_of()
+    credit = calibrated(model)
+    everything = torch.ones_like(mask)
+    for wrong in (everything, everything[:, -20:], mask.roll(1, 1)):
+        with pytest.raises(ValueError, match="response_mask must be True only at tokens that attention"):
+            measure_in_halves(credit, wrong, batch)
+        with pytest.raises(RuntimeError, match="there is no measured batch"):
+            credit.gamma()
 
 
 @pytest.mark.parametrize(

@@ -49,21 +49,29 @@ def credit_is_seen(
 
     Returns:
         True where it does; False where this batch cannot say: within each response the advantages are all alike, or
-        zero, or their tokens are clipped, or too few beside the other weights that the loss gives them.
+        zero, or their tokens are clipped, or too few beside the other weights that the loss gives them. False in every
+        step: the advantages given here are not the shaped ones, or the mode is 'uniform'.
 
     Raises:
-        RuntimeError: the loss does not see which tokens credit chose, or is not made of `log_probs`.
-        ValueError: tensors of other shapes.
+        RuntimeError: the loss does not see which tokens credit chose, is not made of `log_probs`, or had its backward.
+        ValueError: tensors of other shapes, or a mask of other values.
     """
     shape = check_tensor("log_probs", log_probs).shape
     for name, value in (("advantages", advantages), ("response_mask", response_mask)):
         if not same_shape(check_tensor(name, value).shape, shape):
             raise ValueError(f"{name} must have the shape of log_probs, {tuple(shape)}, got {tuple(value.shape)}")
-    if not (loss.requires_grad and log_probs.requires_grad):
+    if check_tensor("loss", loss).numel() != 1:
+        raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
+    if not ((response_mask == 0) | (response_mask == 1)).all():
+        raise ValueError("response_mask must be bool or 0/1, got other values: advantages come before it")
+    if not loss.requires_grad:
         return False
-    (gradient,) = torch.autograd.grad(loss, log_probs, retain_graph=True, allow_unused=True)
+    gradient = _gradient(loss, log_probs) if log_probs.requires_grad else None
     if gradient is None:
-        raise RuntimeError("the loss is not made of the log-probabilities that were measured: credit does not reach it")
+        raise RuntimeError(
+            "the loss is not made of log_probs, so credit does not reach it: give the tensor that it was made of, not "
+            "a detached or a later one"
+        )
     rows: tuple[Tensor, ...] = (advantages.detach(), gradient, response_mask.bool())
     if cu_seqlens is not None:
         lengths = check_tensor("cu_seqlens", cu_seqlens).diff().tolist()
@@ -81,6 +89,15 @@ def credit_is_seen(
         "larger advantage. It reads one advantage a response, or weighs a response by one ratio (GSPO, GMPO); credit "
         "needs a loss of token advantages and token ratios, or mode 'uniform' to train without"
     )
+
+
+def _gradient(loss: Tensor, log_probs: Tensor) -> Tensor | None:
+    try:
+        return torch.autograd.grad(loss, log_probs, retain_graph=True, allow_unused=True)[0]
+    except RuntimeError as error:
+        if "a second time" not in str(error):
+            raise
+        raise RuntimeError("credit_is_seen must come before loss.backward(), which frees the loss's graph") from error
 
 
 def _slope(advantages: Tensor, gradient: Tensor, mask: Tensor) -> tuple[float, float]:

@@ -126,6 +126,10 @@ class Capture:
         while self._pending and self._pending[0].known(wait):
             self._pending.pop(0).raise_first()
 
+    def require(self, answer: Tensor, error: Exception) -> None:
+        """A check of the forward that is being measured, as of :class:`Checks`."""
+        self._checks.require(answer, error)
+
     def valid(self, *results: Tensor) -> tuple[Tensor, ...]:
         """The results of this forward; all NaN if one of its checks failed whose answer the host cannot read yet."""
         answers = self._checks.answers(results[0].device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..arguments import check_tensor
 from ..heads import HeadGroups
 from .calibration import Calibration
+from .checks import on_device
 from .forward_sequences import ForwardInputs, Sequences
 from .layer_call import LayerCall
 from .probe import RhythmProbe
@@ -30,8 +31,10 @@ def over_tokens(response_mask: Tensor, length: int) -> Tensor:
     """`(B, length)`: a mask of all tokens as it is, one of the last places of each batch row with the rest False."""
     missing = length - response_mask.shape[1]
     if missing < 0:
-        shape = tuple(response_mask.shape)
-        raise ValueError(f"response_mask must be no longer than the {length} tokens of a forward, got shape {shape}")
+        raise ValueError(
+            f"response_mask must be no longer than the {length} tokens of a forward, got shape "
+            f"{tuple(response_mask.shape)}: forwards that are padded to lengths of their own need blocks of their own"
+        )
     return F.pad(response_mask, (missing, 0))
 
 
@@ -55,12 +58,22 @@ class _Responses:
     def check(self) -> None:
         """Raise where the forwards did not take exactly the batch rows that there are."""
         if not self._taken:
-            raise RuntimeError("no forward of the model ran in this block without a KV cache, so nothing was measured")
+            raise RuntimeError(
+                "no forward of the model ran in this block without a KV cache, so nothing was measured: make one of "
+                "the model that credit was given, or of a wrapper of it; those of generate and of copies do not count"
+            )
         if self._taken != len(self.mask):
             raise RuntimeError(
                 "response_mask must have as many batch rows as the forwards of its block together, got shape "
                 f"{tuple(self.mask.shape)} for {self._taken} batch rows: make other forwards outside of the block"
             )
+
+
+def _marks_padding() -> ValueError:
+    return ValueError(
+        "response_mask must be True only at tokens that attention_mask keeps, got one that marks padding: a mask of "
+        "(B, C) is of the last C columns, whatever they hold; where responses begin elsewhere, give one of (B, T)"
+    )
 
 
 class BatchCalibration(Calibration):
@@ -114,6 +127,8 @@ class BatchProbe(RhythmProbe):
     def layer(self, call: LayerCall) -> None:
         if len(self._sequences) == len(self._parts):
             self._sequences.append(call.sequences)
+            if (live := call.sequences.live) is not None and self.response_mask is not None:
+                self._capture.require((live | ~on_device(self.response_mask, live.device)).all(), _marks_padding())
         if call.q.is_cuda:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -149,8 +149,21 @@ def test_batches_that_cannot_say():
 def test_a_loss_of_other_log_probs():
     log_probs, advantages, mask = batch()
     other = log_probs.detach().clone().requires_grad_()
-    with pytest.raises(RuntimeError, match="not made of the log-probabilities"):
-        credit_is_seen(reinforce(other, advantages, mask, None), log_probs, advantages, mask)
+    for given in (log_probs, log_probs.detach()):
+        with pytest.raises(RuntimeError, match="the loss is not made of log_probs, so credit does not reach it"):
+            credit_is_seen(reinforce(other, advantages, mask, None), given, advantages, mask)
+
+
+def test_what_does_not_fit_is_named():
+    log_probs, advantages, mask = batch()
+    loss = (log_probs * 1.5).mul(advantages * mask).exp().sum()
+    with pytest.raises(ValueError, match="response_mask must be bool or 0/1, got other values"):
+        credit_is_seen(loss, log_probs, mask, advantages)
+    with pytest.raises(ValueError, match=r"loss must be a scalar, got shape \(6, 400\)"):
+        credit_is_seen(log_probs * 1, log_probs, advantages, mask)
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"credit_is_seen must come before loss.backward\(\)"):
+        credit_is_seen(loss, log_probs, advantages, mask)
 
 
 def test_packed_and_the_loss_stays_differentiable():

@@ -115,3 +115,36 @@ def test_gamma_of_one_is_the_loop_without_credit(kind):
     names, steps = loop(kind, settings=rk.RhythmSettings(mode="uniform"), rollout=again(kind))
     assert names["credit"].groups is None
     assert all((step[-2] == 1).all() for step in steps)
+
+
+def test_several_steps_on_a_batch_take_the_gamma_of_its_rows():
+    """Of the policy that wrote the responses: the maps are taken before the first step on the batch."""
+    names = {}
+    run(SETUP, names)
+    rollout, update, at_first, steps = names["rollout"], names["update"], [], []
+
+    def recorded_rollout():
+        at_first[:] = []
+        at_first.append(rollout())
+        return at_first[0]
+
+    def recorded_update(loss):
+        ids, attention_mask, response_mask, advantages = at_first[0]
+        if len(at_first) == 1:
+            at_first.append(dense(names, ids, attention_mask, response_mask))
+        rows, gamma = names["rows"], at_first[1]
+        assert torch.equal(names["gamma"], gamma)
+        ratio = torch.ones_like(gamma[rows])
+        ratio[:, 1:] = (names["log_probs"] - names["old"][rows]).detach().exp()
+        shaped = advantages[rows, None] * gamma[rows]
+        least = torch.minimum(ratio * shaped, ratio.clamp(0.8, 1.2) * shaped)[response_mask[rows]]
+        assert loss.item() == pytest.approx(-least.mean().item())
+        steps.append((ratio != 1).any().item())
+        update(loss)
+
+    names |= {"rollout": recorded_rollout, "update": recorded_update}
+    run(LOOPS[3], names)
+    assert len(LOOPS) == 4
+    assert len(steps) == 6
+    assert all(steps[1::2])  # the second steps are of another policy than the one that was measured
+    assert names["seen"]
