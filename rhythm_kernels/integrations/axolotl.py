@@ -19,6 +19,6 @@ __all__ = ["RhythmAxolotlGRPOTrainer"]
 class RhythmAxolotlGRPOTrainer(RhythmMixin, AxolotlGRPOTrainer):
     """The trainer that axolotl takes for `rl: grpo`, with :class:`rhythm_kernels.integrations.trl.RhythmMixin`.
 
-    Not with `trl.async_prefetch`, `trl.use_data_producer` or `context_parallel_size`, for which axolotl has trainers of
-    its own: those are refused by name.
+    Not with `trl.async_prefetch`, `trl.use_data_producer` or `context_parallel_size`, which are for axolotl's other
+    trainers: refused by these names, as those trainers are by theirs.
     """

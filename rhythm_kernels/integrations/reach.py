@@ -20,6 +20,9 @@ __all__ = ["credit_is_seen"]
 _BETWEEN = 0.5
 # The variance of the logarithm of the advantages below which they are all alike (factors apart by less than 0.3%).
 _ALIKE = 1e-5
+# Of how many tokens, beyond one a row, an error can be told; and how many standard errors it is. A training asks until
+# it knows, so that an error which is rare in one batch would come in some.
+_SPARE, _ERRORS = 6, 4
 
 
 def credit_is_seen(
@@ -98,13 +101,14 @@ def _gradient(loss: Tensor, log_probs: Tensor) -> Tensor | None:
 
 
 def _slope(advantages: Tensor, gradient: Tensor, mask: Tensor) -> tuple[float, float]:
-    """How the logarithm of the gradient follows that of the advantage within rows, and three standard errors of that.
+    """How the logarithm of the gradient follows that of the advantage within rows, and the error of that.
 
     Least squares over the tokens where neither is zero, each row around its own mean. An infinite error: nothing can
     be said.
     """
+    rounded = gradient.abs() < torch.finfo(gradient.dtype).tiny  # to zero, or too coarsely to tell
     x, y = (values.detach().double().abs().log() for values in torch.atleast_2d(advantages, gradient))
-    mask = torch.atleast_2d(mask) & x.isfinite() & y.isfinite()
+    mask = torch.atleast_2d(mask & ~rounded) & x.isfinite() & y.isfinite()
     count = mask.sum(dim=1, keepdim=True)
 
     def centred(values: Tensor) -> Tensor:
@@ -115,8 +119,8 @@ def _slope(advantages: Tensor, gradient: Tensor, mask: Tensor) -> tuple[float, f
     xx, xy, yy, tokens, rows = torch.stack(
         [(x * x).sum(), (x * y).sum(), (y * y).sum(), count.sum().double(), (count > 0).sum().double()]
     ).tolist()
-    if xx <= _ALIKE * tokens:
+    spare = tokens - rows - 1
+    if xx <= _ALIKE * tokens or spare < _SPARE:
         return 0.0, torch.inf
     slope = xy / xx
-    unexplained = max(yy - slope * xy, 0.0) / max(tokens - rows - 1, 1)
-    return slope, 3 * (unexplained / xx) ** 0.5
+    return slope, _ERRORS * (max(yy - slope * xy, 0.0) / spare / xx) ** 0.5

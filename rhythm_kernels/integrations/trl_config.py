@@ -80,6 +80,8 @@ class RhythmFields:
             return RhythmSettings(**{name: getattr(self, f"rhythm_{name}") for name in _SETTINGS})
         except (TypeError, ValueError) as error:
             raise type(error)(f"rhythm_{error}") from error
+        except AttributeError as error:
+            raise TypeError(f"{type(self).__name__} must be a dataclass: put @dataclass on it") from error
 
 
 @dataclass

@@ -15,8 +15,9 @@ from .trl_inputs import (
     keeps_old_log_probs,
     last_token,
     response_mask,
+    row_marks,
 )
-from .trl_loss import LossInputs, OneValueAToken, check_that_credit_is_seen
+from .trl_loss import LossInputs, OneValueAToken, check_that_credit_is_seen, check_that_rows_have_their_gamma
 from .trl_passes import LogProbPasses
 
 __all__ = ["TrainerCredit"]
@@ -36,6 +37,7 @@ class TrainerCredit:
         self._calibrated = False  # whether it was also calibrated on
         self._loss: LossInputs | None = None  # while a loss is computed
         self._seen = False  # whether a loss was seen to heed the credit
+        self._compiled = False  # whether a loss was seen to be compiled
         self._early = False  # whether a loss was seen to read its advantages before its forward
 
     def generation(self, generate: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class TrainerCredit:
                 if self._calibrated or self.passes.calibration_is_due():
                     self.passes.calibrate_on(output, mask)
                 self.passes.measured_apart(mask, trainer.model, output)
-            output["rhythm_gamma"] = self.passes.gamma(mask)
+            output["rhythm_gamma"], output["rhythm_rows"] = self.passes.gamma(mask), row_marks(output)
         elif self.passes.calibration_is_due():
             self.passes.calibrate_on(output, mask)
         return output
@@ -61,16 +63,32 @@ class TrainerCredit:
     def loss(self, compute: Callable[..., Tensor], model: Any, inputs: dict[str, Any]) -> Tensor:
         """The loss of shaped advantages: by the gamma that the inputs have, or that of the loss's own forward."""
         self.passes.refresh()
+        if "rhythm_gamma" in inputs:
+            check_that_rows_have_their_gamma(inputs)
+        elif self.passes.calibration_is_due():  # no batch of `generation`
+            self.passes.calibrate_on(inputs, response_mask(inputs))
+        try:
+            read, loss = self._computed(compute, model, inputs)
+        except TypeError as error:
+            if "__torch_dispatch__" not in str(error):
+                raise
+            self._compiled = True  # torch.compile takes no subclass of a tensor
+            read, loss = self._computed(compute, model, inputs)
+        if loss.requires_grad:  # not one of an evaluation
+            self.losses += 1
+            if self._is_watching:
+                self._seen = check_that_credit_is_seen(self.trainer, loss, read, response_mask(inputs))
+        return loss
+
+    def _computed(
+        self, compute: Callable[..., Tensor], model: Any, inputs: dict[str, Any]
+    ) -> tuple[LossInputs, Tensor]:
         read = self._loss = LossInputs(inputs, lambda: self._shaped(model, inputs))
         self._armed = "rhythm_gamma" not in inputs
         try:
-            loss = compute(model, read)
+            return read, compute(model, read)
         finally:
             self._armed, self._loss = False, None
-        self.losses += 1
-        if self._is_watching:
-            self._seen = check_that_credit_is_seen(self.trainer, loss, read, response_mask(inputs))
-        return loss
 
     def log_probs(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *rest: Any, **kwargs: Any
@@ -79,7 +97,7 @@ class TrainerCredit:
         arguments = (input_ids, attention_mask, logits_to_keep, *rest)
         if self._loss is not None:
             return self._of_loss(self._loss, model, *arguments, **kwargs)
-        if not self._armed or self._is_reference(model):
+        if not (self._armed and self._is_policy(model)):
             return self.passes.plain(model, *arguments, **kwargs)
         self._armed = False  # the old-log-prob pass
         mask = attention_mask[:, -logits_to_keep:]
@@ -90,7 +108,7 @@ class TrainerCredit:
         return self.passes.measured(mask, model, *arguments, **kwargs)
 
     def _of_loss(self, read: LossInputs, model: Any, *arguments: Any, **kwargs: Any) -> Any:
-        if self._is_reference(model) or not is_whole_batch(read.inputs, *arguments[:2]):
+        if not (self._is_policy(model) and is_whole_batch(read.inputs, *arguments[:2])):
             return self.passes.plain(model, *arguments, **kwargs)
         if self._armed:  # the training forward
             self._armed = False
@@ -121,17 +139,17 @@ class TrainerCredit:
         if inputs["advantages"].requires_grad:
             raise RuntimeError('inputs["advantages"] carry a gradient, which rhythm credit would cut: detach them')
         shaped = self.trainer.rhythm.shape(inputs["advantages"], inputs["rhythm_gamma"])
-        return shaped if self._seen else shaped.as_subclass(OneValueAToken)
+        return shaped if self._seen or self._compiled else shaped.as_subclass(OneValueAToken)
 
     @property
     def _is_watching(self) -> bool:
         """Whether it is still to be seen that this trainer's loss heeds the credit, and this batch could tell."""
         settings = self.trainer.rhythm.settings
-        flat = settings.mode == "uniform" or settings.gamma_amp == 1
-        return not (self._seen or flat) and self.trainer.model.training and torch.is_grad_enabled()
+        return not (self._seen or settings.mode == "uniform" or settings.gamma_amp == 1)
 
-    def _is_reference(self, model: Any) -> bool:
-        return model is getattr(self.trainer, "ref_model", None)
+    def _is_policy(self, model: Any) -> bool:
+        """Whether it is the model that is trained, however it is wrapped: no reference, and no teacher."""
+        return next(model.parameters()) is next(self.trainer.model.parameters())
 
     def _is_to_be_measured_anew(self, output: dict[str, Any], mask: Tensor) -> bool:
         """Whether what was measured is not this batch: of any process, as sharded models make a forward together.

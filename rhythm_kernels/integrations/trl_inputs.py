@@ -17,6 +17,7 @@ __all__ = [
     "last_token",
     "log_prob_arguments",
     "response_mask",
+    "row_marks",
 ]
 
 # The methods of TRL that name what a log-prob pass takes. From 1.14.0 to 1.14.2 the first hands all on to the second.
@@ -27,6 +28,13 @@ def response_mask(inputs: dict[str, Any]) -> Tensor:
     """`(B, T)`: completion tokens that the model itself wrote."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def row_marks(inputs: Mapping[str, Any]) -> Tensor:
+    """`(B, 2)`, int64: a number for the tokens of each response, and how many places it has with its padding."""
+    tokens = inputs["completion_ids"].long()
+    places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    return torch.stack([(tokens * places**2).sum(dim=1), places.new_full((len(tokens),), len(places))], dim=1)
 
 
 def last_token(mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ batch that can tell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -15,8 +15,15 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .reach import credit_is_seen
+from .trl_inputs import row_marks
 
-__all__ = ["EveryStepHasCredit", "LossInputs", "check_that_credit_is_seen"]
+__all__ = [
+    "EveryStepHasCredit",
+    "LossInputs",
+    "OneValueAToken",
+    "check_that_credit_is_seen",
+    "check_that_rows_have_their_gamma",
+]
 
 _LOSSES = ("_compute_loss", "compute_loss", "training_step")
 
@@ -75,12 +82,27 @@ class OneValueAToken(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.dim() > 2:
+            given = next((x for x in args if isinstance(x, cls)), None)
+            rows, tokens = (0, 0) if given is None else given.shape
+            spread = rows > 1 and isinstance(result, Tensor) and result.shape == (rows, 1, tokens)
+        if spread:
             raise RuntimeError(
                 'under rhythm credit inputs["advantages"] are of tokens, (B, T), but the loss makes '
                 f"{tuple(result.shape)} of them: let it unsqueeze them only where advantages.dim() == 1, as TRL's does"
             )
         return result
+
+
+def check_that_rows_have_their_gamma(inputs: Mapping[str, Any]) -> None:
+    """Raise where rows of a batch were moved after its gamma was made, and gamma was not moved with them."""
+    if "rhythm_rows" not in inputs:
+        return
+    marks, now = inputs["rhythm_rows"], row_marks(inputs)
+    if len(marks) != len(now) or bool(((marks != now).any(1) & (marks[:, 1] == now[:, 1])).any()):
+        raise RuntimeError(
+            'inputs["rhythm_gamma"] are of other responses than inputs["completion_ids"]: let what reorders, drops or '
+            "replaces responses do the same to rhythm_gamma and rhythm_rows"
+        )
 
 
 def check_that_credit_is_seen(trainer: Any, loss: Tensor, read: LossInputs, mask: Tensor) -> bool:
@@ -91,6 +113,10 @@ def check_that_credit_is_seen(trainer: Any, loss: Tensor, read: LossInputs, mask
     """
     if read.log_probs is not None:
         shaped = trainer.rhythm.shape(read.inputs["advantages"], read.inputs["rhythm_gamma"])
+        reference = read.inputs.get("ref_per_token_logps")
+        if reference is not None:  # tokens that the KL term pulls harder than their advantage say nothing of that
+            away = (reference - read.log_probs.detach()).exp()
+            mask = mask.bool() & (trainer.beta * (away - 1).abs() < 0.1 * shaped.abs())
         try:
             return credit_is_seen(loss, read.log_probs, shaped, mask)
         except RuntimeError as error:

@@ -84,7 +84,7 @@ def refuse_arguments(args: Any, settings: RhythmSettings) -> None:
     Raises:
         ValueError: for ratios of whole responses (:func:`refuse_blind_credit`), `use_liger_kernel` in versions of TRL
             whose Liger loss reads one advantage a response, DPPO's divergences over the top tokens, and axolotl's
-            `context_parallel_size`.
+            `async_prefetch`, `use_data_producer` and `context_parallel_size`.
     """
     if getattr(args, "use_liger_kernel", False) and hasattr(GRPOTrainer, "compute_liger_loss"):
         raise ValueError(
@@ -97,6 +97,9 @@ def refuse_arguments(args: Any, settings: RhythmSettings) -> None:
             f"divergence_type must be 'binary_tv' or 'binary_kl', got {divergence!r}: DPPO makes a forward of its own "
             "for the others, which is not measured"
         )
+    for name in ("async_prefetch", "use_data_producer"):
+        if getattr(args, name, False):
+            raise ValueError(f"{name} must be False, got True: {_ASYNCHRONOUS}")
     if (parts := getattr(args, "context_parallel_size", None) or 1) > 1:
         raise ValueError(f"context_parallel_size must be 1, got {parts}: no process would see a response whole")
     refuse_blind_credit(args, settings)

@@ -77,10 +77,14 @@ def test_without_settings_it_says_where_they_go(tmp_path, monkeypatch, stand_in)
         as_axolotl_does(stand_in, tmp_path)
 
 
-def test_responses_that_are_divided_are_refused(tmp_path, monkeypatch, stand_in):
+@pytest.mark.parametrize(
+    ("name", "wanted", "given"),
+    [("context_parallel_size", 1, 2), ("async_prefetch", False, True), ("use_data_producer", False, True)],
+)
+def test_what_its_other_trainers_are_for_is_refused(tmp_path, monkeypatch, stand_in, name, wanted, given):
     monkeypatch.setenv("RHYTHM_CREDIT", "")
-    monkeypatch.setattr(GRPOConfig, "context_parallel_size", 2, raising=False)
-    with pytest.raises(ValueError, match="context_parallel_size must be 1, got 2"):
+    monkeypatch.setattr(GRPOConfig, name, given, raising=False)
+    with pytest.raises(ValueError, match=f"{name} must be {wanted}, got {given}: "):
         as_axolotl_does(stand_in, tmp_path)
 
 

@@ -103,6 +103,26 @@ def test_few_tokens_are_enough_without_other_weights():
         credit_is_seen(scalar_loss(log_probs, advantages, mask, log_probs.detach()), log_probs, advantages, mask)
 
 
+def test_too_few_tokens_beside_other_weights_cannot_say():
+    """A line through three or four points, which the weights bend: in some batches it looks certain and is wrong."""
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        log_probs = torch.zeros(1, 3 + seed % 2, requires_grad=True)
+        advantages = torch.tensor([[1.5, 1.0, 1.0, 1.5]])[:, : log_probs.shape[1]]
+        weight = (0.3 * torch.randn(log_probs.shape, generator=generator)).exp()
+        loss = -(weight * advantages * log_probs).sum()
+        assert not credit_is_seen(loss, log_probs, advantages, torch.ones_like(log_probs))
+
+
+def test_what_half_precision_rounds_away_cannot_say():
+    """Gradients too small for float16, which a trainer scales before it differentiates."""
+    for seed in range(5):
+        log_probs, advantages, mask = batch(seed, gamma_amp=1.02, mode="random")
+        log_probs = log_probs.detach().half().requires_grad_()
+        loss = 1e-3 * token_loss(log_probs, advantages, mask, log_probs.detach())
+        assert not credit_is_seen(loss, log_probs, advantages, mask)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision(dtype):
     log_probs, advantages, mask = batch()

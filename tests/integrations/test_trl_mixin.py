@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer, RhythmMixin
+from rhythm_kernels.integrations.trl_loss import LossInputs, check_that_credit_is_seen
 
 from .test_trl import SCHEDULES, FedFromMaps, count_passes
 from .toy import RHYTHM, build_model, build_tokenizer, dataset, losses, options, reward, train, weights
@@ -263,6 +267,13 @@ def test_a_loss_that_credit_does_not_reach_fails_in_the_first_step(tmp_path, kin
     assert torch.equal(weights(trainer), before) and trainer.state.global_step == 0
 
 
+def test_losses_of_an_evaluation_are_none_of_a_step(tmp_path):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 4}
+    kind, extra = over(OwnStep, RhythmGRPOTrainer), {"eval_dataset": dataset().select(range(1))}
+    with pytest.raises(RuntimeError, match=r"OwnStep\.training_step: it takes the place"):
+        train(kind, RhythmGRPOConfig, tmp_path, extra=extra, max_completion_length=8, **evaluated, **RANDOM)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("part", [OwnForward, OneAdvantage, OwnComputeLoss, ColumnOfRows], ids=lambda x: x.__name__)
 def test_uniform_takes_any_loss(tmp_path, part):
@@ -286,6 +297,93 @@ def test_advantages_with_a_gradient_are_not_cut_from_it(tmp_path):
 
     with pytest.raises(RuntimeError, match="carry a gradient, which rhythm credit would cut: detach them"):
         train(over(RhythmMixin, Differentiable, GRPOTrainer), RhythmGRPOConfig, tmp_path, **RANDOM)
+
+
+class OwnGeneration:
+    """Batches of its own, that none of ours saw."""
+
+    def _generate_and_score_completions(self, inputs):
+        return GRPOTrainer._generate_and_score_completions(self, inputs)
+
+
+def test_batches_of_a_generation_of_others_get_credit(tmp_path):
+    """Its heads are grouped, too, by the first loss that comes by."""
+    changed = {"max_steps": 1, "max_completion_length": 12, **RHYTHM}
+    ours = train(over(OwnGeneration, RhythmGRPOTrainer), RhythmGRPOConfig, tmp_path, **changed)
+    assert torch.equal(weights(ours), weights(train(RhythmGRPOTrainer, RhythmGRPOConfig, tmp_path, **changed)))
+    assert ours.state.log_history[0]["rhythm/gamma_mean"] > 1
+
+
+class Teacher:
+    """A loss that first asks another model for its log-probs."""
+
+    def _compute_loss(self, model, inputs):
+        with torch.no_grad():
+            log_probs(self, copy.deepcopy(self.model), inputs)
+        self.measured = [self.rhythm.model is self.model]
+        return OwnLoss._compute_loss(self, model, inputs)
+
+
+class OneTensor:
+    """A loss that stacks what it takes the lesser of."""
+
+    def _compute_loss(self, model, inputs):
+        new, mask = log_probs(self, model, inputs), inputs["completion_mask"]
+        ratio = torch.exp(new - new.detach())
+        gain = torch.stack([ratio, ratio.clamp(0.8, 1.2)]) * columns(inputs["advantages"])
+        return -(gain.amin(0) * mask).sum() / mask.sum()
+
+
+class Compiled:
+    """A loss whose arithmetic is compiled, which takes no subclass of a tensor."""
+
+    @staticmethod
+    @torch.compile(backend="aot_eager")
+    def arithmetic(new, advantages, mask):
+        return -(torch.exp(new - new.detach()) * advantages * mask).sum() / mask.sum()
+
+    def _compute_loss(self, model, inputs):
+        return self.arithmetic(log_probs(self, model, inputs), columns(inputs["advantages"]), inputs["completion_mask"])
+
+
+@pytest.mark.parametrize("part", [Teacher, OneTensor, pytest.param(Compiled, marks=pytest.mark.long)])
+def test_losses_that_are_as_good_as_trls(tmp_path, part):
+    changed = {"max_steps": 1, "max_completion_length": 8, **RHYTHM}
+    ours, same = (
+        train(over(RhythmMixin, one, GRPOTrainer), RhythmGRPOConfig, tmp_path, **changed) for one in (part, OwnLoss)
+    )
+    torch.testing.assert_close(weights(ours), weights(same), rtol=0, atol=1e-6)
+    assert ours._rhythm._seen and all(getattr(ours, "measured", [True]))
+
+
+class Reorders:
+    """The other way round, but for what it does not know of."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        return {k: v if k.startswith("rhythm") or not v.dim() else v.flip(0) for k, v in output.items()}
+
+
+def test_rows_that_are_moved_without_their_gamma_are_found(tmp_path):
+    with pytest.raises(RuntimeError, match=r'inputs\["rhythm_gamma"\] are of other responses than .* do the same to'):
+        train(over(Reorders, RhythmGRPOTrainer), RhythmGRPOConfig, tmp_path, **OFF, **RANDOM, max_completion_length=8)
+
+
+def test_a_heavy_reference_is_no_sign_of_a_blind_loss():
+    """As in a resumed run: the KL term pulls harder than the advantages do, and by other tokens."""
+    generator = torch.Generator().manual_seed(0)
+    new = (-torch.rand(8, 500, generator=generator)).requires_grad_()
+    inputs = {
+        "advantages": torch.tensor([0.1, -0.1] * 4),
+        "rhythm_gamma": torch.where(torch.rand(8, 500, generator=generator) < 0.4, 1.5, 1.0),
+        "ref_per_token_logps": new.detach() - torch.rand(8, 500, generator=generator),
+    }
+    shaped, away = inputs["advantages"][:, None] * inputs["rhythm_gamma"], inputs["ref_per_token_logps"] - new
+    read = LossInputs(inputs, lambda: shaped)
+    read.log_probs = new
+    trainer = SimpleNamespace(beta=1.0, rhythm=SimpleNamespace(shape=lambda advantages, gamma: shaped))
+    loss = (away.exp() - away - 1 - torch.exp(new - new.detach()) * shaped).mean()
+    assert check_that_credit_is_seen(trainer, loss, read, torch.ones(8, 500))  # by the tokens that it pulls on little
 
 
 class LeavesOut:

@@ -75,6 +75,14 @@ def test_where_the_settings_come_from(tmp_path, monkeypatch, caplog):
         build(kind, plain)
 
 
+def test_a_configuration_without_the_decorator(tmp_path):
+    class Plain(TheirConfig, RhythmFields):
+        pass
+
+    with pytest.raises(TypeError, match=r"Plain must be a dataclass: put @dataclass on it"):
+        build(RhythmGRPOTrainer, Plain(**options(tmp_path)))
+
+
 def test_without_a_configuration(tmp_path, monkeypatch):
     """The defaults of TRL and of credit, or those that were given."""
     monkeypatch.chdir(tmp_path)
