@@ -23,6 +23,8 @@ _ALIKE = 1e-5
 # Of how many tokens, beyond one a row, an error can be told; and how many standard errors it is. A training asks until
 # it knows, so that an error which is rare in one batch would come in some.
 _SPARE, _ERRORS = 6, 4
+# The share of its squares by which what is the same all over a row varies around its mean.
+_ROUNDING = 1e-10
 
 
 def credit_is_seen(
@@ -79,11 +81,15 @@ def credit_is_seen(
             total = log_probs.numel()
             raise ValueError(f"cu_seqlens must end with the {total} tokens of log_probs, got {sum(lengths)}")
         rows = tuple(pad_sequence(x.flatten().split(lengths), batch_first=True) for x in rows) if lengths else rows
-    slope, error = _slope(*rows)
-    if slope - error > _BETWEEN:
+    shaped, pulls, mask = rows
+    slope, error = _line(shaped.double().abs().log(), pulls.double().abs().log(), mask & ~_is_rounded(pulls))
+    if slope - _ERRORS * error > _BETWEEN:
         return True
-    if slope + error >= _BETWEEN:  # also where it is nowhere near certain
+    if slope + _ERRORS * error >= _BETWEEN:  # also where it is nowhere near certain
         return False
+    slope, error = _line(-shaped.double() / shaped.abs().max(), pulls.double(), mask)
+    if slope > 2 * _ERRORS * error:  # other terms pull harder at the same tokens, but credit shows beside them
+        return True
     raise RuntimeError(
         "the loss does not see which tokens credit chose: within a response its gradient is no larger for tokens of "
         "larger advantage. It reads one advantage a response, or weighs a response by one ratio (GSPO, GMPO); credit "
@@ -100,27 +106,33 @@ def _gradient(loss: Tensor, log_probs: Tensor) -> Tensor | None:
         raise RuntimeError("credit_is_seen must come before loss.backward(), which frees the loss's graph") from error
 
 
-def _slope(advantages: Tensor, gradient: Tensor, mask: Tensor) -> tuple[float, float]:
-    """How the logarithm of the gradient follows that of the advantage within rows, and the error of that.
+def _is_rounded(gradient: Tensor) -> Tensor:
+    """To zero, or too coarsely to tell."""
+    return gradient.abs() < torch.finfo(gradient.dtype).tiny
 
-    Least squares over the tokens where neither is zero, each row around its own mean. An infinite error: nothing can
-    be said.
+
+def _line(x: Tensor, y: Tensor, mask: Tensor) -> tuple[float, float]:
+    """The slope of `y` over `x` within rows by least squares, and its standard error.
+
+    Of the tokens where both are finite, each row around its own mean. An infinite error: nothing can be said. A slope
+    of 0 without error: `y` is the same all over each row, but for rounding.
     """
-    rounded = gradient.abs() < torch.finfo(gradient.dtype).tiny  # to zero, or too coarsely to tell
-    x, y = (values.detach().double().abs().log() for values in torch.atleast_2d(advantages, gradient))
-    mask = torch.atleast_2d(mask & ~rounded) & x.isfinite() & y.isfinite()
+    x, y, mask = torch.atleast_2d(x, y, mask & x.isfinite() & y.isfinite())
     count = mask.sum(dim=1, keepdim=True)
 
     def centred(values: Tensor) -> Tensor:
         values = values.where(mask, 0.0)
         return (values - values.sum(dim=1, keepdim=True) / count.clamp(min=1)).where(mask, 0.0)
 
-    x, y = centred(x), centred(y)
-    xx, xy, yy, tokens, rows = torch.stack(
-        [(x * x).sum(), (x * y).sum(), (y * y).sum(), count.sum().double(), (count > 0).sum().double()]
+    dx, dy = centred(x), centred(y)
+    size = y.where(mask, 0.0).square().sum()
+    xx, xy, yy, yy_before, tokens, rows = torch.stack(
+        [dx.square().sum(), (dx * dy).sum(), dy.square().sum(), size, count.sum(), (count > 0).sum()]
     ).tolist()
     spare = tokens - rows - 1
     if xx <= _ALIKE * tokens or spare < _SPARE:
         return 0.0, torch.inf
+    if yy <= _ROUNDING * yy_before:
+        return 0.0, 0.0
     slope = xy / xx
-    return slope, _ERRORS * (max(yy - slope * xy, 0.0) / spare / xx) ** 0.5
+    return slope, (max(yy - slope * xy, 0.0) / spare / xx) ** 0.5

@@ -61,6 +61,20 @@ def test_losses_of_token_advantages_are_let_pass(loss, mode, noise):
     assert credit_is_seen(loss(log_probs, advantages, mask, noisy(log_probs, noise)), log_probs, advantages, mask)
 
 
+@pytest.mark.parametrize("weight", [3.0, 100.0])
+def test_terms_that_pull_harder_at_the_same_tokens_do_not_hide_credit(weight):
+    """As supervised fine-tuning beside the policy gradient does: it pulls at every token alike."""
+    for seed in range(10):
+        log_probs, advantages, mask = batch(seed)
+        extra = -weight * (log_probs * mask).sum() / mask.sum()
+        seen = token_loss(log_probs, advantages, mask, log_probs.detach()) + extra
+        assert credit_is_seen(seen, log_probs, advantages, mask)
+        for noise in (0.0, 0.05):
+            blind = scalar_loss(log_probs, advantages, mask, noisy(log_probs, noise, seed)) + extra
+            with pytest.raises(RuntimeError, match="does not see which tokens"):
+                credit_is_seen(blind, log_probs, advantages, mask)
+
+
 @pytest.mark.parametrize("noise", [0.0, 1e-3, 0.05])
 @pytest.mark.parametrize("loss", [sequence_loss, scalar_loss])
 def test_losses_that_see_responses_alone_are_found_out(loss, noise):
