@@ -12,7 +12,7 @@ One step of the method (arXiv 2510.13554v2; equation numbers are the paper's):
 4. `credit.gamma` turns the two into a factor per token (eqs. 14 to 19); it multiplies the advantages (eq. 13).
 5. `surrogate` is the clipped objective over these token advantages (eq. 12). One optimizer step.
 
-The TRL subclass in `rhythm_kernels/integrations/trl.py` is tested against this loop.
+The TRL subclass in `rhythm_kernels/integrations/trl/` is tested against this loop.
 """
 
 from __future__ import annotations

@@ -329,7 +329,7 @@ def test_it_imports_nothing_of_trl(monkeypatch):
 
 
 def test_the_module_is_no_plugin_itself(adapter):
-    """ms-swift would put our folder first on sys.path, where `import trl` finds a module of ours."""
+    """ms-swift would import it under a name of its own, as a second module, with its folder first on sys.path."""
     spec = importlib.util.spec_from_file_location("_swift_external_0", adapter.__file__)
     with pytest.raises(ImportError, match=r"^external_plugins must name a file of yours that holds"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

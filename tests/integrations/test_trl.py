@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rhythm_kernels import HeadGroups, reference, shape_advantages
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
-from rhythm_kernels.integrations.trl_inputs import last_token, response_mask
+from rhythm_kernels.integrations.trl.inputs import last_token, response_mask
 
 from ..test_settings import DEFAULTS
 from .toy import RHYTHM, build_model, build_tokenizer, dataset, eager_copy, losses, options, reward, train, weights

@@ -17,7 +17,7 @@ from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer
-from rhythm_kernels.integrations.trl_inputs import response_mask
+from rhythm_kernels.integrations.trl.inputs import response_mask
 from rhythm_kernels.probe.calibration import Calibration
 from rhythm_kernels.probe.split_batch import BatchCalibration
 

@@ -54,7 +54,7 @@ def test_a_rule_says_what_holds_and_what_does_not():
 
 
 def test_passes_are_those_of_the_adapter():
-    from rhythm_kernels.integrations import trl_inputs
+    from rhythm_kernels.integrations.trl import inputs as trl_inputs
 
     assert PASSES == trl_inputs.PASSES
 
@@ -63,7 +63,7 @@ def test_images_of_a_pass_that_hands_all_on(monkeypatch):
     """As in TRL 1.14.0 to 1.14.2, where another method names them: a pass of our own has them all the same."""
     from types import SimpleNamespace
 
-    from rhythm_kernels.integrations import trl_inputs
+    from rhythm_kernels.integrations.trl import inputs as trl_inputs
 
     class HandsOn:
         def _get_per_token_logps_and_entropies(self, model, *args, batch_size=None, **kwargs):

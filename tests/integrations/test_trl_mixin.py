@@ -10,7 +10,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from rhythm_kernels.integrations.trl import RhythmGRPOConfig, RhythmGRPOTrainer, RhythmMixin
-from rhythm_kernels.integrations.trl_loss import LossInputs, check_that_credit_is_seen
+from rhythm_kernels.integrations.trl.loss import LossInputs, check_that_credit_is_seen
 
 from .test_trl import SCHEDULES, FedFromMaps, count_passes
 from .toy import RHYTHM, build_model, build_tokenizer, dataset, losses, options, reward, train, weights

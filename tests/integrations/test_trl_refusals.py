@@ -14,9 +14,9 @@ from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from rhythm_kernels import RhythmSettings
-from rhythm_kernels.integrations import trl_refusals
 from rhythm_kernels.integrations.trl import RhythmFields, RhythmGRPOConfig, RhythmGRPOTrainer, RhythmMixin
-from rhythm_kernels.integrations.trl_loss import LossInputs
+from rhythm_kernels.integrations.trl import refusals as trl_refusals
+from rhythm_kernels.integrations.trl.loss import LossInputs
 
 from .test_trl_mixin import Logs, OwnLoss, build, over
 from .toy import RHYTHM, options

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 # The methods that are overridden.
 GENERATE, LOSS, PASS = "_generate_and_score_completions", "_compute_loss", "_get_per_token_logps_and_entropies"
-PASSES = (PASS, "_full_logits_logps")  # as `trl_inputs.PASSES`, which cannot be imported without TRL
+PASSES = (PASS, "_full_logits_logps")  # as `PASSES` of `trl/inputs.py`, which cannot be imported without TRL
 Function = ast.FunctionDef
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..probe.split_batch import over_tokens
+from ...probe.split_batch import over_tokens
 
 __all__ = ["pack", "unpack"]
 

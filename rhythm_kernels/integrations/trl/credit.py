@@ -9,16 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .trl_inputs import (
-    is_off_policy,
-    is_whole_batch,
-    keeps_old_log_probs,
-    last_token,
-    response_mask,
-    row_marks,
-)
-from .trl_loss import LossInputs, OneValueAToken, check_that_credit_is_seen, check_that_rows_have_their_gamma
-from .trl_passes import LogProbPasses
+from .advantages import OneValueAToken
+from .inputs import is_off_policy, is_policy, is_whole_batch, keeps_old_log_probs, last_token, response_mask, row_marks
+from .loss import LossInputs, check_that_credit_is_seen, check_that_rows_have_their_gamma
+from .passes import LogProbPasses
 
 __all__ = ["TrainerCredit"]
 
@@ -97,7 +91,7 @@ class TrainerCredit:
         arguments = (input_ids, attention_mask, logits_to_keep, *rest)
         if self._loss is not None:
             return self._of_loss(self._loss, model, *arguments, **kwargs)
-        if not (self._armed and self._is_policy(model)):
+        if not (self._armed and is_policy(self.trainer, model)):
             return self.passes.plain(model, *arguments, **kwargs)
         self._armed = False  # the old-log-prob pass
         mask = attention_mask[:, -logits_to_keep:]
@@ -108,7 +102,7 @@ class TrainerCredit:
         return self.passes.measured(mask, model, *arguments, **kwargs)
 
     def _of_loss(self, read: LossInputs, model: Any, *arguments: Any, **kwargs: Any) -> Any:
-        if not (self._is_policy(model) and is_whole_batch(read.inputs, *arguments[:2])):
+        if not (is_policy(self.trainer, model) and is_whole_batch(read.inputs, *arguments[:2])):
             return self.passes.plain(model, *arguments, **kwargs)
         if self._armed:  # the training forward
             self._armed = False
@@ -146,10 +140,6 @@ class TrainerCredit:
         """Whether it is still to be seen that this trainer's loss heeds the credit, and this batch could tell."""
         settings = self.trainer.rhythm.settings
         return not (self._seen or settings.mode == "uniform" or settings.gamma_amp == 1)
-
-    def _is_policy(self, model: Any) -> bool:
-        """Whether it is the model that is trained, however it is wrapped: no reference, and no teacher."""
-        return next(model.parameters()) is next(self.trainer.model.parameters())
 
     def _is_to_be_measured_anew(self, output: dict[str, Any], mask: Tensor) -> bool:
         """Whether what was measured is not this batch: of any process, as sharded models make a forward together.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measured_credit import NO_CREDIT
-from .trl_inputs import log_prob_arguments
+from ...measured_credit import NO_CREDIT
+from .inputs import log_prob_arguments
 
 __all__ = ["LogProbPasses"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ..settings import RhythmSettings
-from .environment import VARIABLE, settings_from_environment
-from .trl_refusals import refuse_blind_credit
+from ...settings import RhythmSettings
+from ..environment import VARIABLE, settings_from_environment
+from .refusals import refuse_blind_credit
 
 __all__ = ["RhythmFields", "RhythmGRPOConfig", "settings_of"]
 

@@ -17,20 +17,20 @@ from torch import Tensor
 from transformers import TrainingArguments
 from trl import GRPOTrainer
 
-from ..heads import HeadGroups
-from ..measured_credit import RhythmCredit
-from ..settings import RhythmSettings
-from .announce import announce
-from .environment import settings_from_environment
-from .trl_config import RhythmFields, RhythmGRPOConfig, settings_of
-from .trl_credit import TrainerCredit
-from .trl_inputs import keeps_old_log_probs
-from .trl_loss import EveryStepHasCredit
-from .trl_passes import LogProbPasses
-from .trl_refusals import refuse_arguments, refuse_class
-from .trl_resume import ResumeMixin
+from ...heads import HeadGroups
+from ...measured_credit import RhythmCredit
+from ...settings import RhythmSettings
+from ..announce import announce
+from ..environment import settings_from_environment
+from .config import RhythmGRPOConfig, settings_of
+from .credit import TrainerCredit
+from .inputs import keeps_old_log_probs
+from .loss import EveryStepHasCredit
+from .passes import LogProbPasses
+from .refusals import refuse_arguments, refuse_class
+from .resume import ResumeMixin
 
-__all__ = ["RhythmFields", "RhythmGRPOConfig", "RhythmGRPOTrainer", "RhythmMixin"]
+__all__ = ["RhythmGRPOTrainer", "RhythmMixin"]
 
 
 class RhythmMixin(ResumeMixin):
@@ -43,12 +43,12 @@ class RhythmMixin(ResumeMixin):
 
     `rhythm` is then the trainer's `RhythmCredit`, and `rhythm_groups` the head groups in use (None before the first
     batch). They are saved with each checkpoint and read back on resuming, as is what TRL's own checkpoints lack
-    (`trl_resume`), so that a resumed run is the same run, but for later passes over an `IterableDataset` and for
+    (`resume.py`), so that a resumed run is the same run, but for later passes over an `IterableDataset` and for
     `dataloader_persistent_workers`.
 
     Raises:
         TypeError: when a class is made: for a trainer that stands before the mixin, is no `GRPOTrainer`, or cannot
-            honour token advantages (`trl_refusals` names them); at construction: for settings that are nowhere.
+            honour token advantages (`refusals.py` names them); at construction: for settings that are nowhere.
         ValueError: at construction, for a model without softmax attention, groups that do not fit it, sequence-level
             importance sampling that credit cannot pass (`refuse_blind_credit`), and `use_liger_kernel` in TRL versions
             whose Liger loss reads one advantage a sequence.

@@ -1,7 +1,7 @@
 """What credit cannot be given in, refused by name: trainers, orders of bases, and settings of a trainer's own.
 
 Every trainer of TRL 1.0.0 to 1.16.0 and of axolotl 0.21 that trains by `GRPOTrainer`'s methods was read for this. What
-is not named here works, or is found at the first step (`trl_loss`).
+is not named here works, or is found at the first step (`loss.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from packaging.version import Version
 from transformers import Trainer
 from trl import GRPOTrainer
 
-from ..settings import RhythmSettings
+from ...settings import RhythmSettings
 
 __all__ = ["refuse_arguments", "refuse_blind_credit", "refuse_class"]
 

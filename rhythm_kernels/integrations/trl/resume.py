@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..measured_credit import GROUPS_FILE
+from ...measured_credit import GROUPS_FILE
 
 __all__ = ["ResumeMixin"]
 

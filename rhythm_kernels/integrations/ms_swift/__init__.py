@@ -12,18 +12,18 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-if not __package__:  # ms-swift imports a plug-in under a name of its own, with its folder first on sys.path
+if not __name__.startswith("rhythm_kernels."):  # ms-swift imports a plug-in under a name of its own
     raise ImportError(
         "external_plugins must name a file of yours that holds 'import rhythm_kernels.integrations.ms_swift', got the "
-        "file of that module: those beside it would hide packages of the same names"
+        "file of that module: under the name that ms-swift gives it, it is another module"
     )
 if "swift.megatron" in sys.modules:
     raise ImportError("rhythm credit must be used with 'swift rlhf', got Megatron-SWIFT: its trainers are others")
 
 from swift.trainers import TrainerFactory
 
-from .ms_swift_refusals import settings_of_run
-from .ms_swift_trainer import RhythmGRPOTrainer
+from .refusals import settings_of_run
+from .trainer import RhythmGRPOTrainer
 
 __all__ = ["RhythmGRPOTrainer", "register"]
 

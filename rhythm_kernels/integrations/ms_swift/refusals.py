@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..settings import RhythmSettings
-from .environment import VARIABLE, settings_from_environment
+from ...settings import RhythmSettings
+from ..environment import VARIABLE, settings_from_environment
 
 __all__ = ["refuse", "settings_of_run"]
 

@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 
 __all__ = [
     "is_off_policy",
+    "is_policy",
     "is_whole_batch",
     "keeps_old_log_probs",
     "last_token",
@@ -49,6 +50,11 @@ def is_whole_batch(batch: Mapping[str, Any], input_ids: Tensor, attention_mask: 
         if given.shape != whole.shape or not bool((given == whole).all()):
             return False
     return True
+
+
+def is_policy(trainer: GRPOTrainer, model: Any) -> bool:
+    """Whether it is the model that is trained, however it is wrapped: no reference, and no teacher."""
+    return next(model.parameters()) is next(trainer.model.parameters())
 
 
 def is_off_policy(trainer: GRPOTrainer) -> bool:

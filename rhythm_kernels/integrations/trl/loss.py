@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .reach import credit_is_seen
-from .trl_inputs import row_marks
+from ..reach import credit_is_seen
+from .inputs import row_marks
 
 __all__ = [
     "EveryStepHasCredit",
     "LossInputs",
-    "OneValueAToken",
     "check_that_credit_is_seen",
     "check_that_rows_have_their_gamma",
 ]
@@ -69,28 +67,6 @@ class LossInputs(MutableMapping[str, Any]):
     def copy(self) -> dict[str, Any]:
         """A plain dict, as of a plain dict."""
         return dict(self)
-
-
-class OneValueAToken(torch.Tensor):
-    """Shaped advantages, `(B, T)`, as a loss is given them until it was seen to heed them.
-
-    A loss that was written for one advantage a response adds a dimension to them, `(B, 1, T)`, by which those of one
-    response would multiply the ratios of another: silently, as the shapes fit.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-            given = next((x for x in args if isinstance(x, cls)), None)
-            rows, tokens = (0, 0) if given is None else given.shape
-            spread = rows > 1 and isinstance(result, Tensor) and result.shape == (rows, 1, tokens)
-        if spread:
-            raise RuntimeError(
-                'under rhythm credit inputs["advantages"] are of tokens, (B, T), but the loss makes '
-                f"{tuple(result.shape)} of them: let it unsqueeze them only where advantages.dim() == 1, as TRL's does"
-            )
-        return result
 
 
 def check_that_rows_have_their_gamma(inputs: Mapping[str, Any]) -> None:
@@ -148,9 +124,8 @@ class EveryStepHasCredit(TrainerCallback):
 
 def _whose(trainer: Any) -> str:
     """The class and the method whose loss it is: the first that is neither ours nor TRL's own."""
-    ours = __name__.rpartition(".")[0]
     for base in type(trainer).__mro__:
-        if base.__module__.startswith(f"{ours}.") or base.__module__ == "trl.trainer.grpo_trainer":
+        if base.__module__.startswith("rhythm_kernels.") or base.__module__ == "trl.trainer.grpo_trainer":
             continue
         for name in _LOSSES:
             if name in vars(base) and base.__module__.split(".")[0] != "transformers":

@@ -12,11 +12,11 @@ from swift.rlhf_trainers import GRPOTrainer
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..measured_credit import GROUPS_FILE, NO_CREDIT, RhythmCredit
-from .announce import announce
-from .ms_swift_refusals import refuse, settings_of_run
-from .ms_swift_rows import pack, unpack
-from .reach import credit_is_seen
+from ...measured_credit import GROUPS_FILE, NO_CREDIT, RhythmCredit
+from ..announce import announce
+from ..reach import credit_is_seen
+from .refusals import refuse, settings_of_run
+from .rows import pack, unpack
 
 __all__ = ["RhythmGRPOTrainer"]
 
