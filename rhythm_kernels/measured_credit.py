@@ -26,13 +26,13 @@ from .probe.split_batch import BatchCalibration, BatchProbe, check_response_mask
 from .probe.structure import attention_layers, find_decoder
 from .settings import RhythmSettings
 
-__all__ = ["GROUPS_FILE", "NEAR_CERTAIN", "NO_CREDIT", "RhythmCredit"]
+__all__ = ["GROUPS_FILE", "NEAR_CERTAIN", "RhythmCredit"]
 
 GROUPS_FILE = "rhythm_groups.json"
 # Nats of entropy below which a token counts as near-certain: the likeliest token has a probability of 0.99 or so, and a
 # factor on its advantage changes next to nothing.
 NEAR_CERTAIN = 0.05
-NO_CREDIT = {"gamma_mean": 1.0, "boosted_share": 0.0}  # the statistics of a batch without a token to credit
+_NO_CREDIT = {"gamma_mean": 1.0, "boosted_share": 0.0}  # the statistics of a batch without a token to credit
 
 
 @dataclass
@@ -350,7 +350,7 @@ class RhythmCredit:
         reduced = None if reduce is None else reduce(local)
         sums = (local if reduced is None else reduced).tolist()
         tokens, bonuses = sums[:2]
-        found = dict(NO_CREDIT)
+        found = dict(_NO_CREDIT)
         if tokens:
             found = {name: total / tokens for name, total in zip(of_tokens, sums[2:])}
         if bonuses:

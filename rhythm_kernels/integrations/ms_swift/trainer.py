@@ -12,7 +12,7 @@ from swift.rlhf_trainers import GRPOTrainer
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...measured_credit import GROUPS_FILE, NO_CREDIT, RhythmCredit
+from ...measured_credit import GROUPS_FILE, RhythmCredit
 from ..announce import announce
 from ..reach import credit_is_seen
 from .refusals import refuse, settings_of_run
@@ -69,10 +69,6 @@ class RhythmGRPOTrainer(GRPOTrainer):
         if settings.mode == "entropy":
             kwargs["compute_entropy"] = True
         self._passes += 1
-        if self._blind:
-            batch.rhythm_gamma = torch.ones(mask.shape, device=mask.device)
-            self._log(NO_CREDIT)
-            return run(self.model, inputs, batch, *args, **kwargs)
         with self.rhythm.measuring(measured):
             result = run(self.model, inputs, batch, *args, **kwargs)
         seed = hash((self.args.seed, self.state.global_step, self._passes, self.accelerator.process_index))
@@ -110,13 +106,9 @@ class RhythmGRPOTrainer(GRPOTrainer):
         mask = batch.completion_mask.bool()
         return mask & ~batch.truncated_mask[:, None] if self.overlong_filter else mask
 
-    @property
-    def _blind(self) -> bool:
-        """Whether attention cannot be measured yet, as no micro-batch had a response to tell the heads apart by."""
-        return self.rhythm.settings.reads_attention and self.rhythm.groups is None
-
     def _calibration_is_due(self) -> bool:
-        return self.rhythm.calibration_due(self.state.global_step) and (self.model.training or self._blind)
+        due = self.rhythm.calibration_due(self.state.global_step)
+        return due and (self.model.training or self.rhythm.groups is None)
 
     def _summed(self, mine: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""

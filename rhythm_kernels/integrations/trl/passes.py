@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...measured_credit import NO_CREDIT
 from .inputs import log_prob_arguments
 
 __all__ = ["LogProbPasses"]
@@ -34,18 +32,13 @@ class LogProbPasses:
         if hasattr(self.trainer.args, "rhythm_settings"):
             self.trainer.rhythm.settings = self.trainer.args.rhythm_settings()
 
-    @property
-    def is_blind(self) -> bool:
-        """Whether attention cannot be measured yet, as no batch had a response to tell the heads apart by."""
-        return self.trainer.rhythm.settings.reads_attention and self.trainer.rhythm.groups is None
-
     def measured(self, mask: Tensor, model: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's log-prob pass, measured."""
         rhythm = self.trainer.rhythm
         rhythm.model = model
         if rhythm.settings.mode == "entropy":
             kwargs["compute_entropy"] = True
-        with nullcontext() if self.is_blind else rhythm.measuring(mask):
+        with rhythm.measuring(mask):
             result = self.plain(model, *args, **kwargs)
         self._entropy = None if result[1] is None else result[1].detach()
         return result
@@ -63,9 +56,6 @@ class LogProbPasses:
 
     def gamma(self, mask: Tensor) -> Tensor:
         """Gamma `(B, T)` of the measured pass, and its statistics into TRL's metrics."""
-        if self.is_blind:
-            self._log(NO_CREDIT)
-            return torch.ones(mask.shape, device=mask.device)
         trainer = self.trainer
         seed = hash((trainer.args.seed, trainer._step, trainer.accelerator.process_index))
         generator = torch.Generator().manual_seed(seed)
@@ -86,7 +76,8 @@ class LogProbPasses:
 
     def calibration_is_due(self) -> bool:
         trainer = self.trainer
-        return trainer.rhythm.calibration_due(trainer.state.global_step) and (trainer.model.training or self.is_blind)
+        due = trainer.rhythm.calibration_due(trainer.state.global_step)
+        return due and (trainer.model.training or trainer.rhythm.groups is None)
 
     def calibrate_on(self, output: dict[str, Any], mask: Tensor) -> None:
         arguments, extra = log_prob_arguments(self.trainer, output)
