@@ -129,11 +129,11 @@ def modules() -> dict[str, ModuleType]:
         "gkd": "swift.rlhf_trainers.GKDTrainer",
         "grpo": "swift.rlhf_trainers.GRPOTrainer",
     }
-    TrainerFactory.get_cls = staticmethod(get_cls)  # type: ignore[attr-defined]
+    TrainerFactory.get_cls = staticmethod(get_cls)
     package, trainers, rlhf = (ModuleType(name) for name in ("swift", "swift.trainers", "swift.rlhf_trainers"))
-    package.__version__ = "4.6.0"  # type: ignore[attr-defined]
-    trainers.TrainerFactory, rlhf.GRPOTrainer = TrainerFactory, GRPOTrainer  # type: ignore[attr-defined]
-    trainers.Seq2SeqTrainer = object  # type: ignore[attr-defined]
+    package.__version__ = "4.6.0"
+    trainers.TrainerFactory, rlhf.GRPOTrainer = TrainerFactory, GRPOTrainer
+    trainers.Seq2SeqTrainer = object
     return {module.__name__: module for module in (package, trainers, rlhf)}
 
 

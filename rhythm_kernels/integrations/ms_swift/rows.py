@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import layouts
 from ...probe.split_batch import over_tokens
 
 __all__ = ["pack", "unpack"]
@@ -21,14 +22,12 @@ def pack(values: Tensor, seq_lengths: Tensor, total: int) -> Tensor:
         seq_lengths: `(B,)`, the share of each sequence in the last T places.
         total: the tokens of the packed row.
     """
-    return over_tokens(values[_shares(values, seq_lengths)][None], total)
+    return over_tokens(layouts.pack(values, _shares(values, seq_lengths))[None], total)
 
 
 def unpack(values: Tensor, seq_lengths: Tensor, like: Tensor) -> Tensor:
     """`(B, T)` of the loss, as `like` is, from `(1, total)` of the packed row; 1 where no sequence has a share."""
-    rows = torch.ones(like.shape, dtype=values.dtype, device=values.device)
-    rows[_shares(like, seq_lengths)] = values[0, values.shape[1] - like.shape[1] :]
-    return rows
+    return layouts.unpack(values[:, values.shape[1] - like.shape[1] :], _shares(like, seq_lengths), fill=1)
 
 
 def _shares(like: Tensor, seq_lengths: Tensor) -> Tensor:

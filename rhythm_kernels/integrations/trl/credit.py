@@ -102,7 +102,8 @@ class TrainerCredit:
         return self.passes.measured(mask, model, *arguments, **kwargs)
 
     def _of_loss(self, read: LossInputs, model: Any, *arguments: Any, **kwargs: Any) -> Any:
-        if not (is_policy(self.trainer, model) and is_whole_batch(read.inputs, *arguments[:2])):
+        asked = self._armed or self._is_watching  # else which pass it is, for which a host must wait, matters to nobody
+        if not (asked and is_policy(self.trainer, model) and is_whole_batch(read.inputs, *arguments[:2])):
             return self.passes.plain(model, *arguments, **kwargs)
         if self._armed:  # the training forward
             self._armed = False

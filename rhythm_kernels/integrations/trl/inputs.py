@@ -19,6 +19,7 @@ __all__ = [
     "log_prob_arguments",
     "response_mask",
     "row_marks",
+    "whole_batch",
 ]
 
 # The methods of TRL that name what a log-prob pass takes. From 1.14.0 to 1.14.2 the first hands all on to the second.
@@ -43,13 +44,16 @@ def last_token(mask: Tensor) -> Tensor:
     return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
 
 
+def whole_batch(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask of prompts and completions, `(B, S)` each."""
+    ids, mask = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], dim=1) for name in ("ids", "mask"))
+    return ids, mask
+
+
 def is_whole_batch(batch: Mapping[str, Any], input_ids: Tensor, attention_mask: Tensor) -> bool:
     """Whether a pass over these tokens, `(B, S)`, is one over this batch."""
-    for given, name in ((input_ids, "ids"), (attention_mask, "mask")):
-        whole = torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], dim=1)
-        if given.shape != whole.shape or not bool((given == whole).all()):
-            return False
-    return True
+    pairs = zip(whole_batch(batch), (input_ids, attention_mask))
+    return all(whole.shape == given.shape and bool((whole == given).all()) for whole, given in pairs)
 
 
 def is_policy(trainer: GRPOTrainer, model: Any) -> bool:
@@ -75,8 +79,7 @@ def log_prob_arguments(
 
     Returns the positional arguments, and those by name: the images that there are, and the size of its chunks.
     """
-    input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-    attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+    input_ids, attention_mask = whole_batch(output)
     passes = (getattr(GRPOTrainer, name) for name in PASSES if hasattr(GRPOTrainer, name))
     names = {name for method in passes for name in inspect.signature(method).parameters}
     named = {name: output[name] for name in names if name in output}

@@ -8,12 +8,17 @@ over the data set draws the questions. Every process saves its own part: it gene
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...measured_credit import GROUPS_FILE
+
+if TYPE_CHECKING:  # its methods call those of the trainer that stands behind it
+    from trl import GRPOTrainer as _Trainer
+else:
+    _Trainer = object
 
 __all__ = ["ResumeMixin"]
 
@@ -63,30 +68,27 @@ def replay(sampler: Any, epochs: int) -> None:
         torch.randperm(sampler.num_samples, generator=generator)
 
 
-class ResumeMixin:
+class ResumeMixin(_Trainer):
     """The methods of a trainer that save and load its progress and head groups with its checkpoints."""
 
-    args: Any
-    state: Any
-    rhythm: Any
     _rhythm_sampler: Any = None  # of the questions
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        self._rhythm_sampler = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
+        self._rhythm_sampler = super()._get_train_sampler(*args, **kwargs)
         return self._rhythm_sampler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder = os.path.join(self._get_output_dir(trial=trial), name)  # type: ignore[attr-defined]
+        folder = os.path.join(self._get_output_dir(trial=trial), name)
         if not self.args.save_only_model:
             save_progress(self, folder)
         if self.args.should_save:
             self.rhythm.save(folder)
         # Last: what makes a checkpoint one is never there without ours.
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         load_progress(self, checkpoint)

@@ -67,11 +67,11 @@ class RhythmMixin(ResumeMixin):
             refuse_arguments(configuration, settings)  # before a model is loaded
         super().__init__(*args, **kwargs)
         refuse_arguments(self.args, settings)  # as the trainer made or left them
-        self.rhythm = RhythmCredit(self.model, settings)  # type: ignore[attr-defined]
-        plain = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
+        self.rhythm = RhythmCredit(self.model, settings)
+        plain = super()._get_per_token_logps_and_entropies
         self._rhythm = TrainerCredit(LogProbPasses(self, plain))
-        self.add_callback(EveryStepHasCredit(self, lambda: self._rhythm.losses))  # type: ignore[attr-defined]
-        if self.accelerator.is_main_process:  # type: ignore[attr-defined]
+        self.add_callback(EveryStepHasCredit(self, lambda: self._rhythm.losses))
+        if self.accelerator.is_main_process:
             where = "the old-log-prob pass" if keeps_old_log_probs(self) else "the training forward"
             announce(f"{type(self).__name__} (TRL {trl.__version__}; settings from {source})", settings, where)
 
@@ -84,10 +84,10 @@ class RhythmMixin(ResumeMixin):
         self.rhythm.groups = groups
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        return self._rhythm.generation(super()._generate_and_score_completions, inputs)  # type: ignore[misc]
+        return self._rhythm.generation(super()._generate_and_score_completions, inputs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        return self._rhythm.loss(super()._compute_loss, model, inputs)  # type: ignore[misc]
+        return self._rhythm.loss(super()._compute_loss, model, inputs)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         return self._rhythm.log_probs(model, *args, **kwargs)
